@@ -1,0 +1,356 @@
+/* codec.c: the codec without a language model: streams of a batch, and whole signals. Both use the
+ * engine's backend between ticks. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+#include "status.h"
+
+/* Frames of one call over a whole signal: enough rows to use the arithmetic well, few enough that
+ * sessions are not kept waiting and memory stays constant. */
+#define WHOLE_FRAMES 8
+
+/* A codec state with its input and output buffers and row map on the device. */
+struct codec {
+    struct moshi_engine *engine;
+    struct mimi_state state;
+    int batch, frames, levels;
+    int32_t *lanes;  /* device, [batch] */
+    uint8_t *active; /* device, [batch] */
+    float *pcm;      /* device, [batch][frames][frame_size] */
+    int32_t *codes;  /* device, [batch][frames][MOSHI_MAX_CODEBOOKS] */
+};
+
+struct mimi_stream {
+    struct codec codec;
+    uint32_t busy;
+};
+
+struct codec_call {
+    struct codec *codec;
+    int frames, levels;
+};
+
+static struct rows all_rows(const struct codec *codec)
+{
+    return (struct rows){.n = codec->batch, .lane = codec->lanes, .active = codec->active};
+}
+
+static void encode_stage(struct backend *backend, void *arg)
+{
+    const struct codec_call *call = arg;
+    struct codec *codec = call->codec;
+    (void)backend;
+    mimi_encode(&codec->state, all_rows(codec), call->frames, codec->pcm, call->levels,
+                codec->codes);
+}
+
+static void decode_stage(struct backend *backend, void *arg)
+{
+    const struct codec_call *call = arg;
+    struct codec *codec = call->codec;
+    (void)backend;
+    mimi_decode(&codec->state, all_rows(codec), call->frames, codec->codes, call->levels,
+                codec->pcm);
+}
+
+static size_t pcm_bytes(const struct codec *codec)
+{
+    return (size_t)codec->batch * (size_t)codec->frames * (size_t)codec->engine->frame_size *
+           sizeof(float);
+}
+
+static size_t code_bytes(const struct codec *codec)
+{
+    return (size_t)codec->batch * (size_t)codec->frames * MOSHI_MAX_CODEBOOKS * sizeof(int32_t);
+}
+
+static void codec_release(struct codec *codec)
+{
+    struct backend *backend = codec->engine->backend;
+    const size_t n = (size_t)codec->batch;
+    mimi_state_destroy(&codec->state);
+    if (codec->lanes) backend->ops->release(backend, codec->lanes, n * sizeof(int32_t));
+    if (codec->active) backend->ops->release(backend, codec->active, n);
+    if (codec->pcm) backend->ops->release(backend, codec->pcm, pcm_bytes(codec));
+    if (codec->codes) backend->ops->release(backend, codec->codes, code_bytes(codec));
+}
+
+/* Under the backend lock. */
+static int codec_open(struct codec *codec, struct moshi_engine *engine, int batch, int frames,
+                      int exact_window)
+{
+    memset(codec, 0, sizeof *codec);
+    codec->engine = engine;
+    codec->batch = batch;
+    codec->frames = frames;
+    struct backend *backend = engine->backend;
+    const struct backend_ops *ops = backend->ops;
+    int status = mimi_state_create(&codec->state, &engine->model->mimi, backend, batch, frames,
+                                   exact_window);
+    if (!status) {
+        codec->lanes = ops->allocate(backend, (size_t)batch * sizeof(int32_t));
+        codec->active = ops->allocate(backend, (size_t)batch);
+        codec->pcm = ops->allocate(backend, pcm_bytes(codec));
+        codec->codes = ops->allocate(backend, code_bytes(codec));
+        if (!codec->lanes || !codec->active || !codec->pcm || !codec->codes)
+            status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a codec batch of %d", batch);
+    }
+    if (status) {
+        codec_release(codec);
+        return status;
+    }
+    for (int32_t i = 0; i < batch; ++i) ops->upload(backend, codec->lanes + i, &i, sizeof i);
+    ops->clear(backend, codec->active, 1, (size_t)batch);
+    return MOSHI_OK;
+}
+
+static int check_codec(const struct moshi_engine *engine, int batch)
+{
+    if (!engine->model->info.has_mimi)
+        return moshi_fail(MOSHI_ERROR_SESSION, "the model was opened without a codec");
+    if (batch < 1 || batch > 1024)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "batch is %d, expected 1 to 1024", batch);
+    return MOSHI_OK;
+}
+
+static int check_finite(const float *pcm, size_t samples)
+{
+    for (size_t i = 0; i < samples; ++i)
+        if (!isfinite(pcm[i]))
+            return moshi_fail(MOSHI_ERROR_AUDIO, "sample %zu is %s, expected finite numbers", i,
+                              isnan(pcm[i]) ? "not a number" : "infinite");
+    return MOSHI_OK;
+}
+
+static int check_codes(const struct moshi_engine *engine, const int32_t *codes, size_t count,
+                       int n_codes)
+{
+    const struct mimi_config *config = &engine->model->mimi.config;
+    if (n_codes < 1 || n_codes > config->n_q)
+        return moshi_fail(MOSHI_ERROR_AUDIO, "%d codebooks given, expected 1 to %d", n_codes,
+                          config->n_q);
+    for (size_t i = 0; i < count; ++i)
+        if (codes[i] < 0 || codes[i] >= config->bins)
+            return moshi_fail(MOSHI_ERROR_AUDIO, "code %zu is %d, expected 0 to %d", i, codes[i],
+                              config->bins - 1);
+    return MOSHI_OK;
+}
+
+/* ---- streams ---------------------------------------------------------------------------- */
+
+int mimi_stream_create(struct moshi_engine *engine, int batch, struct mimi_stream **result)
+{
+    *result = NULL;
+    int status = check_codec(engine, batch);
+    if (status) return status;
+    struct mimi_stream *stream = calloc(1, sizeof *stream);
+    if (!stream) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a codec stream");
+    os_mutex_lock(engine->model->backend_lock);
+    status = codec_open(&stream->codec, engine, batch, 1, 0);
+    os_mutex_unlock(engine->model->backend_lock);
+    if (status) {
+        free(stream);
+        return status;
+    }
+    *result = stream;
+    return MOSHI_OK;
+}
+
+void mimi_stream_destroy(struct mimi_stream *stream)
+{
+    if (!stream) return;
+    struct os_mutex *lock = stream->codec.engine->model->backend_lock;
+    os_mutex_lock(lock);
+    codec_release(&stream->codec);
+    os_mutex_unlock(lock);
+    free(stream);
+}
+
+static int enter(struct mimi_stream *stream)
+{
+    if (__atomic_exchange_n(&stream->busy, 1u, __ATOMIC_ACQUIRE))
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "the codec stream is in use by another thread; one call at a time");
+    return MOSHI_OK;
+}
+
+static void leave(struct mimi_stream *stream)
+{
+    __atomic_store_n(&stream->busy, 0u, __ATOMIC_RELEASE);
+}
+
+int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *codes)
+{
+    int status = enter(stream);
+    if (status) return status;
+    struct codec *codec = &stream->codec;
+    struct moshi_engine *engine = codec->engine;
+    const struct backend_ops *ops = engine->backend->ops;
+    const int levels = engine->model->info.codebooks;
+    const size_t samples = (size_t)codec->batch * (size_t)engine->frame_size;
+    status = check_finite(pcm, samples);
+    if (!status) {
+        os_mutex_lock(engine->model->backend_lock);
+        for (int lane = 0; lane < codec->batch && !status; ++lane)
+            status = mimi_encode_grow(&codec->state, lane, 1);
+        ops->upload(engine->backend, codec->pcm, pcm, samples * sizeof *pcm);
+        if (!status)
+            status = ops->run(engine->backend, 0, encode_stage,
+                              &(struct codec_call){codec, 1, levels});
+        ops->download(engine->backend, codes, codec->codes,
+                      (size_t)codec->batch * (size_t)levels * sizeof *codes);
+        os_mutex_unlock(engine->model->backend_lock);
+    }
+    leave(stream);
+    return status;
+}
+
+int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_codes, float *pcm)
+{
+    int status = enter(stream);
+    if (status) return status;
+    struct codec *codec = &stream->codec;
+    struct moshi_engine *engine = codec->engine;
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t count = (size_t)codec->batch * (size_t)(n_codes > 0 ? n_codes : 0);
+    status = check_codes(engine, codes, count, n_codes);
+    if (!status) {
+        os_mutex_lock(engine->model->backend_lock);
+        for (int lane = 0; lane < codec->batch && !status; ++lane)
+            status = mimi_decode_grow(&codec->state, lane, 1);
+        ops->upload(engine->backend, codec->codes, codes, count * sizeof *codes);
+        if (!status)
+            status = ops->run(engine->backend, 3, decode_stage,
+                              &(struct codec_call){codec, 1, n_codes});
+        ops->download(engine->backend, pcm, codec->pcm,
+                      (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
+        os_mutex_unlock(engine->model->backend_lock);
+    }
+    leave(stream);
+    return status;
+}
+
+int mimi_stream_reset(struct mimi_stream *stream)
+{
+    int status = enter(stream);
+    if (status) return status;
+    struct os_mutex *lock = stream->codec.engine->model->backend_lock;
+    os_mutex_lock(lock);
+    for (int lane = 0; lane < stream->codec.batch; ++lane)
+        mimi_state_reset(&stream->codec.state, lane);
+    os_mutex_unlock(lock);
+    leave(stream);
+    return MOSHI_OK;
+}
+
+/* ---- whole signals ---------------------------------------------------------------------- */
+
+int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
+                      int32_t *codes)
+{
+    int status = check_codec(engine, batch);
+    if (!status) status = check_finite(pcm, (size_t)batch * (size_t)samples);
+    if (status) return status;
+    const struct backend_ops *ops = engine->backend->ops;
+    struct os_mutex *lock = engine->model->backend_lock;
+    const int levels = engine->model->info.codebooks;
+    const int64_t frame_size = engine->frame_size, frames = (samples + frame_size - 1) / frame_size;
+    const size_t width = (size_t)levels;
+    struct codec codec;
+    os_mutex_lock(lock);
+    status = codec_open(&codec, engine, batch, WHOLE_FRAMES, 1);
+    os_mutex_unlock(lock);
+    int32_t *chunk_codes = malloc((size_t)batch * WHOLE_FRAMES * width * sizeof *chunk_codes);
+    if (!status && !chunk_codes) {
+        codec_release(&codec);
+        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
+    }
+    if (status) {
+        free(chunk_codes);
+        return status;
+    }
+    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
+        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
+        int64_t start = first * frame_size, wanted = count * frame_size;
+        int64_t have = samples - start < wanted ? samples - start : wanted;
+        os_mutex_lock(lock);
+        if (have < wanted) ops->clear(engine->backend, codec.pcm, 0, pcm_bytes(&codec));
+        for (int b = 0; b < batch && !status; ++b) {
+            ops->upload(engine->backend, codec.pcm + b * wanted, pcm + b * samples + start,
+                        (size_t)have * sizeof *pcm);
+            status = mimi_encode_grow(&codec.state, b, count);
+        }
+        if (!status)
+            status = ops->run(engine->backend, 0, encode_stage,
+                              &(struct codec_call){&codec, count, levels});
+        ops->download(engine->backend, chunk_codes, codec.codes,
+                      (size_t)batch * (size_t)count * width * sizeof *chunk_codes);
+        os_mutex_unlock(lock);
+        for (int b = 0; b < batch; ++b)
+            for (int t = 0; t < count; ++t)
+                for (int k = 0; k < levels; ++k)
+                    codes[((int64_t)b * levels + k) * frames + first + t] =
+                        chunk_codes[((size_t)b * (size_t)count + (size_t)t) * width + (size_t)k];
+    }
+    os_mutex_lock(lock);
+    codec_release(&codec);
+    os_mutex_unlock(lock);
+    free(chunk_codes);
+    return status;
+}
+
+int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch, int n_codes,
+                      int64_t frames, float *pcm)
+{
+    int status = check_codec(engine, batch);
+    if (!status)
+        status = check_codes(engine, codes,
+                             n_codes > 0 ? (size_t)batch * (size_t)n_codes * (size_t)frames : 0,
+                             n_codes);
+    if (status) return status;
+    const struct backend_ops *ops = engine->backend->ops;
+    struct os_mutex *lock = engine->model->backend_lock;
+    const int64_t frame_size = engine->frame_size;
+    const size_t width = (size_t)n_codes;
+    struct codec codec;
+    os_mutex_lock(lock);
+    status = codec_open(&codec, engine, batch, WHOLE_FRAMES, 1);
+    os_mutex_unlock(lock);
+    int32_t *chunk_codes = malloc((size_t)batch * WHOLE_FRAMES * width * sizeof *chunk_codes);
+    if (!status && !chunk_codes) {
+        codec_release(&codec);
+        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
+    }
+    if (status) {
+        free(chunk_codes);
+        return status;
+    }
+    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
+        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
+        for (int b = 0; b < batch; ++b)
+            for (int t = 0; t < count; ++t)
+                for (int k = 0; k < n_codes; ++k)
+                    chunk_codes[((size_t)b * (size_t)count + (size_t)t) * width + (size_t)k] =
+                        codes[((int64_t)b * n_codes + k) * frames + first + t];
+        os_mutex_lock(lock);
+        ops->upload(engine->backend, codec.codes, chunk_codes,
+                    (size_t)batch * (size_t)count * width * sizeof *chunk_codes);
+        for (int b = 0; b < batch && !status; ++b)
+            status = mimi_decode_grow(&codec.state, b, count);
+        if (!status)
+            status = ops->run(engine->backend, 3, decode_stage,
+                              &(struct codec_call){&codec, count, n_codes});
+        for (int b = 0; b < batch; ++b)
+            ops->download(engine->backend, pcm + ((int64_t)b * frames + first) * frame_size,
+                          codec.pcm + (int64_t)b * count * frame_size,
+                          (size_t)count * (size_t)frame_size * sizeof *pcm);
+        os_mutex_unlock(lock);
+    }
+    os_mutex_lock(lock);
+    codec_release(&codec);
+    os_mutex_unlock(lock);
+    free(chunk_codes);
+    return status;
+}

@@ -1,0 +1,254 @@
+/* backend_cpu.c: the CPU backend as an object: memory, packing, scratch, stages. Device memory is
+ * the process's own memory. */
+#include "backend_cpu.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "../os.h"
+#include "../status.h"
+
+#define MAX_THREADS 256
+
+static void *cpu_allocate(struct backend *backend, size_t bytes)
+{
+    (void)backend;
+    return os_reserve(bytes);
+}
+
+static void cpu_release(struct backend *backend, void *memory, size_t bytes)
+{
+    (void)backend;
+    if (memory) os_release(memory, bytes);
+}
+
+static void cpu_upload(struct backend *backend, void *device, const void *host, size_t bytes)
+{
+    (void)backend;
+    if (bytes) memcpy(device, host, bytes);
+}
+
+static void cpu_download(struct backend *backend, void *host, const void *device, size_t bytes)
+{
+    (void)backend;
+    if (bytes) memcpy(host, device, bytes);
+}
+
+static void cpu_clear(struct backend *backend, void *device, int byte, size_t bytes)
+{
+    (void)backend;
+    if (bytes) memset(device, byte, bytes);
+}
+
+static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
+{
+    (void)backend;
+    os_decommit(device, bytes);
+}
+
+/* ---- matrices --------------------------------------------------------------------------- */
+
+static size_t packed_bytes(const struct matrix *w)
+{
+    size_t panels = ((size_t)w->rows + PANEL - 1) / PANEL;
+
+    return panels * PANEL * (size_t)w->cols * sizeof(float);
+}
+
+struct pack {
+    const struct cpu_kernels *kernels;
+    const struct matrix *w;
+    float *panels; /* [ceil(rows / PANEL)][cols][PANEL], zeroed */
+};
+
+#define PACK_COLUMNS 256
+
+static void pack_task(void *arg, int part, int first, int last)
+{
+    const struct pack *pack = arg;
+    const struct matrix *w = pack->w;
+    size_t cols = (size_t)w->cols;
+    float row[PACK_COLUMNS];
+
+    (void)part;
+    for (int panel = first; panel < last; panel++) {
+        float *to = pack->panels + (size_t)panel * cols * PANEL;
+
+        for (size_t j = 0; j < PANEL && (size_t)panel * PANEL + j < (size_t)w->rows; j++) {
+            const char *from = (const char *)w->data + ((size_t)panel * PANEL + j) * cols *
+                                                           weight_bytes(w->format);
+
+            for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
+                size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
+
+                pack->kernels->widen[w->format](from + k * weight_bytes(w->format), n, row);
+                for (size_t c = 0; c < n; c++) to[(k + c) * PANEL + j] = row[c];
+            }
+        }
+    }
+}
+
+static int cpu_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
+{
+    struct cpu_backend *cpu = cpu_backend(backend);
+    struct pack job = {cpu->kernels, w, NULL};
+
+    if (!pack || w->packed) return MOSHI_OK;
+    job.panels = os_reserve(packed_bytes(w));
+    if (!job.panels)
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory to pack a matrix of %d x %d", w->rows,
+                          w->cols);
+    parallel_for(cpu->pool, pack_task, &job, (w->rows + PANEL - 1) / PANEL);
+    w->packed = job.panels;
+    return MOSHI_OK;
+}
+
+static void cpu_release_matrix(struct backend *backend, struct matrix *w)
+{
+    (void)backend;
+    if (w->packed) os_release(w->packed, packed_bytes(w));
+    w->packed = NULL;
+}
+
+/* ---- scratch ---------------------------------------------------------------------------- */
+
+/* Gives *memory room for `count` elements, dropping what it holds. */
+static int grow(void **memory, size_t *capacity, size_t count, size_t element_bytes)
+{
+    void *new;
+
+    if (count <= *capacity) return MOSHI_OK;
+    new = os_reserve(count * element_bytes);
+    if (!new)
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %zu bytes of scratch",
+                          count * element_bytes);
+    if (*memory) os_release(*memory, *capacity * element_bytes);
+    *memory = new;
+    *capacity = count;
+    return MOSHI_OK;
+}
+
+static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
+{
+    struct cpu_backend *cpu = cpu_backend(backend);
+    size_t threads = (size_t)backend->threads;
+    void *activations = cpu->activations, *scores = cpu->scores, *nearest = cpu->nearest;
+    int status;
+
+    /* embed needs two rows; attend puts the query beside the scores, and a query is no wider than
+     * an activation. */
+    status = grow(&activations, &cpu->activation_floats, ((size_t)rows + 1) * padded(columns),
+                  sizeof(float));
+    cpu->activations = activations;
+    if (status == MOSHI_OK) {
+        size_t capacity = cpu->keys * threads;
+
+        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * threads,
+                      sizeof(float));
+        cpu->scores = scores;
+        cpu->keys = capacity / threads;
+    }
+    if (status == MOSHI_OK) {
+        size_t capacity = cpu->rows * threads;
+
+        status = grow(&nearest, &capacity, (size_t)rows * threads, sizeof(struct nearest));
+        cpu->nearest = nearest;
+        cpu->rows = capacity / threads;
+    }
+    return status;
+}
+
+/* ---- stages ----------------------------------------------------------------------------- */
+
+static int cpu_sync(struct backend *backend)
+{
+    int status = backend->failure;
+
+    backend->failure = MOSHI_OK;
+    return status == MOSHI_OK ? MOSHI_OK : moshi_fail(status, "%s", backend->sentence);
+}
+
+static int cpu_run(struct backend *backend, int stage,
+                   void (*stage_function)(struct backend *, void *), void *arg)
+{
+    unsigned mode = float_mode_flush();
+
+    (void)stage;
+    stage_function(backend, arg);
+    float_mode_restore(mode);
+    return cpu_sync(backend);
+}
+
+static void cpu_destroy(struct backend *backend)
+{
+    struct cpu_backend *cpu = cpu_backend(backend);
+    size_t threads;
+
+    if (!cpu) return;
+    threads = (size_t)backend->threads;
+    pool_destroy(cpu->pool);
+    if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * sizeof(float));
+    if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
+    free(cpu);
+}
+
+static const struct backend_ops cpu_ops = {
+    .allocate = cpu_allocate,
+    .release = cpu_release,
+    .upload = cpu_upload,
+    .download = cpu_download,
+    .clear = cpu_clear,
+    .decommit = cpu_decommit,
+    .prepare_matrix = cpu_prepare_matrix,
+    .release_matrix = cpu_release_matrix,
+    .reserve = cpu_reserve,
+    .run = cpu_run,
+    .sync = cpu_sync,
+    .destroy = cpu_destroy,
+    .embed = cpu_embed,
+    .norm = cpu_norm,
+    .linear = cpu_linear,
+    .linear_residual = cpu_linear_residual,
+    .linear_gated = cpu_linear_gated,
+    .rope = cpu_rope,
+    .qkv = cpu_qkv,
+    .attend = cpu_attend,
+    .conv = cpu_conv,
+    .conv_transposed = cpu_conv_transposed,
+    .rvq_encode = cpu_rvq_encode,
+    .rvq_decode = cpu_rvq_decode,
+    .delay_input = cpu_delay_input,
+    .delay_output = cpu_delay_output,
+    .advance = cpu_advance,
+    .sample = cpu_sample,
+    .softmax = cpu_softmax,
+};
+
+int cpu_backend_create(int threads, struct backend **backend)
+{
+    struct cpu_backend *cpu;
+    int status;
+
+    *backend = NULL;
+    if (threads < 0 || threads > MAX_THREADS)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "%d threads, expected 0 to %d", threads,
+                          MAX_THREADS);
+    if (threads == 0) threads = os_cpu_count();
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    cpu = calloc(1, sizeof *cpu);
+    if (!cpu) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a backend");
+    cpu->base.ops = &cpu_ops;
+    cpu->base.device = "cpu";
+    cpu->base.threads = threads;
+    status = kernels_choose(&cpu->kernels);
+    if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
+    if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);
+    if (status != MOSHI_OK) {
+        cpu_destroy(&cpu->base);
+        return status;
+    }
+    cpu->base.isa = cpu->kernels->name;
+    *backend = &cpu->base;
+    return MOSHI_OK;
+}

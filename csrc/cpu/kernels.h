@@ -1,0 +1,69 @@
+/* kernels.h: the inner loops of the CPU backend, one table per instruction set.
+ *
+ * kernels_generic.c defines what each one computes; kernels_<isa>.c computes the same within the
+ * bounds in tests/c/test_kernels.c. Inside one table the value of every output depends only on its
+ * own inputs: never on how many rows or outputs the call has, nor on where the call began. That is
+ * what makes row b of a batch equal to a batch of one, and any number of threads equal to one. */
+#ifndef MOSHI_CPU_KERNELS_H
+#define MOSHI_CPU_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../quant.h"
+
+#define WEIGHT_FORMATS 3 /* tables are indexed by enum weight_format */
+#define PANEL 16         /* outputs of a packed panel */
+#define ROW_PAD 16       /* an arranged row has a multiple of this many floats */
+
+static inline size_t padded(int columns)
+{
+    return ((size_t)columns + ROW_PAD - 1) / ROW_PAD * ROW_PAD;
+}
+
+struct cpu_kernels {
+    const char *name;
+
+    /* A row of activations in the order `dot` of that format wants, zero padded to
+     * padded(columns). y == x is fine where there is room. */
+    void (*arrange[WEIGHT_FORMATS])(const float *x, int columns, float *y);
+    /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows. */
+    void (*dot[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *const *x,
+                                int rows, float *y, size_t stride);
+    /* The same for panels w[panels][columns][PANEL] and rows x[r] as they are; writes
+     * panels * PANEL outputs. */
+    void (*panels)(const float *w, int columns, int panels, const float *const *x, int rows,
+                   float *y, size_t stride);
+    /* y[n] = w[n] as floats */
+    void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
+
+    /* One row. y == x is fine. */
+    void (*norm_layer)(const float *x, int n, float eps, const float *weight, const float *bias,
+                       float *y);
+    void (*norm_rms)(const float *x, int n, float eps, const float *weight, float *y);
+
+    /* Element by element. y == x is fine. */
+    void (*elu)(const float *x, size_t n, float *y);
+    void (*gelu)(const float *x, size_t n, float *y);
+    void (*gate)(const float *g, const float *v, size_t n, float *y); /* silu(g) * v */
+    void (*add)(const float *u, size_t n, float *y);                  /* y += u */
+    void (*add_scaled)(const float *u, const float *scale, size_t n, float *y); /* y += scale*u */
+
+    /* x = softmax(scale * x), in place; n >= 1 */
+    void (*softmax)(float *x, int n, float scale);
+    /* y[width] += sum over j of p[j] * values[j][width]; f32 and bf16 only */
+    void (*mix[WEIGHT_FORMATS])(const float *p, const void *values, int n, int width, float *y);
+    /* The entry e of [n][width] with the least half_norms[e] - x.e, the first one on a tie. */
+    void (*nearest)(const float *entries, const float *half_norms, int n, int width,
+                    const float *x, float *least, int *index);
+};
+
+extern const struct cpu_kernels kernels_generic;
+#if defined(__x86_64__)
+extern const struct cpu_kernels kernels_avx2;
+#endif
+
+/* The best table this machine can run, or the one MOSHI_C_ISA names. */
+int kernels_choose(const struct cpu_kernels **kernels);
+
+#endif

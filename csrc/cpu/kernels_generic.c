@@ -1,0 +1,219 @@
+/* kernels_generic.c: the plain definition of the arithmetic. The comments of kernels.h say what
+ * each kernel is for. Sums run over eight interleaved partial sums, which compilers turn into
+ * vectors by themselves. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define LANES 8
+
+static float sum_lanes(const float *s)
+{
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static void widen_f32_generic(const void *w, size_t n, float *y)
+{
+    memcpy(y, w, n * sizeof *y);
+}
+
+static void widen_f16_generic(const void *w, size_t n, float *y)
+{
+    const uint16_t *h = w;
+
+    for (size_t i = 0; i < n; i++) y[i] = f16_to_f32(h[i]);
+}
+
+static void widen_bf16_generic(const void *w, size_t n, float *y)
+{
+    const uint16_t *h = w;
+
+    for (size_t i = 0; i < n; i++) y[i] = bf16_to_f32(h[i]);
+}
+
+static void arrange_generic(const float *x, int columns, float *y)
+{
+    if (y != x) memcpy(y, x, (size_t)columns * sizeof *y);
+    memset(y + columns, 0, (padded(columns) - (size_t)columns) * sizeof *y);
+}
+
+static float dot_f32(const float *w, const float *x, int columns)
+{
+    float sums[LANES] = {0};
+    int k = 0;
+
+    for (; k + LANES <= columns; k += LANES)
+        for (int j = 0; j < LANES; j++) sums[j] += w[k + j] * x[k + j];
+    for (int j = 0; k + j < columns; j++) sums[j] += w[k + j] * x[k + j];
+    return sum_lanes(sums);
+}
+
+static void dot_f32_generic(const void *w, int columns, int outputs, const float *const *x,
+                            int rows, float *y, size_t stride)
+{
+    for (int o = 0; o < outputs; o++)
+        for (int r = 0; r < rows; r++)
+            y[(size_t)r * stride + (size_t)o] =
+                dot_f32((const float *)w + (size_t)o * (size_t)columns, x[r], columns);
+}
+
+#define CHUNK 512 /* weights widened at a time; a multiple of LANES */
+
+static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint16_t *w,
+                       int columns, int outputs, const float *const *x, int rows, float *y,
+                       size_t stride)
+{
+    float wide[CHUNK];
+
+    for (int o = 0; o < outputs; o++, w += columns) {
+        for (int r = 0; r < rows; r++) {
+            float sums[LANES] = {0};
+
+            for (int k = 0; k < columns; k += CHUNK) {
+                int n = columns - k < CHUNK ? columns - k : CHUNK;
+                const float *v = x[r] + k;
+                int i = 0;
+
+                widen(w + k, (size_t)n, wide);
+                for (; i + LANES <= n; i += LANES)
+                    for (int j = 0; j < LANES; j++) sums[j] += wide[i + j] * v[i + j];
+                for (int j = 0; i + j < n; j++) sums[j] += wide[i + j] * v[i + j];
+            }
+            y[(size_t)r * stride + (size_t)o] = sum_lanes(sums);
+        }
+    }
+}
+
+static void dot_f16_generic(const void *w, int columns, int outputs, const float *const *x,
+                            int rows, float *y, size_t stride)
+{
+    dot_narrow(widen_f16_generic, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_bf16_generic(const void *w, int columns, int outputs, const float *const *x,
+                             int rows, float *y, size_t stride)
+{
+    dot_narrow(widen_bf16_generic, w, columns, outputs, x, rows, y, stride);
+}
+
+static void panels_f32_generic(const float *w, int columns, int panels, const float *const *x,
+                               int rows, float *y, size_t stride)
+{
+    for (int p = 0; p < panels; p++, w += (size_t)columns * PANEL) {
+        for (int r = 0; r < rows; r++) {
+            float sums[PANEL] = {0};
+
+            for (int k = 0; k < columns; k++)
+                for (int j = 0; j < PANEL; j++) sums[j] += x[r][k] * w[(size_t)k * PANEL + j];
+            memcpy(y + (size_t)r * stride + (size_t)p * PANEL, sums, sizeof sums);
+        }
+    }
+}
+
+static void norm_layer_generic(const float *x, int n, float eps, const float *weight,
+                               const float *bias, float *y)
+{
+    float sum = 0, square = 0, mean, scale;
+
+    for (int i = 0; i < n; i++) sum += x[i];
+    mean = sum / (float)n;
+    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    scale = 1.0f / sqrtf(square / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+static void norm_rms_generic(const float *x, int n, float eps, const float *weight, float *y)
+{
+    float square = 0, scale;
+
+    for (int i = 0; i < n; i++) square += x[i] * x[i];
+    scale = 1.0f / sqrtf(eps + square / (float)n);
+    for (int i = 0; i < n; i++) y[i] = x[i] * (weight[i] * scale);
+}
+
+static void elu_generic(const float *x, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++) y[i] = x[i] > 0 ? x[i] : expf(x[i]) - 1.0f;
+}
+
+static void gelu_generic(const float *x, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++) y[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+}
+
+static void gate_generic(const float *g, const float *v, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++) y[i] = g[i] / (1.0f + expf(-g[i])) * v[i];
+}
+
+static void add_generic(const float *u, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++) y[i] += u[i];
+}
+
+static void add_scaled_generic(const float *u, const float *scale, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++) y[i] += scale[i] * u[i];
+}
+
+static void softmax_generic(float *x, int n, float scale)
+{
+    float most = x[0], sum = 0;
+
+    for (int i = 1; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (int i = 0; i < n; i++) {
+        x[i] = expf((x[i] - most) * scale);
+        sum += x[i];
+    }
+    for (int i = 0; i < n; i++) x[i] *= 1.0f / sum;
+}
+
+static void mix_f32_generic(const float *p, const void *values, int n, int width, float *y)
+{
+    const float *v = values;
+
+    for (int j = 0; j < n; j++, v += width)
+        for (int d = 0; d < width; d++) y[d] += p[j] * v[d];
+}
+
+static void mix_bf16_generic(const float *p, const void *values, int n, int width, float *y)
+{
+    const uint16_t *v = values;
+
+    for (int j = 0; j < n; j++, v += width)
+        for (int d = 0; d < width; d++) y[d] += p[j] * bf16_to_f32(v[d]);
+}
+
+static void nearest_generic(const float *entries, const float *half_norms, int n, int width,
+                            const float *x, float *least, int *index)
+{
+    *least = INFINITY;
+    *index = 0;
+    for (int e = 0; e < n; e++, entries += width) {
+        float distance = half_norms[e] - dot_f32(entries, x, width);
+
+        if (distance < *least) {
+            *least = distance;
+            *index = e;
+        }
+    }
+}
+
+const struct cpu_kernels kernels_generic = {
+    .name = "generic",
+    .arrange = {arrange_generic, arrange_generic, arrange_generic},
+    .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic},
+    .panels = panels_f32_generic,
+    .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic},
+    .norm_layer = norm_layer_generic,
+    .norm_rms = norm_rms_generic,
+    .elu = elu_generic,
+    .gelu = gelu_generic,
+    .gate = gate_generic,
+    .add = add_generic,
+    .add_scaled = add_scaled_generic,
+    .softmax = softmax_generic,
+    .mix = {mix_f32_generic, NULL, mix_bf16_generic},
+    .nearest = nearest_generic,
+};

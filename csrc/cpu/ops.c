@@ -1,0 +1,340 @@
+/* ops.c: operations on rows, positions and tokens; products are in product.c, the codec's in
+ * ops_codec.c, sampling in sample.c. */
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+#include "backend_cpu.h"
+
+/* ---- embed ------------------------------------------------------------------------------ */
+
+/* y[width] += the token's row of one table. */
+static void embed_token(struct cpu_backend *cpu, const struct op_embed *op,
+                        const struct embedding *e, int token, int width, float *y)
+{
+    const struct cpu_kernels *kernels = cpu->kernels;
+    const struct matrix *table = &e->table;
+    int columns = table->cols;
+    if (e->alias_of > 0 && token == e->alias) token = e->alias_of;
+    /* Two rows: the product of a low rank puts its own in front. */
+    float *row = cpu->activations + padded(columns);
+
+    if (2 * padded(columns) > cpu->activation_floats) {
+        backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
+                     "%s: a table of %d columns exceeds the reserved scratch", op->name, columns);
+        return;
+    }
+    if (token < 0 || token >= table->rows) {
+        backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
+                     "%s: token %d, expected one below %d", op->name, token, table->rows);
+        return;
+    }
+    assert(columns == (e->low_rank.rows ? e->low_rank.cols : width));
+    kernels->widen[table->format]((const char *)table->data +
+                                      (size_t)token * (size_t)columns * weight_bytes(table->format),
+                                  (size_t)columns, row);
+    if (e->norm.kind != NORM_NONE) norm_row(cpu, &e->norm, row, columns, row);
+    if (e->low_rank.rows)
+        product_add(cpu, &e->low_rank, row, y);
+    else
+        kernels->add(row, (size_t)width, y);
+}
+
+void cpu_embed(struct backend *backend, const struct op_embed *op)
+{
+    struct cpu_backend *cpu = cpu_backend(backend);
+    int width = op->tables[0].low_rank.rows ? op->tables[0].low_rank.rows : op->tables[0].table.cols;
+
+    for (int i = 0; i < op->rows.n; i++) {
+        const int32_t *tokens = op->tokens + (size_t)i * (size_t)op->token_stride;
+        float *y = op->y + (size_t)i * (size_t)width;
+
+        if (!op->accumulate) memset(y, 0, (size_t)width * sizeof *y);
+        if (!op->rows.active[i]) continue;
+        for (int s = 0; s < op->n_streams; s++)
+            if (tokens[s] != TOKEN_ZERO)
+                embed_token(cpu, op, &op->tables[s], tokens[s], width, y);
+        if (op->condition)
+            cpu->kernels->add(op->condition + (size_t)op->rows.lane[i] * (size_t)width,
+                              (size_t)width, y);
+    }
+}
+
+/* ---- norm, softmax ---------------------------------------------------------------------- */
+
+void norm_row(const struct cpu_backend *cpu, const struct norm *norm, const float *x, int width,
+              float *y)
+{
+    switch (norm->kind) {
+    case NORM_LAYER:
+        cpu->kernels->norm_layer(x, width, norm->eps, norm->weight, norm->bias, y);
+        break;
+    case NORM_RMS:
+        cpu->kernels->norm_rms(x, width, norm->eps, norm->weight, y);
+        break;
+    case NORM_NONE:
+        memmove(y, x, (size_t)width * sizeof *y);
+        break;
+    }
+}
+
+struct row_job {
+    struct cpu_backend *cpu;
+    const void *op;
+};
+
+static void norm_task(void *arg, int part, int first, int last)
+{
+    const struct row_job *job = arg;
+    const struct op_norm *op = job->op;
+    size_t width = (size_t)op->width;
+
+    (void)part;
+    for (int i = first; i < last; i++)
+        norm_row(job->cpu, &op->norm, op->x + (size_t)i * width, op->width,
+                 op->y + (size_t)i * width);
+}
+
+void cpu_norm(struct backend *backend, const struct op_norm *op)
+{
+    struct row_job job = {cpu_backend(backend), op};
+
+    cpu_parallel(job.cpu, norm_task, &job, op->n, op->n > 1 ? (double)op->n * op->width : 0);
+}
+
+static void softmax_task(void *arg, int part, int first, int last)
+{
+    const struct row_job *job = arg;
+    const struct op_softmax *op = job->op;
+    size_t width = (size_t)op->width;
+
+    (void)part;
+    for (int i = first; i < last; i++) {
+        float *y = op->y + (size_t)i * width;
+
+        memcpy(y, op->x + (size_t)i * width, width * sizeof *y);
+        job->cpu->kernels->softmax(y, op->width, 1.0f);
+    }
+}
+
+void cpu_softmax(struct backend *backend, const struct op_softmax *op)
+{
+    struct row_job job = {cpu_backend(backend), op};
+
+    cpu_parallel(job.cpu, softmax_task, &job, op->n, 4.0 * op->n * op->width);
+}
+
+/* ---- positions -------------------------------------------------------------------------- */
+
+void cpu_rope(struct backend *backend, const struct op_rope *op)
+{
+    int half = op->head_dim / 2, steps = op->steps;
+
+    (void)backend;
+    for (int pair = 0; pair < half; pair++) {
+        float frequency = (float)exp(-log(op->max_period) * 2 * pair / op->head_dim);
+
+        for (int i = 0; i < op->rows.n; i++) {
+            if (!op->rows.active[i]) continue;
+            for (int t = 0; t < steps; t++) {
+                float angle = (float)(op->position[op->rows.lane[i]] + t) * frequency;
+                float *out = op->cos_sin +
+                             2 * (((size_t)i * (size_t)steps + (size_t)t) * (size_t)half +
+                                  (size_t)pair);
+
+                out[0] = cosf(angle);
+                out[1] = sinf(angle);
+            }
+        }
+    }
+}
+
+void cpu_advance(struct backend *backend, const struct op_advance *op)
+{
+    (void)backend;
+    for (int i = 0; i < op->rows.n; i++)
+        if (op->rows.active[i]) op->position[op->rows.lane[i]] += op->steps;
+}
+
+/* ---- attend ----------------------------------------------------------------------------- */
+
+/* Positions begin..end-1 are what step t of row i sees. */
+static void visible(const struct op_attend *op, int i, int t, int64_t *begin, int64_t *end)
+{
+    int lane = op->rows.lane[i];
+
+    *begin = 0;
+    if (op->causal) {
+        int64_t position = op->position[lane], p = position + t;
+
+        if (*begin < p - op->context + 1) *begin = p - op->context + 1;
+        if (*begin < position + op->steps - op->capacity)
+            *begin = position + op->steps - op->capacity;
+        *end = p + 1;
+    } else {
+        *end = op->key_count[lane];
+    }
+}
+
+/* One query of one head: scores of all keys, softmax, weighted sum of the values; position by
+ * position within the runs that lie together in a page. */
+static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
+                       int head, float *scratch)
+{
+    const struct cpu_kernels *kernels = cpu->kernels;
+    const struct kv_cache *cache = op->cache;
+    enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
+    int dim = cache->head_dim, lane = op->rows.lane[i];
+    int kv_head = head / (op->heads / cache->kv_heads);
+    size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)op->heads + (size_t)head;
+    float *y = op->y + row * (size_t)dim, *query = scratch, *scores = scratch + padded(dim);
+    const float *queries[1] = {query};
+    int64_t begin, end;
+
+    memset(y, 0, (size_t)dim * sizeof *y);
+    visible(op, i, t, &begin, &end);
+    if (begin >= end) return;
+    kernels->arrange[format](op->q + row * (size_t)dim, dim, query);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t j = begin; j < end;) {
+            int run = cache->page_positions - (int)(j % cache->page_positions);
+            const char *at = kv_address(cache, lane, op->layer, pass, kv_head, j);
+
+            if (run > end - j) run = (int)(end - j);
+            if (pass == 0)
+                kernels->dot[format](at, dim, run, queries, 1, scores + (j - begin), 0);
+            else
+                kernels->mix[format](scores + (j - begin), at, run, dim, y);
+            j += run;
+        }
+        if (pass == 0) kernels->softmax(scores, (int)(end - begin), 1.0f / sqrtf((float)dim));
+    }
+}
+
+static void attend_task(void *arg, int part, int first, int last)
+{
+    const struct row_job *job = arg;
+    const struct op_attend *op = job->op;
+    float *scratch = job->cpu->scores + (size_t)part * job->cpu->keys;
+
+    for (int task = first; task < last; task++) {
+        int head = task % op->heads, t = task / op->heads % op->steps;
+        int i = task / op->heads / op->steps;
+
+        if (op->rows.active[i]) attend_one(job->cpu, op, i, t, head, scratch);
+    }
+}
+
+void cpu_attend(struct backend *backend, const struct op_attend *op)
+{
+    struct row_job job = {cpu_backend(backend), op};
+    double keys = 0;
+
+    assert(op->heads % op->cache->kv_heads == 0);
+    for (int i = 0; i < op->rows.n; i++) {
+        int64_t begin, end;
+
+        if (!op->rows.active[i]) continue;
+        for (int t = 0; t < op->steps; t++) {
+            visible(op, i, t, &begin, &end);
+            if (end - begin + (int64_t)padded(op->cache->head_dim) > (int64_t)job.cpu->keys) {
+                backend_fail(backend, MOSHI_ERROR_INTERNAL,
+                             "%s: %lld keys exceed the reserved scratch", op->name,
+                             (long long)(end - begin));
+                return;
+            }
+            keys += (double)(end - begin);
+        }
+    }
+    cpu_parallel(job.cpu, attend_task, &job, op->rows.n * op->steps * op->heads,
+                 keys * op->heads * op->cache->head_dim * 2);
+}
+
+/* ---- delays ----------------------------------------------------------------------------- */
+
+static int32_t initial_token(const struct delay_cache *cache, int stream)
+{
+    return stream == 0 ? cache->initial_text : cache->initial_audio;
+}
+
+static int32_t *delay_cell(const struct delay_cache *cache, int slot, int stream, int32_t column)
+{
+    return cache->tokens +
+           ((size_t)slot * (size_t)cache->streams + (size_t)stream) * (size_t)cache->columns +
+           (size_t)(column % cache->columns);
+}
+
+static void delay_input_row(const struct op_delay_input *op, int i, int32_t *tokens,
+                            int32_t *null_tokens)
+{
+    const struct delay_cache *cache = op->cache;
+    int slot = op->rows.lane[i], users = cache->streams - 1 - cache->dep_q;
+    const struct slot_params *params = &op->params[slot];
+    int32_t offset = cache->offset[slot];
+
+    for (int j = 0; j < users; j++) {
+        int stream = 1 + cache->dep_q + j;
+
+        *delay_cell(cache, slot, stream, offset + cache->delays[stream]) =
+            op->user[(size_t)i * (size_t)users + (size_t)j];
+    }
+    for (int s = 0; s < cache->streams; s++) {
+        int32_t delay = cache->delays[s];
+        int is_initial = offset <= delay;
+        int32_t token =
+            is_initial ? initial_token(cache, s) : *delay_cell(cache, slot, s, offset);
+
+        tokens[s] = token;
+        if (!null_tokens) continue;
+        if (!is_initial &&
+            ((params->cfg_masked_until >= 0 && offset <= delay + params->cfg_masked_until) ||
+             (s == 0 && params->cfg_no_text)))
+            token = TOKEN_ZERO;
+        null_tokens[s] = token;
+    }
+}
+
+void cpu_delay_input(struct backend *backend, const struct op_delay_input *op)
+{
+    size_t streams = (size_t)op->cache->streams;
+
+    (void)backend;
+    for (int i = 0; i < op->rows.n; i++) {
+        int32_t *tokens = op->tokens + (size_t)i * streams;
+        int32_t *null_tokens =
+            op->null_row[i] >= 0 ? op->tokens + (size_t)op->null_row[i] * streams : NULL;
+
+        if (op->rows.active[i]) {
+            delay_input_row(op, i, tokens, null_tokens);
+            continue;
+        }
+        for (int s = 0; s < op->cache->streams; s++) {
+            tokens[s] = initial_token(op->cache, s);
+            if (null_tokens) null_tokens[s] = tokens[s];
+        }
+    }
+}
+
+void cpu_delay_output(struct backend *backend, const struct op_delay_output *op)
+{
+    const struct delay_cache *cache = op->cache;
+    int dep_q = cache->dep_q;
+
+    (void)backend;
+    for (int i = 0; i < op->rows.n; i++) {
+        int slot = op->rows.lane[i];
+        int32_t *out = op->out + (size_t)i * (size_t)(1 + dep_q), offset = 0;
+
+        if (op->rows.active[i]) {
+            offset = ++cache->offset[slot];
+            *delay_cell(cache, slot, 0, offset) = op->text[i];
+            for (int k = 0; k < dep_q; k++)
+                *delay_cell(cache, slot, 1 + k, offset) =
+                    op->audio[(size_t)i * (size_t)dep_q + (size_t)k];
+        }
+        for (int s = 0; s <= dep_q; s++)
+            out[s] = offset > cache->max_delay
+                         ? *delay_cell(cache, slot, s, offset - cache->max_delay + cache->delays[s])
+                         : TOKEN_NONE;
+    }
+}

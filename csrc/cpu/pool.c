@@ -1,0 +1,217 @@
+#include "pool.h"
+
+#include <stdint.h>
+
+#include "../os.h"
+#include "../status.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#define SPIN_SECONDS 40e-6
+
+/* The ticket of part i in job e is 2e until somebody takes it, then 2e + 1. Whoever has taken a
+ * part may read the job: the caller can't begin another before the part is finished. */
+struct worker {
+    _Alignas(64) uint32_t ticket;
+    int index;
+    struct pool *pool;
+    struct os_thread *thread;
+};
+
+struct pool {
+    int threads;
+    int spins; /* pauses before a thread sleeps */
+    size_t bytes;
+
+    pool_function *function;
+    void *arg;
+    int tasks, parts;
+
+    _Alignas(64) uint32_t epoch; /* number of the current job */
+    uint32_t stop;
+    uint32_t sleepers; /* workers asleep on epoch, or about to be */
+    _Alignas(64) uint32_t pending; /* parts not finished, without part 0 */
+    uint32_t caller_sleeps;
+    struct worker workers[]; /* [threads], the first one is the caller's and unused */
+};
+
+static inline void pause_cpu(void)
+{
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+unsigned float_mode_flush(void)
+{
+#if defined(__x86_64__)
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040u); /* FTZ and DAZ */
+    return mode;
+#else
+    return 0;
+#endif
+}
+
+void float_mode_restore(unsigned mode)
+{
+#if defined(__x86_64__)
+    _mm_setcsr(mode);
+#else
+    (void)mode;
+#endif
+}
+
+static void run_part(const struct pool *pool, int part)
+{
+    int64_t tasks = pool->tasks;
+    int first = (int)(tasks * part / pool->parts);
+    int last = (int)(tasks * (part + 1) / pool->parts);
+
+    pool->function(pool->arg, part, first, last);
+}
+
+static int take(struct pool *pool, int part, uint32_t epoch)
+{
+    uint32_t open = 2 * epoch;
+
+    return __atomic_compare_exchange_n(&pool->workers[part].ticket, &open, open + 1, 0,
+                                       __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
+}
+
+/* Takes and runs whatever is left of job `epoch`, the parts from `own` on first. */
+static void help(struct pool *pool, int own, uint32_t epoch)
+{
+    for (int i = 0; i < pool->threads; i++) {
+        int part = (own + i) % pool->threads;
+
+        if (part == 0 || !take(pool, part, epoch)) continue;
+        run_part(pool, part);
+        if (__atomic_sub_fetch(&pool->pending, 1, __ATOMIC_SEQ_CST) == 0 &&
+            __atomic_load_n(&pool->caller_sleeps, __ATOMIC_SEQ_CST))
+            os_wake_word(&pool->pending);
+    }
+}
+
+static uint32_t wait_for_job(struct pool *pool, uint32_t seen)
+{
+    uint32_t epoch;
+
+    for (int i = 0; i < pool->spins; i++) {
+        epoch = __atomic_load_n(&pool->epoch, __ATOMIC_ACQUIRE);
+        if (epoch != seen) return epoch;
+        pause_cpu();
+    }
+    __atomic_add_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    while ((epoch = __atomic_load_n(&pool->epoch, __ATOMIC_SEQ_CST)) == seen)
+        os_wait_word(&pool->epoch, seen);
+    __atomic_sub_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    return epoch;
+}
+
+static void worker_main(void *arg)
+{
+    struct worker *worker = arg;
+    struct pool *pool = worker->pool;
+    uint32_t seen = 0;
+
+    float_mode_flush();
+    for (;;) {
+        seen = wait_for_job(pool, seen);
+        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return;
+        help(pool, worker->index, seen);
+    }
+}
+
+static void publish(struct pool *pool)
+{
+    __atomic_add_fetch(&pool->epoch, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST)) os_wake_word(&pool->epoch);
+}
+
+void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks)
+{
+    uint32_t epoch, left;
+    int parts = tasks < pool->threads ? tasks : pool->threads;
+
+    if (parts <= 1) {
+        if (tasks > 0) function(arg, 0, 0, tasks);
+        return;
+    }
+    pool->function = function;
+    pool->arg = arg;
+    pool->tasks = tasks;
+    pool->parts = parts;
+    epoch = __atomic_load_n(&pool->epoch, __ATOMIC_RELAXED) + 1;
+    __atomic_store_n(&pool->pending, (uint32_t)parts - 1, __ATOMIC_RELAXED);
+    for (int i = 1; i < parts; i++)
+        __atomic_store_n(&pool->workers[i].ticket, 2 * epoch, __ATOMIC_RELEASE);
+    publish(pool);
+
+    run_part(pool, 0);
+    help(pool, 0, epoch);
+    for (int i = 0; i < pool->spins; i++) {
+        if (__atomic_load_n(&pool->pending, __ATOMIC_ACQUIRE) == 0) return;
+        pause_cpu();
+    }
+    __atomic_store_n(&pool->caller_sleeps, 1, __ATOMIC_SEQ_CST);
+    while ((left = __atomic_load_n(&pool->pending, __ATOMIC_SEQ_CST)) != 0)
+        os_wait_word(&pool->pending, left);
+    __atomic_store_n(&pool->caller_sleeps, 0, __ATOMIC_RELAXED);
+}
+
+/* A pause takes from a few to 150 cycles. */
+static int count_spins(void)
+{
+    double start = os_clock(), seconds;
+
+    for (int i = 0; i < 500; i++) pause_cpu();
+    seconds = (os_clock() - start) / 500;
+    if (seconds < 1e-9) seconds = 1e-9;
+    return (int)(SPIN_SECONDS / seconds) + 1;
+}
+
+int pool_create(int threads, struct pool **result)
+{
+    size_t bytes = sizeof(struct pool) + (size_t)threads * sizeof(struct worker);
+    struct pool *pool = os_reserve(bytes);
+
+    *result = NULL;
+    if (!pool) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d threads", threads);
+    pool->bytes = bytes;
+    pool->threads = threads;
+    pool->spins = threads > os_cpu_count() ? 0 : count_spins();
+    for (int i = 1; i < threads; i++) {
+        struct worker *worker = &pool->workers[i];
+
+        worker->index = i;
+        worker->pool = pool;
+        if (os_thread_start(&worker->thread, worker_main, worker) != MOSHI_OK) {
+            worker->thread = NULL;
+            pool_destroy(pool);
+            return moshi_fail(MOSHI_ERROR_DEVICE, "thread %d of %d could not be started", i,
+                              threads);
+        }
+    }
+    *result = pool;
+    return MOSHI_OK;
+}
+
+void pool_destroy(struct pool *pool)
+{
+    if (!pool) return;
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    publish(pool);
+    for (int i = 1; i < pool->threads; i++)
+        if (pool->workers[i].thread) os_thread_join(pool->workers[i].thread);
+    os_release(pool, pool->bytes);
+}
+
+int pool_threads(const struct pool *pool)
+{
+    return pool->threads;
+}

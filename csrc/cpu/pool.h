@@ -1,0 +1,29 @@
+/* pool.h: the threads of one CPU backend.
+ *
+ * A job is a number of tasks, cut into at most one part per thread, always at the same places. Part
+ * i belongs to thread i, so that what a core has cached stays useful; a thread that is done takes
+ * over parts that nobody has begun, so that a worker which the system doesn't run holds up nobody.
+ * Between jobs a worker spins for some tens of microseconds, then sleeps. With more threads than
+ * cores nobody spins. */
+#ifndef MOSHI_CPU_POOL_H
+#define MOSHI_CPU_POOL_H
+
+struct pool;
+
+/* Tasks first..last-1, which are part `part` of the job; part < threads. */
+typedef void pool_function(void *arg, int part, int first, int last);
+
+/* threads counts the caller of parallel_for; 1 has no worker. */
+int pool_create(int threads, struct pool **pool);
+void pool_destroy(struct pool *pool); /* NULL is fine */
+int pool_threads(const struct pool *pool);
+
+/* Runs all tasks and returns when they are done. One caller at a time; not from inside a task. */
+void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks);
+
+/* Makes this thread treat numbers below the normal range as zero; returns what float_mode_restore
+ * takes. Workers always run so. */
+unsigned float_mode_flush(void);
+void float_mode_restore(unsigned mode);
+
+#endif

@@ -1,0 +1,289 @@
+/* product.c: rows of activations times a matrix, and the operations that are little else.
+ *
+ * The outputs are cut into units of a panel, and long calls into chunks of rows; a thread gets a
+ * run of (chunk, unit) pairs. K is never cut: each sum is made by one thread, in the order of the
+ * kernel. A block of sums stays in the first cache until finish() has dealt with it. */
+#include <assert.h>
+#include <string.h>
+
+#include "backend_cpu.h"
+
+#define BLOCK_ROWS 48
+#define BLOCK_OUTPUTS 64
+#define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
+
+struct block {
+    _Alignas(64) float sums[BLOCK_ROWS * BLOCK_STRIDE];
+};
+
+static int active(const struct product *p, int row)
+{
+    return !p->active || p->active[row / p->steps];
+}
+
+static const float *row_of(const struct product *p, int row)
+{
+    return p->a + (size_t)(row / p->steps) * p->row_stride +
+           (size_t)(row % p->steps) * p->step_stride;
+}
+
+/* Sums of outputs first..first+count-1 of `rows` rows; the first one at the returned address,
+ * rows BLOCK_STRIDE apart. */
+static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w, int first,
+                       int count, const float *const *rows, int n, struct block *block)
+{
+    if (w->packed) {
+        int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
+
+        kernels->panels((const float *)w->packed + (size_t)panel * (size_t)w->cols * PANEL,
+                        w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
+        return block->sums + first % PANEL;
+    }
+    kernels->dot[w->format]((const char *)w->data +
+                                (size_t)first * (size_t)w->cols * weight_bytes(w->format),
+                            w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
+    return block->sums;
+}
+
+static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
+{
+    const struct matrix *w = p->weight;
+    const float *rows[BLOCK_ROWS];
+    int index[BLOCK_ROWS], n = 0;
+    struct block block, other;
+
+    for (; row < row_end; row++) {
+        if (!active(p, row)) continue;
+        rows[n] = row_of(p, row);
+        index[n++] = row;
+    }
+    if (n == 0) return;
+    for (int o = first; o < end; o += BLOCK_OUTPUTS) {
+        int count = end - o < BLOCK_OUTPUTS ? end - o : BLOCK_OUTPUTS;
+        float *sums = multiply(p->cpu->kernels, w, o, count, rows, n, &block), *second = NULL;
+
+        if (p->halves == 2)
+            second = multiply(p->cpu->kernels, w, o + w->rows / 2, count, rows, n, &other);
+        for (int r = 0; r < n; r++)
+            p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
+                      second ? second + r * BLOCK_STRIDE : NULL);
+    }
+}
+
+static int units_of(const struct product *p)
+{
+    return (p->weight->rows / p->halves + PANEL - 1) / PANEL;
+}
+
+static void multiply_task(void *arg, int part, int first, int last)
+{
+    const struct product *p = arg;
+    int units = units_of(p), outputs = p->weight->rows / p->halves, rows = p->n * p->steps;
+
+    (void)part;
+    while (first < last) {
+        int chunk = first / units, unit = first % units;
+        int end = last - first < units - unit ? unit + last - first : units;
+        int row = chunk * BLOCK_ROWS;
+        int row_end = rows - row < BLOCK_ROWS ? rows : row + BLOCK_ROWS;
+
+        multiply_range(p, row, row_end, unit * PANEL,
+                       end * PANEL < outputs ? end * PANEL : outputs);
+        first += end - unit;
+    }
+}
+
+static void prepare_task(void *arg, int part, int first, int last)
+{
+    const struct product *p = arg;
+    int columns = p->weight->cols;
+    size_t stride = padded(columns);
+
+    (void)part;
+    for (int row = first; row < last; row++) {
+        const float *x = row_of(p, row);
+        float *y = p->cpu->activations + (size_t)row * stride;
+
+        if (!active(p, row)) continue;
+        if (p->norm) {
+            norm_row(p->cpu, p->norm, x, columns, y);
+            x = y;
+        }
+        if (!p->weight->packed) p->cpu->kernels->arrange[p->weight->format](x, columns, y);
+    }
+}
+
+void product_run(struct cpu_backend *cpu, struct product *p)
+{
+    int rows = p->n * p->steps, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    size_t stride = padded(p->weight->cols);
+    double work = (double)rows * p->weight->cols;
+
+    p->cpu = cpu;
+    if (p->halves == 0) p->halves = 1;
+    if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
+    if (p->norm || !p->weight->packed) {
+        if ((size_t)rows * stride > cpu->activation_floats) {
+            backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
+                         "a product of %d rows and %d columns exceeds the reserved scratch", rows,
+                         p->weight->cols);
+            return;
+        }
+        cpu_parallel(cpu, prepare_task, p, rows, rows > 1 ? work : 0);
+        p->a = cpu->activations;
+        p->step_stride = stride;
+        p->row_stride = stride * (size_t)p->steps;
+        p->norm = NULL;
+    }
+    cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work * p->weight->rows);
+}
+
+struct add_op {
+    float *y;
+};
+
+static void finish_add(const struct product *p, int row, int first, int count, float *sums,
+                       const float *other)
+{
+    const struct add_op *op = p->op;
+
+    (void)row, (void)other;
+    p->cpu->kernels->add(sums, (size_t)count, op->y + first);
+}
+
+void product_add(struct cpu_backend *cpu, const struct matrix *weight, const float *x, float *y)
+{
+    struct add_op op = {y};
+    struct product p = {.weight = weight, .n = 1, .steps = 1, .a = x, .finish = finish_add,
+                        .op = &op};
+
+    product_run(cpu, &p);
+}
+
+/* ---- linear ----------------------------------------------------------------------------- */
+
+static void finish_linear(const struct product *p, int row, int first, int count, float *sums,
+                          const float *other)
+{
+    const struct op_linear *op = p->op;
+    const struct cpu_kernels *kernels = p->cpu->kernels;
+    int stride = op->y_stride ? op->y_stride : op->weight.rows;
+    float *y = op->y + (size_t)row * (size_t)stride + first;
+
+    (void)other;
+    if (op->bias) kernels->add(op->bias + first, (size_t)count, sums);
+    if (op->activation == ACTIVATION_GELU)
+        kernels->gelu(sums, (size_t)count, y);
+    else
+        memcpy(y, sums, (size_t)count * sizeof *y);
+}
+
+void cpu_linear(struct backend *backend, const struct op_linear *op)
+{
+    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->x,
+                        .row_stride = (size_t)op->weight.cols, .norm = &op->norm,
+                        .finish = finish_linear, .op = op};
+
+    product_run(cpu_backend(backend), &p);
+}
+
+static void finish_residual(const struct product *p, int row, int first, int count, float *sums,
+                            const float *other)
+{
+    const struct op_linear_residual *op = p->op;
+    float *x = op->x + (size_t)row * (size_t)op->weight.rows + first;
+
+    (void)other;
+    if (op->scale)
+        p->cpu->kernels->add_scaled(sums, op->scale + first, (size_t)count, x);
+    else
+        p->cpu->kernels->add(sums, (size_t)count, x);
+}
+
+void cpu_linear_residual(struct backend *backend, const struct op_linear_residual *op)
+{
+    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->u,
+                        .row_stride = (size_t)op->weight.cols, .finish = finish_residual,
+                        .op = op};
+
+    product_run(cpu_backend(backend), &p);
+}
+
+static void finish_gated(const struct product *p, int row, int first, int count, float *sums,
+                         const float *other)
+{
+    const struct op_linear_gated *op = p->op;
+
+    p->cpu->kernels->gate(sums, other, (size_t)count,
+                          op->y + (size_t)row * (size_t)(op->weight.rows / 2) + first);
+}
+
+void cpu_linear_gated(struct backend *backend, const struct op_linear_gated *op)
+{
+    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->x,
+                        .row_stride = (size_t)op->weight.cols, .norm = &op->norm, .halves = 2,
+                        .finish = finish_gated, .op = op};
+
+    assert(op->weight.rows % 2 == 0);
+    product_run(cpu_backend(backend), &p);
+}
+
+/* ---- queries, keys, values -------------------------------------------------------------- */
+
+/* Pairs first/2.. of one head, turned by the angles of one row: (a, b) -> (a cos - b sin,
+ * a sin + b cos). */
+static void rotate(float *x, int first, int count, const float *cos_sin)
+{
+    for (int i = 0; i < count; i += 2) {
+        float c = cos_sin[first + i], s = cos_sin[first + i + 1], a = x[i], b = x[i + 1];
+
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
+    }
+}
+
+static void finish_qkv(const struct product *p, int row, int first, int count, float *sums,
+                       const float *other)
+{
+    const struct op_qkv *op = p->op;
+    const struct kv_cache *cache = op->cache;
+    int dim = cache->head_dim, lane = op->rows.lane[row / op->steps];
+    int queries = op->heads * dim, keys = cache->kv_heads * dim;
+    int64_t position = (int64_t)op->position[lane] + row % op->steps;
+
+    (void)other;
+    while (count > 0) {
+        int from = first % dim, n = dim - from < count ? dim - from : count;
+        int is_value = first >= queries + keys;
+
+        if (op->cos_sin && !is_value)
+            rotate(sums, from, n, op->cos_sin + (size_t)row * (size_t)dim);
+        if (first < queries) {
+            memcpy(op->q + (size_t)row * (size_t)queries + first, sums, (size_t)n * sizeof *sums);
+        } else {
+            int head = (first - queries - is_value * keys) / dim;
+            char *to = kv_address(cache, lane, op->layer, is_value, head, position);
+
+            if (cache->dtype == MOSHI_BF16)
+                for (int i = 0; i < n; i++) ((uint16_t *)to)[from + i] = f32_to_bf16(sums[i]);
+            else
+                memcpy((float *)to + from, sums, (size_t)n * sizeof *sums);
+        }
+        first += n;
+        sums += n;
+        count -= n;
+    }
+}
+
+void cpu_qkv(struct backend *backend, const struct op_qkv *op)
+{
+    size_t width = (size_t)op->weight.cols;
+    struct product p = {.weight = &op->weight, .n = op->rows.n, .steps = op->steps,
+                        .active = op->rows.active, .a = op->x,
+                        .row_stride = width * (size_t)op->steps, .step_stride = width,
+                        .norm = &op->norm, .finish = finish_qkv, .op = op};
+
+    assert(op->weight.rows == (op->heads + 2 * op->cache->kv_heads) * op->cache->head_dim);
+    assert(!op->cos_sin || op->cache->head_dim % 2 == 0);
+    product_run(cpu_backend(backend), &p);
+}

@@ -1,0 +1,183 @@
+/* depth.c: binding and forward pass of the depth transformer. */
+#include "depth.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+void load_embedding(struct weight_loader *loader, const char *prefix, int vocabulary, int width,
+                    int rank, int norm, struct embedding *embedding)
+{
+    memset(embedding, 0, sizeof *embedding);
+    weights_table(loader, weights_need(loader, "%s.weight", prefix), vocabulary,
+                  rank ? rank : width, &embedding->table);
+    if (rank)
+        weights_matrix(loader, weights_need(loader, "%s.low_rank.weight", prefix), width, rank,
+                       &embedding->low_rank);
+    if (norm) {
+        char name[200];
+        snprintf(name, sizeof name, "%s.norm", prefix);
+        transformer_load_norm(loader, NORM_LAYER, 1e-5f, rank ? rank : width, name, &embedding->norm);
+    }
+}
+
+int depth_load(struct depth *depth, const struct lm_config *config, struct weight_loader *loader)
+{
+    memset(depth, 0, sizeof *depth);
+    depth->config = config;
+    const int dim = config->depth.dim, rank = config->depth_low_rank;
+    const int inputs = config->depth_multi_linear ? config->depth.weight_sets : 1;
+    char name[160];
+    for (int i = 0; i < inputs; ++i)
+        weights_matrix(loader, weights_need(loader, "depformer_in.%d.weight", i), dim,
+                       config->temporal.dim, &depth->input[i]);
+    load_embedding(loader, "depformer_text_emb", config->text_card + 1, dim, rank,
+                   config->norm_emb, &depth->text_embedding);
+    for (int k = 0; k + 1 < config->dep_q; ++k) {
+        snprintf(name, sizeof name, "depformer_emb.%d", k);
+        load_embedding(loader, name, config->card + 1, dim, rank, config->norm_emb,
+                       &depth->embedding[k]);
+    }
+    for (int k = 0; k < config->dep_q; ++k) {
+        snprintf(name, sizeof name, "depformer_norms.%d", k);
+        transformer_load_norm(loader, config->depth_norm, config->depth_norm_eps, dim, name,
+                              &depth->norm[k]);
+        weights_matrix(loader, weights_need(loader, "linears.%d.weight", k), config->card, dim,
+                       &depth->head[k]);
+        if (config->bias_proj)
+            depth->head_bias[k] =
+                weights_vector(loader, weights_need(loader, "linears.%d.bias", k), config->card);
+    }
+    transformer_load(&depth->stack, &config->depth, loader, "depformer", "depth");
+    return loader->status;
+}
+
+void depth_free(struct depth *depth)
+{
+    transformer_free(&depth->stack);
+}
+
+int depth_work_create(struct depth_work *work, const struct depth *depth, struct backend *backend,
+                      int lanes)
+{
+    memset(work, 0, sizeof *work);
+    const struct lm_config *config = depth->config;
+    const struct transformer_config *stack = &config->depth;
+    const struct backend_ops *ops = backend->ops;
+    work->backend = backend;
+    work->lanes = lanes;
+    const int head_dim = stack->dim / stack->heads, dep_q = config->dep_q;
+    work->cache = (struct kv_cache){.pages_per_lane = 1,
+                                    .page_positions = dep_q,
+                                    .layers = stack->layers,
+                                    .kv_heads = stack->kv_heads,
+                                    .head_dim = head_dim,
+                                    .dtype = MOSHI_F32};
+    work->cache.page_bytes = sizeof(float) * 2 * (size_t)stack->layers * (size_t)stack->kv_heads *
+                             (size_t)head_dim * (size_t)dep_q;
+    const size_t n = (size_t)lanes;
+    work->cache_bytes = n * work->cache.page_bytes;
+    work->table_bytes = n * sizeof(int32_t);
+    work->position_bytes = n * (size_t)dep_q * sizeof(int32_t);
+    work->row_bytes = n * (size_t)stack->dim * sizeof(float);
+    work->hidden_bytes = n * (size_t)stack->feedforward * sizeof(float);
+    work->cache.pages = ops->allocate(backend, work->cache_bytes);
+    work->table = ops->allocate(backend, work->table_bytes);
+    work->positions = ops->allocate(backend, work->position_bytes);
+    work->x = ops->allocate(backend, work->row_bytes);
+    work->query = ops->allocate(backend, work->row_bytes);
+    work->attended = ops->allocate(backend, work->row_bytes);
+    work->hidden = ops->allocate(backend, work->hidden_bytes);
+    int32_t *numbers = malloc(n * (size_t)(dep_q + 1) * sizeof *numbers);
+    if (!work->cache.pages || !work->table || !work->positions || !work->x || !work->query ||
+        !work->attended || !work->hidden || !numbers) {
+        free(numbers);
+        depth_work_destroy(work);
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the depth pass of %d rows", lanes);
+    }
+    for (size_t i = 0; i < n; ++i) numbers[i] = (int32_t)i;
+    ops->upload(backend, work->table, numbers, work->table_bytes);
+    for (size_t k = 0; k < (size_t)dep_q; ++k)
+        for (size_t i = 0; i < n; ++i) numbers[k * n + i] = (int32_t)k;
+    ops->upload(backend, work->positions, numbers, work->position_bytes);
+    free(numbers);
+    work->cache.table = work->table;
+    return MOSHI_OK;
+}
+
+void depth_work_destroy(struct depth_work *work)
+{
+    if (!work->backend) return;
+    struct {
+        void *memory;
+        size_t bytes;
+    } const blocks[] = {
+        {work->cache.pages, work->cache_bytes}, {work->table, work->table_bytes},
+        {work->positions, work->position_bytes}, {work->x, work->row_bytes},
+        {work->query, work->row_bytes},         {work->attended, work->row_bytes},
+        {work->hidden, work->hidden_bytes}};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; ++i)
+        if (blocks[i].memory)
+            work->backend->ops->release(work->backend, blocks[i].memory, blocks[i].bytes);
+    memset(work, 0, sizeof *work);
+}
+
+void depth_forward(const struct depth *depth, struct depth_work *work, const struct depth_run *run)
+{
+    struct backend *backend = work->backend;
+    const struct backend_ops *ops = backend->ops;
+    const struct lm_config *config = depth->config;
+    const int n = run->rows.n;
+    for (int k = 0; k < config->dep_q; ++k) {
+        const int set = config->depth_schedule[k];
+        float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
+        ops->linear(backend,
+                    &(struct op_linear){.name = "depth.input",
+                                        .n = n,
+                                        .x = run->z,
+                                        .weight = depth->input[config->depth_multi_linear ? set : 0],
+                                        .y = work->x});
+        ops->embed(backend,
+                   &(struct op_embed){.name = "depth.embedding",
+                                      .rows = run->rows,
+                                      .n_streams = 1,
+                                      .token_stride = k == 0 ? 1 : config->dep_q,
+                                      .tokens = k == 0 ? run->text : run->audio + (k - 1),
+                                      .tables = k == 0 ? &depth->text_embedding
+                                                       : &depth->embedding[k - 1],
+                                      .accumulate = 1,
+                                      .y = work->x});
+        transformer_forward(
+            &depth->stack, backend,
+            &(struct transformer_run){.rows = run->rows,
+                                      .steps = 1,
+                                      .weight_set = set,
+                                      .context = config->dep_q,
+                                      .capacity = config->dep_q,
+                                      .x = work->x,
+                                      .position = work->positions + (size_t)k * (size_t)work->lanes,
+                                      .cache = &work->cache,
+                                      .query = work->query,
+                                      .attended = work->attended,
+                                      .hidden = work->hidden});
+        ops->linear(backend, &(struct op_linear){.name = "depth.head",
+                                                 .n = n,
+                                                 .x = work->x,
+                                                 .norm = depth->norm[k],
+                                                 .weight = depth->head[k],
+                                                 .bias = depth->head_bias[k],
+                                                 .y = logits});
+        ops->sample(backend, &(struct op_sample){.name = "depth.sample",
+                                                 .rows = run->slots,
+                                                 .stream = 1 + k,
+                                                 .card = config->card,
+                                                 .logits = logits,
+                                                 .null_row = run->null_row,
+                                                 .params = run->params,
+                                                 .offset = run->offset,
+                                                 .token = run->audio + k,
+                                                 .token_stride = config->dep_q});
+    }
+}

@@ -1,0 +1,403 @@
+/* engine.c: creation of an engine, its thread, and the tick. */
+#include "engine.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+static void engine_loop(void *arg)
+{
+    struct moshi_engine *engine = arg;
+    os_mutex_lock(engine->lock);
+    while (!engine->stop) {
+        if (engine->pending == 0) {
+            os_condition_wait(engine->submitted, engine->lock);
+            continue;
+        }
+        int n = 0;
+        for (int slot = 0; slot < engine->max_sessions; ++slot) {
+            struct moshi_session *session = engine->slots[slot];
+            if (session && session->phase == SESSION_SUBMITTED) {
+                session->phase = SESSION_RUNNING;
+                engine->batch[n++] = session;
+            }
+        }
+        engine->pending = 0;
+        os_mutex_unlock(engine->lock);
+        os_mutex_lock(engine->model->backend_lock);
+        engine_tick(engine, engine->batch, n);
+        os_mutex_unlock(engine->model->backend_lock);
+        os_mutex_lock(engine->lock);
+        for (int i = 0; i < n; ++i) engine->batch[i]->phase = SESSION_DONE;
+        os_condition_wake_all(engine->done);
+    }
+    /* Nobody waits for ever: what was submitted too late ends with a reason. */
+    for (int slot = 0; slot < engine->max_sessions; ++slot) {
+        struct moshi_session *session = engine->slots[slot];
+        if (session && session->phase == SESSION_SUBMITTED) {
+            session->status = moshi_fail(MOSHI_ERROR_SESSION, "the engine was closed during a step");
+            snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+            session->phase = SESSION_DONE;
+        }
+    }
+    os_condition_wake_all(engine->done);
+    os_mutex_unlock(engine->lock);
+}
+
+static int create_state(struct moshi_engine *engine, const struct moshi_engine_options *options)
+{
+    struct moshi_model *model = engine->model;
+    struct backend *backend = engine->backend;
+    const struct moshi_model_info *info = &model->info;
+    const int slots = engine->max_sessions;
+    int status = MOSHI_OK;
+    if (info->has_lm) {
+        int context = options->context ? options->context : info->context;
+        enum moshi_dtype kv_dtype = options->kv_dtype;
+        if (kv_dtype == MOSHI_AUTO)
+            kv_dtype = model->lm.text_head.format == WEIGHT_F32 ? MOSHI_F32 : MOSHI_BF16;
+        status = lm_state_create(&engine->lm, &model->lm, backend, slots, context, kv_dtype);
+    }
+    if (!status && info->has_mimi && info->has_lm)
+        status = mimi_state_create(&engine->mimi, &model->mimi, backend, slots, 1, 0);
+    if (status) return status;
+
+    const size_t n = (size_t)slots, codes = n * MOSHI_MAX_CODEBOOKS;
+    engine->slots = calloc(n, sizeof *engine->slots);
+    engine->batch = calloc(n, sizeof *engine->batch);
+    engine->subset = calloc(n, sizeof *engine->subset);
+    engine->row_slots = calloc(n, sizeof *engine->row_slots);
+    engine->guided = calloc(n, sizeof *engine->guided);
+    engine->user = calloc(codes, sizeof *engine->user);
+    engine->codes = calloc(codes, sizeof *engine->codes);
+    engine->output = calloc(n * (MOSHI_MAX_CODEBOOKS + 1), sizeof *engine->output);
+    engine->row_lane = backend->ops->allocate(backend, n * 4);
+    engine->row_active = backend->ops->allocate(backend, n);
+    engine->pcm = backend->ops->allocate(backend, n * (size_t)engine->frame_size * 4);
+    engine->device_codes = backend->ops->allocate(backend, codes * 4);
+    engine->lock = os_mutex_create();
+    engine->submitted = os_condition_create();
+    engine->done = os_condition_create();
+    if (!engine->slots || !engine->batch || !engine->subset || !engine->row_slots ||
+        !engine->guided || !engine->user || !engine->codes || !engine->output ||
+        !engine->row_lane || !engine->row_active || !engine->pcm || !engine->device_codes ||
+        !engine->lock || !engine->submitted || !engine->done)
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine of %d sessions", slots);
+    backend->ops->clear(backend, engine->row_active, 1, n);
+    return os_thread_start(&engine->thread, engine_loop, engine);
+}
+
+int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_options *options,
+                        struct moshi_engine **result)
+{
+    *result = NULL;
+    const struct moshi_engine_options none = {0};
+    if (!options) options = &none;
+    int slots = options->max_sessions ? options->max_sessions : 8;
+    if (slots < 1 || slots > 4096)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "max_sessions is %d, expected 1 to 4096", slots);
+    if (options->context < 0 || options->context > 1 << 20)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "context is %d, expected 1 to %d frames",
+                          options->context, 1 << 20);
+    if (options->kv_dtype != MOSHI_AUTO && options->kv_dtype != MOSHI_F32 &&
+        options->kv_dtype != MOSHI_BF16)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "kv_dtype is %s, expected auto, f32 or bf16",
+                          moshi_dtype_name(options->kv_dtype));
+    struct moshi_engine *engine = calloc(1, sizeof *engine);
+    if (!engine) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine");
+    engine->model = model;
+    engine->backend = model->backend;
+    engine->max_sessions = slots;
+    engine->frame_size = model->info.frame_size;
+    engine->user_q = model->info.user_q;
+    engine->dep_q = model->info.dep_q;
+    engine->decode_q = engine->dep_q;
+    if (model->info.has_mimi && engine->decode_q > model->mimi.config.n_q)
+        engine->decode_q = model->mimi.config.n_q;
+    os_mutex_lock(model->backend_lock);
+    int status = create_state(engine, options);
+    os_mutex_unlock(model->backend_lock);
+    if (status) {
+        moshi_engine_destroy(engine);
+        return status;
+    }
+    *result = engine;
+    return MOSHI_OK;
+}
+
+void moshi_engine_destroy(struct moshi_engine *engine)
+{
+    if (!engine) return;
+    if (engine->thread) {
+        os_mutex_lock(engine->lock);
+        engine->stop = 1;
+        os_condition_wake_all(engine->submitted);
+        os_mutex_unlock(engine->lock);
+        os_thread_join(engine->thread);
+    }
+    for (int slot = 0; engine->slots && slot < engine->max_sessions; ++slot)
+        if (engine->slots[slot]) engine->slots[slot]->engine = NULL;
+    lm_state_destroy(&engine->lm);
+    mimi_state_destroy(&engine->mimi);
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t n = (size_t)engine->max_sessions;
+    if (engine->row_lane) ops->release(engine->backend, engine->row_lane, n * 4);
+    if (engine->row_active) ops->release(engine->backend, engine->row_active, n);
+    if (engine->pcm)
+        ops->release(engine->backend, engine->pcm, n * (size_t)engine->frame_size * 4);
+    if (engine->device_codes)
+        ops->release(engine->backend, engine->device_codes, n * MOSHI_MAX_CODEBOOKS * 4);
+    free(engine->slots);
+    free(engine->batch);
+    free(engine->subset);
+    free(engine->row_slots);
+    free(engine->guided);
+    free(engine->user);
+    free(engine->codes);
+    free(engine->output);
+    os_mutex_destroy(engine->lock);
+    os_condition_destroy(engine->submitted);
+    os_condition_destroy(engine->done);
+    free(engine);
+}
+
+int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory)
+{
+    memset(memory, 0, sizeof *memory);
+    memory->weights_bytes = engine->model->info.weight_bytes;
+    memory->free_bytes = os_memory_free();
+    if (engine->lm.backend) {
+        memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
+        memory->session_used_bytes =
+            (int64_t)kv_pages_used(&engine->lm.kv) * (int64_t)engine->lm.kv.cache.page_bytes;
+    }
+    if (engine->mimi.backend) {
+        const struct mimi_state *mimi = &engine->mimi;
+        memory->session_bytes += (int64_t)mimi_state_lane_bytes(mimi);
+        memory->session_used_bytes +=
+            (int64_t)(kv_pages_used(&mimi->encoder_kv) + kv_pages_used(&mimi->decoder_kv)) *
+            (int64_t)mimi->encoder_kv.cache.page_bytes;
+    }
+    return MOSHI_OK;
+}
+
+int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_engine_stats *stats)
+{
+    os_mutex_lock(engine->lock);
+    *stats = engine->stats;
+    os_mutex_unlock(engine->lock);
+    return MOSHI_OK;
+}
+
+/* ---- the tick --------------------------------------------------------------------------- */
+
+struct codec_pass {
+    struct moshi_engine *engine;
+    int n;
+};
+
+static struct rows codec_rows(const struct codec_pass *pass)
+{
+    return (struct rows){
+        .n = pass->n, .lane = pass->engine->row_lane, .active = pass->engine->row_active};
+}
+
+static void encode_stage(struct backend *backend, void *arg)
+{
+    const struct codec_pass *pass = arg;
+    struct moshi_engine *engine = pass->engine;
+    (void)backend;
+    mimi_encode(&engine->mimi, codec_rows(pass), 1, engine->pcm, engine->user_q,
+                engine->device_codes);
+}
+
+static void decode_stage(struct backend *backend, void *arg)
+{
+    const struct codec_pass *pass = arg;
+    struct moshi_engine *engine = pass->engine;
+    (void)backend;
+    mimi_decode(&engine->mimi, codec_rows(pass), 1, engine->device_codes, engine->decode_q,
+                engine->pcm);
+}
+
+/* Encodes the frames of the sessions that gave samples; codes go to session->user_codes. */
+static int encode(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t frame_bytes = (size_t)engine->frame_size * sizeof(float);
+    int rows = 0, status = MOSHI_OK;
+    for (int i = 0; i < n && !status; ++i) {
+        if (!batch[i]->has_pcm) continue;
+        int32_t slot = batch[i]->slot;
+        ops->upload(engine->backend, engine->row_lane + rows, &slot, sizeof slot);
+        ops->upload(engine->backend, engine->pcm + (size_t)rows * (size_t)engine->frame_size,
+                    batch[i]->pcm, frame_bytes);
+        status = mimi_encode_grow(&engine->mimi, slot, 1);
+        engine->subset[rows++] = batch[i];
+    }
+    if (status || rows == 0) return status;
+    status = ops->run(engine->backend, 0, encode_stage, &(struct codec_pass){engine, rows});
+    if (status) return status;
+    const size_t codes = (size_t)engine->user_q;
+    ops->download(engine->backend, engine->codes, engine->device_codes,
+                  (size_t)rows * codes * sizeof(int32_t));
+    for (int i = 0; i < rows; ++i) {
+        struct moshi_session *session = engine->subset[i];
+        memcpy(session->user_codes, engine->codes + (size_t)i * codes, codes * sizeof(int32_t));
+        /* The first frame's codes fall into the slot the model never sees; clearing the codec lets
+         * the next frame start with the padding that a first frame has. */
+        if (session->index == 0 && session->options.start == MOSHI_START_LIVE)
+            mimi_state_reset(&engine->mimi, session->slot);
+    }
+    return MOSHI_OK;
+}
+
+static void upload_params(struct moshi_engine *engine, struct moshi_session *session)
+{
+    struct slot_params *params = &session->params;
+    params->forced_text = session->next_text;
+    if (params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
+        params->forced_text = session->forced[session->forced_first];
+    memcpy(params->forced_audio, session->next_audio, sizeof params->forced_audio);
+    engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot, params,
+                                 sizeof *params);
+}
+
+/* One step of the language model; the output tokens of row i land in engine->output. */
+static int language_step(struct moshi_engine *engine, struct moshi_session **batch, int n,
+                         double *temporal_s, double *depth_s)
+{
+    for (int i = 0; i < n; ++i) {
+        engine->row_slots[i] = batch[i]->slot;
+        engine->guided[i] = batch[i]->params.cfg_coef != 1.0f;
+        memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
+               (size_t)engine->user_q * sizeof(int32_t));
+        upload_params(engine, batch[i]);
+    }
+    const struct lm_step step = {
+        .n = n, .slots = engine->row_slots, .guided = engine->guided, .user = engine->user};
+    double start = os_clock();
+    int status = lm_step_prepare(&engine->lm, &step);
+    if (!status) status = lm_step_temporal(&engine->lm, &step);
+    double middle = os_clock();
+    if (!status) status = lm_step_depth(&engine->lm, &step);
+    *temporal_s += middle - start;
+    *depth_s += os_clock() - middle;
+    if (!status)
+        engine->backend->ops->download(engine->backend, engine->output, engine->lm.output,
+                                       (size_t)n * (size_t)(1 + engine->dep_q) * sizeof(int32_t));
+    return status;
+}
+
+static void keep_logits(struct moshi_engine *engine, struct moshi_session *session, int row, int rows)
+{
+    const struct moshi_model_info *info = &engine->model->info;
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t text = (size_t)info->text_card, card = (size_t)info->card;
+    ops->download(engine->backend, session->logits,
+                  engine->lm.text_logits + (size_t)row * text, text * sizeof(float));
+    for (size_t k = 0; k < (size_t)engine->dep_q; ++k)
+        ops->download(engine->backend, session->logits + text + k * card,
+                      engine->lm.audio_logits + (k * (size_t)rows + (size_t)row) * card,
+                      card * sizeof(float));
+    session->has_logits = 1;
+}
+
+static void fill_frame(struct moshi_engine *engine, struct moshi_session *session, int row)
+{
+    const struct moshi_model_info *info = &engine->model->info;
+    struct moshi_frame *frame = session->frame;
+    const int32_t *output = engine->output + (size_t)row * (size_t)(1 + engine->dep_q);
+    frame->index = session->index;
+    frame->n_user_codes = engine->user_q;
+    memcpy(frame->user_codes, session->user_codes, (size_t)engine->user_q * sizeof(int32_t));
+    frame->has_output = output[0] != TOKEN_NONE;
+    frame->text_token = frame->has_output ? output[0] : -1;
+    frame->n_codes = frame->has_output ? engine->dep_q : 0;
+    memcpy(frame->codes, output + 1, (size_t)frame->n_codes * sizeof(int32_t));
+    frame->n_heads = info->heads;
+    for (int h = 0; h < info->heads; ++h)
+        engine->backend->ops->download(engine->backend, frame->heads[h],
+                                       engine->lm.heads + (row * info->heads + h) * info->head_dim,
+                                       (size_t)info->head_dim * sizeof(float));
+}
+
+/* Decodes the frames of the sessions that have output and want sound. */
+static int decode(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t frame_bytes = (size_t)engine->frame_size * sizeof(float);
+    int rows = 0, status = MOSHI_OK;
+    for (int i = 0; i < n && !status; ++i) {
+        struct moshi_frame *frame = batch[i]->frame;
+        if (!frame->pcm) continue;
+        if (frame->n_codes == 0 || !engine->mimi.backend) {
+            memset(frame->pcm, 0, frame_bytes);
+            continue;
+        }
+        int32_t slot = batch[i]->slot;
+        ops->upload(engine->backend, engine->row_lane + rows, &slot, sizeof slot);
+        ops->upload(engine->backend, engine->device_codes + (size_t)rows * (size_t)engine->decode_q,
+                    frame->codes, (size_t)engine->decode_q * sizeof(int32_t));
+        status = mimi_decode_grow(&engine->mimi, slot, 1);
+        engine->subset[rows++] = batch[i];
+    }
+    if (status || rows == 0) return status;
+    status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows});
+    for (int i = 0; i < rows && !status; ++i)
+        ops->download(engine->backend, engine->subset[i]->frame->pcm,
+                      engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
+    return status;
+}
+
+void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    double start = os_clock(), temporal_s = 0, depth_s = 0;
+    int status = encode(engine, batch, n);
+    double encoded = os_clock();
+
+    /* An offline start steps its first frame twice: the first time fills the slot never seen. */
+    int twice = 0;
+    for (int i = 0; i < n; ++i)
+        if (batch[i]->index == 0 && batch[i]->options.start == MOSHI_START_OFFLINE)
+            engine->subset[twice++] = batch[i];
+    if (!status && twice)
+        status = language_step(engine, engine->subset, twice, &temporal_s, &depth_s);
+    if (!status) status = language_step(engine, batch, n, &temporal_s, &depth_s);
+    int rows = n;
+    for (int i = 0; i < n; ++i) rows += engine->guided[i] != 0;
+    for (int i = 0; i < n && !status; ++i) {
+        fill_frame(engine, batch[i], i);
+        if (batch[i]->logits) keep_logits(engine, batch[i], i, rows);
+    }
+    double stepped = os_clock();
+    if (!status) status = decode(engine, batch, n);
+    double end = os_clock();
+
+    for (int i = 0; i < n; ++i) {
+        struct moshi_session *session = batch[i];
+        session->status = status;
+        if (status) {
+            session->dead = 1;
+            snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+            continue;
+        }
+        ++session->index;
+        if (session->next_text == TOKEN_FREE && session->forced_first < session->forced_end)
+            ++session->forced_first;
+        session->next_text = TOKEN_FREE;
+        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+        session->frame->step_s = end - session->submitted_s;
+    }
+    os_mutex_lock(engine->lock);
+    ++engine->stats.ticks;
+    engine->stats.frames += n;
+    engine->stats.encode_s += encoded - start;
+    engine->stats.temporal_s += temporal_s;
+    engine->stats.depth_s += depth_s;
+    engine->stats.decode_s += end - stepped;
+    engine->stats.other_s += (stepped - encoded) - temporal_s - depth_s;
+    os_mutex_unlock(engine->lock);
+}

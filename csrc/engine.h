@@ -1,0 +1,69 @@
+/* engine.h: what the sessions of a model share, and the tick.
+ *
+ * A step is a submit and a wait. One thread of the engine runs ticks: it takes every session that
+ * has submitted, and steps them together: encode, language model, decode. A session's slot is its
+ * row of all state tables. Device work happens only under the model's backend_lock; the list of
+ * submissions is guarded by `lock`. */
+#ifndef MOSHI_ENGINE_H
+#define MOSHI_ENGINE_H
+
+#include "model.h"
+
+enum session_phase { SESSION_IDLE, SESSION_SUBMITTED, SESSION_RUNNING, SESSION_DONE };
+
+struct moshi_session {
+    struct moshi_engine *engine;
+    int slot;
+    struct moshi_session_options options; /* the pointers in it are not kept */
+    struct slot_params params;
+    float *condition; /* [2][D]: conditional and null sums; NULL without conditions */
+    int64_t index;    /* frames stepped */
+    uint32_t busy;    /* atomic: a caller is between submit and wait */
+    int dead;         /* a backend error ended this session */
+    /* the frame in flight, written by the caller, read by the tick */
+    enum session_phase phase; /* under engine->lock */
+    int has_pcm;
+    float *pcm; /* [frame_size] */
+    int32_t user_codes[MOSHI_MAX_CODEBOOKS];
+    struct moshi_frame *frame;
+    double submitted_s;
+    int status;
+    char sentence[512];
+    /* policy */
+    int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
+    int forced_first, forced_end, forced_capacity;
+    int32_t next_text, next_audio[MOSHI_MAX_CODEBOOKS]; /* teacher forcing, TOKEN_FREE if not */
+    float *logits; /* [text_card + dep_q * card], with keep_logits */
+    int has_logits;
+};
+
+struct moshi_engine {
+    struct moshi_model *model;
+    struct backend *backend;
+    int max_sessions;
+    struct lm_state lm;
+    struct mimi_state mimi; /* only with a codec */
+    struct moshi_session **slots; /* [max_sessions], NULL: free; under lock */
+    int frame_size, user_q, dep_q, decode_q;
+
+    struct os_mutex *lock;
+    struct os_condition *submitted, *done;
+    struct os_thread *thread;
+    int stop, pending;
+    struct moshi_engine_stats stats; /* under lock */
+
+    /* one tick; host arrays of max_sessions rows, then device arrays */
+    struct moshi_session **batch, **subset;
+    int32_t *row_slots, *user, *codes, *output;
+    uint8_t *guided;
+    float *pcm_host;
+    int32_t *row_lane;   /* device, rows of a codec pass */
+    uint8_t *row_active; /* device, all ones */
+    float *pcm;          /* device, [rows][frame_size] */
+    int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
+};
+
+/* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
+void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);
+
+#endif

@@ -1,0 +1,489 @@
+/* lm.c: binding, state and the step of the language model. */
+#include "lm.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+/* ---- binding ---------------------------------------------------------------------------- */
+
+static float *host_copy(struct weight_loader *loader, struct tensor *tensor, int64_t elements)
+{
+    if (loader->status || !tensor) return NULL;
+    float *values = malloc((size_t)elements * sizeof *values);
+    if (!values) {
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
+        return NULL;
+    }
+    for (int64_t i = 0; i < elements; ++i) values[i] = tensor_element(tensor, i);
+    return values;
+}
+
+static void load_condition(struct lm *lm, struct weight_loader *loader, int i)
+{
+    const struct condition_config *config = &lm->config.conditions[i];
+    struct lm_condition *condition = &lm->conditions[i];
+    if (config->kind != CONDITION_LUT || !config->summed) {
+        if (!loader->status)
+            loader->status = moshi_fail(
+                MOSHI_ERROR_CHECKPOINT,
+                "condition %s is %s, expected a summed table: cross-attention models (TTS) are not "
+                "part of this build",
+                config->name, config->kind == CONDITION_LUT ? "cross-attended" : "a tensor");
+        return;
+    }
+    const int width = lm->config.temporal.dim;
+    const char *base = "condition_provider.conditioners";
+    int64_t table[2] = {config->bins + 1, config->dim}, projection[2] = {width, config->dim};
+    struct tensor *tensor = weights_need(loader, "%s.%s.embed.weight", base, config->name);
+    if (!weights_check(loader, tensor, 2, table))
+        condition->embedding = host_copy(loader, tensor, table[0] * table[1]);
+    tensor = weights_need(loader, "%s.%s.output_proj.weight", base, config->name);
+    if (!weights_check(loader, tensor, 2, projection))
+        condition->projection = host_copy(loader, tensor, projection[0] * projection[1]);
+    tensor = weights_need(loader, "%s.%s.learnt_padding", base, config->name);
+    int64_t padding[3] = {1, 1, width};
+    if (!weights_check(loader, tensor, 3, padding))
+        condition->padding = host_copy(loader, tensor, width);
+}
+
+int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader *loader)
+{
+    memset(lm, 0, sizeof *lm);
+    lm->config = *config;
+    config = &lm->config;
+    const char *unsupported = config->quantized             ? "\"quantize\" (int8 weights)"
+                              : config->demux_second_stream ? "\"demux_second_stream\" (TTS)"
+                              : config->cross_attention     ? "\"cross_attention\" (TTS)"
+                              : config->lora_name[0]        ? "\"lora_name\" (an adapter)"
+                                                            : NULL;
+    if (unsupported)
+        return loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                           "%s: the config asks for %s, which is not part of this "
+                                           "build",
+                                           tensor_file_path(loader->file), unsupported);
+    const int dim = config->temporal.dim;
+    char name[64];
+    for (int k = 0; k < config->n_q; ++k) {
+        snprintf(name, sizeof name, "emb.%d", k);
+        load_embedding(loader, name, config->card + 1, dim, 0, config->norm_emb,
+                       &lm->audio_embedding[k]);
+    }
+    load_embedding(loader, "text_emb", config->text_card + 1, dim, 0, config->norm_emb,
+                   &lm->text_embedding);
+    if (strcmp(config->family, "hibiki") == 0) {
+        /* Translation models may end (EOS) too early; upstream makes them read a PAD there. */
+        lm->text_embedding.alias = 2;
+        lm->text_embedding.alias_of = 3;
+    }
+    transformer_load(&lm->temporal, &config->temporal, loader, "transformer", "temporal");
+    transformer_load_norm(loader, config->temporal.norm, config->temporal.norm_eps, dim, "out_norm",
+                          &lm->out_norm);
+    weights_matrix(loader, weights_need(loader, "text_linear.weight"), config->text_card_out, dim,
+                   &lm->text_head);
+    if (config->bias_proj)
+        lm->text_head_bias = weights_vector(loader, weights_need(loader, "text_linear.bias"),
+                                            config->text_card_out);
+    for (int i = 0; i < config->heads; ++i)
+        weights_matrix(loader, weights_need(loader, "extra_heads.%d.weight", i), config->head_dim,
+                       dim, &lm->heads[i]);
+    for (int i = 0; i < config->n_conditions; ++i) load_condition(lm, loader, i);
+    if (config->dep_q > 0) {
+        depth_load(&lm->depth, config, loader);
+    } else { /* upstream still makes a depformer_in list, which is then empty or unused */
+        lm->depth.config = config;
+        for (int i = 0; weights_find(loader, "depformer_in.%d.weight", i); ++i) continue;
+    }
+    weights_finish(loader);
+    return loader->status;
+}
+
+void lm_free(struct lm *lm)
+{
+    transformer_free(&lm->temporal);
+    depth_free(&lm->depth);
+    for (int i = 0; i < CONFIG_MAX_CONDITIONS; ++i) {
+        free(lm->conditions[i].embedding);
+        free(lm->conditions[i].projection);
+        free(lm->conditions[i].padding);
+    }
+    lm_config_free(&lm->config);
+}
+
+/* ---- conditions ------------------------------------------------------------------------- */
+
+static int value_index(const struct condition_config *config, const char *value, int *index)
+{
+    for (int v = 0; v < config->n_values; ++v)
+        if (strcmp(config->values[v], value) == 0) {
+            *index = v;
+            return MOSHI_OK;
+        }
+    char known[256] = "";
+    for (int v = 0; v < config->n_values; ++v) {
+        size_t length = strlen(known);
+        snprintf(known + length, sizeof known - length, "%s%s", v ? ", " : "", config->values[v]);
+    }
+    return moshi_fail(MOSHI_ERROR_ARGUMENT, "condition %s: found \"%s\", expected one of: %s",
+                      config->name, value, config->n_values ? known : "(the model lists none)");
+}
+
+int lm_condition_sum(const struct lm *lm, const struct moshi_condition *given, int n_given,
+                     float *sum)
+{
+    const struct lm_config *config = &lm->config;
+    const int width = config->temporal.dim;
+    for (int g = 0; g < n_given; ++g) {
+        int known = 0;
+        for (int i = 0; i < config->n_conditions; ++i)
+            known |= strcmp(config->conditions[i].name, given[g].name) == 0;
+        if (!known)
+            return moshi_fail(MOSHI_ERROR_ARGUMENT, "condition \"%s\" is not one of this model's%s%s",
+                              given[g].name, config->n_conditions ? ", e.g. " : "; it has none",
+                              config->n_conditions ? config->conditions[0].name : "");
+    }
+    for (int d = 0; d < width; ++d) sum[d] = 0;
+    for (int i = 0; i < config->n_conditions; ++i) {
+        const struct lm_condition *condition = &lm->conditions[i];
+        const char *value = NULL;
+        for (int g = 0; g < n_given; ++g)
+            if (strcmp(config->conditions[i].name, given[g].name) == 0) value = given[g].value;
+        if (!value) {
+            for (int d = 0; d < width; ++d) sum[d] += condition->padding[d];
+            continue;
+        }
+        int index = 0, inner = config->conditions[i].dim;
+        int status = value_index(&config->conditions[i], value, &index);
+        if (status) return status;
+        const float *entry = condition->embedding + (size_t)index * (size_t)inner;
+        for (int d = 0; d < width; ++d) {
+            float dot = 0;
+            for (int c = 0; c < inner; ++c)
+                dot += condition->projection[(size_t)d * (size_t)inner + (size_t)c] * entry[c];
+            sum[d] += dot;
+        }
+    }
+    return MOSHI_OK;
+}
+
+/* ---- state ------------------------------------------------------------------------------ */
+
+static void *block(struct lm_state *state, size_t bytes)
+{
+    if (bytes == 0) bytes = 1;
+    void *memory = state->backend->ops->allocate(state->backend, bytes);
+    if (memory) state->blocks[state->n_blocks++] = (struct lm_block){memory, bytes};
+    return memory;
+}
+
+static int larger(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend *backend, int slots,
+                    int context, enum moshi_dtype kv_dtype)
+{
+    memset(state, 0, sizeof *state);
+    const struct lm_config *config = &lm->config;
+    const struct transformer_config *stack = &config->temporal;
+    const struct backend_ops *ops = backend->ops;
+    const int lanes = 2 * slots, streams = config->n_q + 1, dep_q = config->dep_q;
+    const int user_q = config->n_q - dep_q;
+    state->lm = lm;
+    state->backend = backend;
+    state->slots = slots;
+    state->lanes = lanes;
+    state->context = context;
+    state_init(&state->slot_table, backend, slots);
+    state_init(&state->lane_table, backend, lanes);
+    state->delay = (struct delay_cache){.streams = streams,
+                                        .dep_q = dep_q,
+                                        .columns = config->max_delay + 2,
+                                        .max_delay = config->max_delay,
+                                        .initial_text = config->text_card,
+                                        .initial_audio = config->card};
+    state->delay.tokens =
+        state_add(&state->slot_table, FIELD_I32, (size_t)streams * (size_t)state->delay.columns,
+                  TOKEN_NONE, "lm.delay.tokens");
+    state->delay.offset = state_add(&state->slot_table, FIELD_I32, 1, 0, "lm.offset");
+    state->position = state_add(&state->lane_table, FIELD_I32, 1, 0, "lm.position");
+    int status = state->delay.tokens && state->delay.offset && state->position ? MOSHI_OK
+                                                                               : MOSHI_ERROR_MEMORY;
+    if (!status && config->n_conditions) {
+        state->condition = state_add(&state->lane_table, FIELD_F32, (size_t)stack->dim, 0,
+                                     "lm.condition");
+        if (!state->condition) status = MOSHI_ERROR_MEMORY;
+    }
+    if (!status) status = kv_pages_create(&state->kv, backend, lanes, context, stack, kv_dtype);
+    if (!status && dep_q > 0)
+        status = depth_work_create(&state->depth_work, &lm->depth, backend, lanes);
+    if (!status) {
+        const size_t n = (size_t)lanes, s = (size_t)slots, width = (size_t)stack->dim;
+        struct {
+            void **pointer;
+            size_t bytes;
+        } const wanted[] = {
+            {(void **)&state->delays, (size_t)streams * 4},
+            {(void **)&state->params, s * sizeof *state->params},
+            {(void **)&state->tokens, n * (size_t)streams * 4},
+            {(void **)&state->text, n * 4},
+            {(void **)&state->audio, n * (size_t)dep_q * 4},
+            {(void **)&state->output, s * (size_t)(1 + dep_q) * 4},
+            {(void **)&state->user, s * (size_t)user_q * 4},
+            {(void **)&state->null_row, s * 4},
+            {(void **)&state->row_lane, n * 4},
+            {(void **)&state->row_number, n * 4},
+            {(void **)&state->row_slot, s * 4},
+            {(void **)&state->row_active, n},
+            {(void **)&state->x, n * width * 4},
+            {(void **)&state->z, n * width * 4},
+            {(void **)&state->query, n * width * 4},
+            {(void **)&state->attended, n * width * 4},
+            {(void **)&state->hidden, n * (size_t)stack->feedforward * 4},
+            {(void **)&state->cos_sin, n * width * 4},
+            {(void **)&state->text_logits, n * (size_t)config->text_card_out * 4},
+            {(void **)&state->audio_logits, n * (size_t)dep_q * (size_t)config->card * 4},
+            {(void **)&state->heads, s * (size_t)(2 * config->heads * config->head_dim) * 4},
+        };
+        int failed = 0;
+        for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
+            *wanted[i].pointer = block(state, wanted[i].bytes);
+            failed |= !*wanted[i].pointer;
+        }
+        state->offset = calloc(s, sizeof *state->offset);
+        int32_t *numbers = malloc(n * sizeof *numbers);
+        if (failed || !state->offset || !numbers) {
+            status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the step of %d sessions", slots);
+        } else {
+            for (int i = 0; i < lanes; ++i) numbers[i] = i;
+            ops->upload(backend, state->row_number, numbers, n * 4);
+            ops->clear(backend, state->row_active, 1, n);
+            int32_t delays[MOSHI_MAX_CODEBOOKS + 1];
+            for (int i = 0; i < streams; ++i) delays[i] = config->delays[i];
+            ops->upload(backend, state->delays, delays, (size_t)streams * 4);
+            state->delay.delays = state->delays;
+        }
+        free(numbers);
+    }
+    if (!status) {
+        int columns = larger(stack->dim, stack->feedforward);
+        columns = larger(columns, larger(config->depth.dim, config->depth.feedforward));
+        int keys = larger(larger(context, dep_q), larger(config->card, config->text_card_out));
+        status = ops->reserve(backend, lanes, columns, keys);
+    }
+    if (status) lm_state_destroy(state);
+    return status;
+}
+
+void lm_state_destroy(struct lm_state *state)
+{
+    if (!state->backend) return;
+    state_release(&state->slot_table);
+    state_release(&state->lane_table);
+    kv_pages_destroy(&state->kv);
+    depth_work_destroy(&state->depth_work);
+    for (int i = 0; i < state->n_blocks; ++i)
+        state->backend->ops->release(state->backend, state->blocks[i].memory,
+                                     state->blocks[i].bytes);
+    free(state->offset);
+    memset(state, 0, sizeof *state);
+}
+
+void lm_state_reset(struct lm_state *state, int slot)
+{
+    state_reset_lane(&state->slot_table, slot);
+    for (int half = 0; half < 2; ++half) {
+        int lane = half * state->slots + slot;
+        state_reset_lane(&state->lane_table, lane);
+        kv_pages_reset(&state->kv, lane);
+    }
+    state->offset[slot] = 0;
+}
+
+size_t lm_state_slot_bytes(const struct lm_state *state)
+{
+    return state_lane_bytes(&state->slot_table) + state_lane_bytes(&state->lane_table) +
+           (size_t)state->kv.cache.pages_per_lane * state->kv.cache.page_bytes;
+}
+
+/* ---- the step --------------------------------------------------------------------------- */
+
+static int count_rows(const struct lm_step *step)
+{
+    int rows = step->n;
+    for (int i = 0; i < step->n; ++i) rows += step->guided[i] != 0;
+    return rows;
+}
+
+static struct rows slot_rows(const struct lm_state *state, const struct lm_step *step)
+{
+    return (struct rows){.n = step->n, .lane = state->row_slot, .active = state->row_active};
+}
+
+int lm_step_prepare(struct lm_state *state, const struct lm_step *step)
+{
+    struct backend *backend = state->backend;
+    const struct backend_ops *ops = backend->ops;
+    const int user_q = state->lm->config.n_q - state->lm->config.dep_q;
+    int rows = step->n;
+    for (int i = 0; i < step->n; ++i) {
+        int32_t slot = step->slots[i], null_row = -1;
+        for (int half = 0; half < 1 + (step->guided[i] != 0); ++half) {
+            int32_t lane = half * state->slots + slot;
+            int row = half ? rows++ : i;
+            if (half) null_row = row;
+            ops->upload(backend, state->row_lane + row, &lane, sizeof lane);
+            int status = kv_pages_grow(&state->kv, lane, state->offset[slot], 1);
+            if (status) return status;
+        }
+        ops->upload(backend, state->row_slot + i, &slot, sizeof slot);
+        ops->upload(backend, state->null_row + i, &null_row, sizeof null_row);
+        ++state->offset[slot];
+    }
+    ops->upload(backend, state->user, step->user, (size_t)step->n * (size_t)user_q * 4);
+    return MOSHI_OK;
+}
+
+struct stage {
+    struct lm_state *state;
+    const struct lm_step *step;
+};
+
+static void temporal_stage(struct backend *backend, void *arg)
+{
+    struct lm_state *state = ((struct stage *)arg)->state;
+    const struct lm_step *step = ((struct stage *)arg)->step;
+    const struct lm *lm = state->lm;
+    const struct lm_config *config = &lm->config;
+    const struct transformer_config *stack = &config->temporal;
+    const struct backend_ops *ops = backend->ops;
+    const struct rows slots = slot_rows(state, step);
+    const struct rows rows = {
+        .n = count_rows(step), .lane = state->row_lane, .active = state->row_active};
+    const int streams = config->n_q + 1;
+
+    ops->delay_input(backend, &(struct op_delay_input){.name = "delay_input",
+                                                       .rows = slots,
+                                                       .cache = &state->delay,
+                                                       .params = state->params,
+                                                       .user = state->user,
+                                                       .null_row = state->null_row,
+                                                       .tokens = state->tokens});
+    ops->embed(backend, &(struct op_embed){.name = "audio_embedding",
+                                           .rows = rows,
+                                           .n_streams = config->n_q,
+                                           .token_stride = streams,
+                                           .tokens = state->tokens + 1,
+                                           .tables = lm->audio_embedding,
+                                           .y = state->x});
+    ops->embed(backend, &(struct op_embed){.name = "text_embedding",
+                                           .rows = rows,
+                                           .n_streams = 1,
+                                           .token_stride = streams,
+                                           .tokens = state->tokens,
+                                           .tables = &lm->text_embedding,
+                                           .condition = state->condition,
+                                           .accumulate = 1,
+                                           .y = state->x});
+    if (stack->position == POSITION_ROPE)
+        ops->rope(backend, &(struct op_rope){.name = "temporal.rope",
+                                             .rows = rows,
+                                             .steps = 1,
+                                             .head_dim = stack->dim / stack->heads,
+                                             .max_period = stack->max_period,
+                                             .position = state->position,
+                                             .cos_sin = state->cos_sin});
+    transformer_forward(
+        &lm->temporal, backend,
+        &(struct transformer_run){.rows = rows,
+                                  .steps = 1,
+                                  .context = state->context,
+                                  .capacity = state->context,
+                                  .x = state->x,
+                                  .position = state->position,
+                                  .cos_sin = stack->position == POSITION_ROPE ? state->cos_sin : NULL,
+                                  .cache = &state->kv.cache,
+                                  .query = state->query,
+                                  .attended = state->attended,
+                                  .hidden = state->hidden});
+    ops->advance(backend, &(struct op_advance){
+                              .name = "advance", .rows = rows, .steps = 1, .position = state->position});
+    ops->norm(backend, &(struct op_norm){.name = "out_norm",
+                                         .n = rows.n,
+                                         .width = stack->dim,
+                                         .x = state->x,
+                                         .norm = lm->out_norm,
+                                         .y = state->z});
+    ops->linear(backend, &(struct op_linear){.name = "text_head",
+                                             .n = rows.n,
+                                             .x = state->z,
+                                             .weight = lm->text_head,
+                                             .bias = lm->text_head_bias,
+                                             .y = state->text_logits});
+    ops->sample(backend, &(struct op_sample){.name = "text_sample",
+                                             .rows = slots,
+                                             .stream = 0,
+                                             .card = config->text_card_out,
+                                             .padding_id = config->text_padding_id,
+                                             .logits = state->text_logits,
+                                             .null_row = state->null_row,
+                                             .params = state->params,
+                                             .offset = state->delay.offset,
+                                             .token = state->text,
+                                             .token_stride = 1});
+    if (config->heads) {
+        float *raw = state->heads + (size_t)state->slots * (size_t)(config->heads * config->head_dim);
+        for (int i = 0; i < config->heads; ++i)
+            ops->linear(backend, &(struct op_linear){.name = "extra_head",
+                                                     .n = slots.n,
+                                                     .x = state->z,
+                                                     .weight = lm->heads[i],
+                                                     .y = raw + i * config->head_dim,
+                                                     .y_stride = config->heads * config->head_dim});
+        ops->softmax(backend, &(struct op_softmax){.name = "extra_head",
+                                                   .n = slots.n * config->heads,
+                                                   .width = config->head_dim,
+                                                   .x = raw,
+                                                   .y = state->heads});
+    }
+}
+
+static void depth_stage(struct backend *backend, void *arg)
+{
+    struct lm_state *state = ((struct stage *)arg)->state;
+    const struct lm_step *step = ((struct stage *)arg)->step;
+    const struct rows slots = slot_rows(state, step);
+    if (state->lm->config.dep_q > 0)
+        depth_forward(&state->lm->depth, &state->depth_work,
+                      &(struct depth_run){.rows = {.n = count_rows(step),
+                                                   .lane = state->row_number,
+                                                   .active = state->row_active},
+                                          .slots = slots,
+                                          .z = state->z,
+                                          .text = state->text,
+                                          .null_row = state->null_row,
+                                          .params = state->params,
+                                          .offset = state->delay.offset,
+                                          .logits = state->audio_logits,
+                                          .audio = state->audio});
+    backend->ops->delay_output(backend, &(struct op_delay_output){.name = "delay_output",
+                                                                  .rows = slots,
+                                                                  .cache = &state->delay,
+                                                                  .text = state->text,
+                                                                  .audio = state->audio,
+                                                                  .out = state->output});
+}
+
+int lm_step_temporal(struct lm_state *state, const struct lm_step *step)
+{
+    return state->backend->ops->run(state->backend, 1, temporal_stage, &(struct stage){state, step});
+}
+
+int lm_step_depth(struct lm_state *state, const struct lm_step *step)
+{
+    return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, step});
+}

@@ -1,0 +1,98 @@
+/* lm.h: the language model over streams of tokens: one text stream (the inner monologue), dep_q
+ * audio streams it writes, and the user's. One step: the delay cache gives the input tokens, the
+ * temporal transformer reads their summed embeddings, the text token is sampled, the depth
+ * transformer writes the audio codes, the delay cache gives the undelayed output.
+ *
+ * Source: moshi/models/lm.py (LMModel, LMGen) of the moshi Python package. */
+#ifndef MOSHI_LM_H
+#define MOSHI_LM_H
+
+#include "backend.h"
+#include "depth.h"
+#include "state.h"
+#include "transformer.h"
+#include "weights.h"
+
+struct lm_condition {
+    float *embedding; /* [bins + 1][dim], host */
+    float *projection; /* [D][dim], host */
+    float *padding;   /* [D], host: what an absent condition adds */
+};
+
+struct lm {
+    struct lm_config config;
+    struct embedding audio_embedding[MOSHI_MAX_CODEBOOKS]; /* [n_q] */
+    struct embedding text_embedding;
+    struct transformer temporal;
+    struct norm out_norm;
+    struct matrix text_head; /* [text_card_out][D] */
+    const float *text_head_bias;
+    struct depth depth;
+    struct matrix heads[MOSHI_MAX_HEADS]; /* [head_dim][D] */
+    struct lm_condition conditions[CONFIG_MAX_CONDITIONS];
+};
+
+/* Takes over `config` (and frees it in lm_free, also after a failure). */
+int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader *loader);
+void lm_free(struct lm *lm);
+
+/* sum[D] of all summed conditions: those named in `given`, the learnt padding for the rest. */
+int lm_condition_sum(const struct lm *lm, const struct moshi_condition *given, int n_given,
+                     float *sum);
+
+/* State of `slots` conversations and scratch of the step. A slot has two lanes: lane s is its own
+ * (or conditional) half, lane slots + s the null half of a guided session. */
+struct lm_state {
+    const struct lm *lm;
+    struct backend *backend;
+    int slots, lanes; /* lanes = 2 * slots */
+    int context;
+    struct state_table slot_table, lane_table;
+    struct kv_pages kv;
+    struct delay_cache delay;
+    int32_t *delays;             /* device, [streams] */
+    int32_t *position;           /* device, [lanes] */
+    int64_t *offset;             /* host, [slots] */
+    float *condition;            /* device, [lanes][D], NULL without conditions */
+    struct slot_params *params;  /* device, [slots] */
+    struct depth_work depth_work;
+    /* one step, all device memory */
+    int32_t *tokens;   /* [lanes][streams] */
+    int32_t *text;     /* [lanes] */
+    int32_t *audio;    /* [lanes][dep_q] */
+    int32_t *output;   /* [slots][1 + dep_q] */
+    int32_t *user;     /* [slots][user_q] */
+    int32_t *null_row; /* [slots] */
+    int32_t *row_lane; /* [lanes] temporal rows -> lanes */
+    int32_t *row_number; /* [lanes] the identity, lanes of the depth pass */
+    int32_t *row_slot; /* [slots] */
+    uint8_t *row_active; /* [lanes] all ones */
+    float *x, *z, *query, *attended, *hidden, *cos_sin, *text_logits, *audio_logits, *heads;
+    struct lm_block {
+        void *memory;
+        size_t bytes;
+    } blocks[32];
+    int n_blocks;
+};
+
+int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend *backend, int slots,
+                    int context, enum moshi_dtype kv_dtype);
+void lm_state_destroy(struct lm_state *state);
+void lm_state_reset(struct lm_state *state, int slot);
+size_t lm_state_slot_bytes(const struct lm_state *state);
+
+/* Which slots step, and what the user said. Host memory. */
+struct lm_step {
+    int n;
+    const int32_t *slots;   /* [n], ascending or not, each once */
+    const uint8_t *guided;  /* [n] the slot steps its null half too */
+    const int32_t *user;    /* [n][user_q] */
+};
+
+/* Uploads the row map and the user's tokens and makes room in the pages. */
+int lm_step_prepare(struct lm_state *state, const struct lm_step *step);
+/* The two stages; results in state->output (and text_logits, audio_logits, heads). */
+int lm_step_temporal(struct lm_state *state, const struct lm_step *step);
+int lm_step_depth(struct lm_state *state, const struct lm_step *step);
+
+#endif

@@ -1,0 +1,544 @@
+/* mimi.c: binding of the codec's tensors and its two streaming passes. */
+#include "mimi.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+/* ---- binding ---------------------------------------------------------------------------- */
+
+/* weight[out][in][kernel] -> rows of [kernel][in], as op_conv reads it. */
+static void load_conv(struct weight_loader *loader, struct conv *conv, int in, int out, int kernel,
+                      int stride, int has_bias, const char *prefix)
+{
+    *conv = (struct conv){.in = in, .out = out, .kernel = kernel, .stride = stride};
+    struct tensor *tensor = weights_need(loader, "%s.weight", prefix);
+    int64_t dims[3] = {out, in, kernel};
+    if (weights_check(loader, tensor, 3, dims)) return;
+    float *values = malloc((size_t)tensor->elements * sizeof *values);
+    if (!values) {
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s.weight", prefix);
+        return;
+    }
+    for (int o = 0; o < out; ++o)
+        for (int c = 0; c < in; ++c)
+            for (int j = 0; j < kernel; ++j)
+                values[((size_t)o * (size_t)kernel + (size_t)j) * (size_t)in + (size_t)c] =
+                    tensor_element(tensor, ((int64_t)o * in + c) * kernel + j);
+    weights_matrix_from(loader, values, out, kernel * in, &conv->weight);
+    if (has_bias) conv->bias = weights_vector(loader, weights_need(loader, "%s.bias", prefix), out);
+}
+
+/* weight[in][out][2*stride] -> row p*out + o: taps p+stride (of x[t-1]) and p (of x[t]). */
+static void load_conv_transposed(struct weight_loader *loader, struct conv *conv, int in, int out,
+                                 int stride, const char *prefix)
+{
+    const int kernel = 2 * stride;
+    *conv = (struct conv){.in = in, .out = out, .kernel = kernel, .stride = stride};
+    struct tensor *tensor = weights_need(loader, "%s.weight", prefix);
+    int64_t dims[3] = {in, out, kernel};
+    if (weights_check(loader, tensor, 3, dims)) return;
+    float *values = malloc((size_t)tensor->elements * sizeof *values);
+    if (!values) {
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s.weight", prefix);
+        return;
+    }
+    for (int c = 0; c < in; ++c)
+        for (int o = 0; o < out; ++o)
+            for (int j = 0; j < kernel; ++j) {
+                int phase = j % stride, newer = j < stride;
+                size_t row = (size_t)phase * (size_t)out + (size_t)o;
+                values[row * 2 * (size_t)in + (size_t)(newer ? in : 0) + (size_t)c] =
+                    tensor_element(tensor, ((int64_t)c * out + o) * kernel + j);
+            }
+    weights_matrix_from(loader, values, stride * out, 2 * in, &conv->weight);
+    conv->bias = weights_vector(loader, weights_need(loader, "%s.bias", prefix), out);
+}
+
+static void load_residual(struct weight_loader *loader, struct mimi_residual *residual,
+                          const struct mimi_config *config, int channels, const char *prefix)
+{
+    char name[160];
+    int inner = channels / config->compress;
+    snprintf(name, sizeof name, "%s.block.1.conv.conv", prefix);
+    load_conv(loader, &residual->conv1, channels, inner, config->residual_kernel, 1, 1, name);
+    snprintf(name, sizeof name, "%s.block.3.conv.conv", prefix);
+    load_conv(loader, &residual->conv2, inner, channels, 1, 1, 1, name);
+}
+
+static struct tensor *codebook_tensor(struct weight_loader *loader, const char *prefix, int level,
+                                      const char *const *names)
+{
+    for (; names[1]; ++names) {
+        struct tensor *tensor =
+            weights_find(loader, "%s.vq.layers.%d._codebook.%s", prefix, level, names[0]);
+        if (tensor) return tensor;
+    }
+    return weights_need(loader, "%s.vq.layers.%d._codebook.%s", prefix, level, names[0]);
+}
+
+/* E = embedding_sum / max(cluster_usage, 1e-5); older files use other names for the buffers. */
+static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
+                     const struct mimi_config *config, const char *prefix)
+{
+    static const char *const sums[] = {"embed_sum", "embed_avg", "embedding_sum", NULL};
+    static const char *const usages[] = {"cluster_size", "cluster_usage", NULL};
+    const int bins = config->bins, dim = config->quantizer_dim, width = config->dimension;
+    *rvq = (struct rvq){.levels = levels, .bins = bins, .dim = dim};
+    weights_matrix(loader, weights_need(loader, "%s.input_proj.weight", prefix), dim, width,
+                   &rvq->in_proj);
+    weights_matrix(loader, weights_need(loader, "%s.output_proj.weight", prefix), width, dim,
+                   &rvq->out_proj);
+    if (loader->status || levels == 0) return;
+    size_t entries = (size_t)levels * (size_t)bins;
+    float *codebooks = weight_store_allocate(loader->store, entries * (size_t)dim * 4);
+    float *half_norms = weight_store_allocate(loader->store, entries * 4);
+    float *level_values = malloc((size_t)bins * ((size_t)dim + 1) * sizeof *level_values);
+    if (!codebooks || !half_norms || !level_values) {
+        free(level_values);
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", prefix);
+        return;
+    }
+    struct backend *backend = loader->store->backend;
+    for (int level = 0; level < levels && !loader->status; ++level) {
+        struct tensor *sum = codebook_tensor(loader, prefix, level, sums);
+        struct tensor *usage = codebook_tensor(loader, prefix, level, usages);
+        int64_t dims[2] = {bins, dim};
+        if (weights_check(loader, sum, 2, dims) || weights_check(loader, usage, 1, dims)) break;
+        if (!weights_find(loader, "%s.vq.layers.%d._codebook._initialized", prefix, level))
+            weights_find(loader, "%s.vq.layers.%d._codebook.inited", prefix, level);
+        float *half = level_values + (size_t)bins * (size_t)dim;
+        for (int e = 0; e < bins; ++e) {
+            float count = tensor_element(usage, e), norm = 0;
+            if (!(count > 1e-5f)) count = 1e-5f;
+            for (int i = 0; i < dim; ++i) {
+                float value = tensor_element(sum, (int64_t)e * dim + i) / count;
+                level_values[(size_t)e * (size_t)dim + (size_t)i] = value;
+                norm += value * value;
+            }
+            half[e] = norm / 2;
+        }
+        backend->ops->upload(backend, codebooks + (size_t)level * (size_t)bins * (size_t)dim,
+                             level_values, (size_t)bins * (size_t)dim * 4);
+        backend->ops->upload(backend, half_norms + (size_t)level * (size_t)bins, half,
+                             (size_t)bins * 4);
+    }
+    free(level_values);
+    rvq->codebooks = codebooks;
+    rvq->half_norms = half_norms;
+}
+
+int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight_loader *loader)
+{
+    memset(mimi, 0, sizeof *mimi);
+    mimi->config = *config;
+    const int n = config->n_ratios, top = config->n_filters << n;
+    char name[160];
+
+    /* SEANet numbers its layers with the ELUs between them: 0 in, then 1+3j residual, 3+3j conv. */
+    load_conv(loader, &mimi->encoder_in, 1, config->n_filters, config->kernel, 1, 1,
+              "encoder.model.0.conv.conv");
+    for (int j = 0; j < n; ++j) {
+        int channels = config->n_filters << j, ratio = config->ratios[n - 1 - j];
+        snprintf(name, sizeof name, "encoder.model.%d", 1 + 3 * j);
+        load_residual(loader, &mimi->encoder_residual[j], config, channels, name);
+        snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 3 + 3 * j);
+        load_conv(loader, &mimi->encoder_down[j], channels, 2 * channels, 2 * ratio, ratio, 1, name);
+    }
+    snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 2 + 3 * n);
+    load_conv(loader, &mimi->encoder_out, top, config->dimension, config->last_kernel, 1, 1, name);
+    transformer_load(&mimi->encoder_transformer, &config->transformer, loader,
+                     "encoder_transformer.transformer", "encoder");
+    load_conv(loader, &mimi->downsample, config->dimension, config->dimension, 2 * config->stride,
+              config->stride, 0, "downsample.conv.conv.conv");
+    mimi->downsample.replicate = 1;
+    load_rvq(loader, &mimi->first, 1, config, "quantizer.rvq_first");
+    load_rvq(loader, &mimi->rest, config->n_q - 1, config, "quantizer.rvq_rest");
+
+    const int taps = 2 * config->stride, width = config->dimension;
+    mimi->upsample = (struct conv){
+        .in = width, .out = width, .kernel = taps, .stride = config->stride, .depthwise = 1};
+    struct tensor *tensor = weights_need(loader, "upsample.convtr.convtr.convtr.weight");
+    int64_t dims[3] = {width, 1, taps};
+    float *depthwise = weight_store_allocate(loader->store, (size_t)width * (size_t)taps * 4);
+    if (!depthwise && !loader->status) loader->status = MOSHI_ERROR_MEMORY;
+    if (!weights_check(loader, tensor, 3, dims))
+        for (int c = 0; c < width; ++c)
+            for (int j = 0; j < taps; ++j) {
+                float value = tensor_element(tensor, (int64_t)c * taps + j);
+                loader->store->backend->ops->upload(loader->store->backend,
+                                                    depthwise + (size_t)j * (size_t)width + c,
+                                                    &value, sizeof value);
+            }
+    mimi->upsample.depthwise_weight = depthwise;
+    transformer_load(&mimi->decoder_transformer, &config->transformer, loader,
+                     "decoder_transformer.transformer", "decoder");
+    load_conv(loader, &mimi->decoder_in, width, top, config->kernel, 1, 1,
+              "decoder.model.0.conv.conv");
+    for (int j = 0; j < n; ++j) {
+        int channels = top >> j;
+        snprintf(name, sizeof name, "decoder.model.%d.convtr.convtr", 2 + 3 * j);
+        load_conv_transposed(loader, &mimi->decoder_up[j], channels, channels / 2,
+                             config->ratios[j], name);
+        snprintf(name, sizeof name, "decoder.model.%d", 3 + 3 * j);
+        load_residual(loader, &mimi->decoder_residual[j], config, channels / 2, name);
+    }
+    snprintf(name, sizeof name, "decoder.model.%d.conv.conv", 2 + 3 * n);
+    load_conv(loader, &mimi->decoder_out, config->n_filters, 1, config->last_kernel, 1, 1, name);
+    weights_finish(loader);
+    return loader->status;
+}
+
+void mimi_free(struct mimi *mimi)
+{
+    transformer_free(&mimi->encoder_transformer);
+    transformer_free(&mimi->decoder_transformer);
+}
+
+/* ---- state ------------------------------------------------------------------------------ */
+
+/* The convolutions of one side in the order of execution; the state and the passes agree on it. */
+static int list_convs(const struct mimi *mimi, int decoder, const struct conv **list)
+{
+    int count = 0;
+    list[count++] = decoder ? &mimi->decoder_in : &mimi->encoder_in;
+    for (int j = 0; j < mimi->config.n_ratios; ++j) {
+        const struct mimi_residual *residual =
+            decoder ? &mimi->decoder_residual[j] : &mimi->encoder_residual[j];
+        if (decoder) list[count++] = &mimi->decoder_up[j];
+        list[count++] = &residual->conv1;
+        list[count++] = &residual->conv2;
+        if (!decoder) list[count++] = &mimi->encoder_down[j];
+    }
+    list[count++] = decoder ? &mimi->decoder_out : &mimi->encoder_out;
+    list[count++] = decoder ? &mimi->upsample : &mimi->downsample;
+    return count;
+}
+
+#define MAX_CONVS (3 + 3 * CONFIG_MAX_RATIOS)
+
+static int is_transposed(const struct mimi *mimi, const struct conv *conv)
+{
+    return conv == &mimi->upsample || (conv >= mimi->decoder_up &&
+                                       conv < mimi->decoder_up + CONFIG_MAX_RATIOS);
+}
+
+static int create_side(struct mimi_state *state, int decoder)
+{
+    const struct mimi *mimi = state->mimi;
+    struct state_table *table = decoder ? &state->decoder : &state->encoder;
+    float **history = decoder ? state->decoder_history : state->encoder_history;
+    const char *side = decoder ? "decoder" : "encoder";
+    const struct conv *convs[MAX_CONVS];
+    int count = list_convs(mimi, decoder, convs);
+    state_init(table, state->backend, state->lanes);
+    for (int i = 0; i < count; ++i) {
+        const struct conv *conv = convs[i];
+        size_t columns = is_transposed(mimi, conv) ? 1 : (size_t)(conv->kernel - conv->stride);
+        history[i] =
+            state_add(table, FIELD_F32, columns * (size_t)conv->in, 0, "mimi.%s.conv.%d", side, i);
+        if (!history[i]) return MOSHI_ERROR_MEMORY;
+    }
+    int32_t *position = state_add(table, FIELD_I32, 1, 0, "mimi.%s.position", side);
+    if (!position) return MOSHI_ERROR_MEMORY;
+    if (decoder) {
+        state->decoder_position = position;
+    } else {
+        state->encoder_position = position;
+        state->downsample_first = state_add(table, FIELD_I32, 1, 1, "mimi.%s.first", side);
+        if (!state->downsample_first) return MOSHI_ERROR_MEMORY;
+    }
+    return MOSHI_OK;
+}
+
+int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct backend *backend,
+                      int lanes, int frames, int exact_window)
+{
+    memset(state, 0, sizeof *state);
+    state->mimi = mimi;
+    state->backend = backend;
+    state->lanes = lanes;
+    state->frames = frames;
+    state->exact_window = exact_window;
+    const struct mimi_config *config = &mimi->config;
+    const struct transformer_config *stack = &config->transformer;
+    const int steps = frames * config->stride;
+    int status = create_side(state, 0);
+    if (!status) status = create_side(state, 1);
+    int ring = stack->context + steps - 1;
+    if (!status)
+        status = kv_pages_create(&state->encoder_kv, backend, lanes, ring, stack, MOSHI_F32);
+    if (!status)
+        status = kv_pages_create(&state->decoder_kv, backend, lanes, ring, stack, MOSHI_F32);
+
+    /* The widest activation: rows x channels of any layer, with a convolution's history. */
+    const struct conv *convs[MAX_CONVS];
+    size_t widest = 0;
+    for (int decoder = 0; decoder < 2; ++decoder) {
+        int count = list_convs(mimi, decoder, convs);
+        size_t rows = (size_t)frames * (size_t)(decoder ? config->stride : config->frame_size);
+        for (int i = 0; i < count; ++i) {
+            const struct conv *conv = convs[i];
+            if (i == count - 1) rows = (size_t)steps; /* down- and upsampling */
+            size_t in = (rows + (size_t)conv->kernel) * (size_t)conv->in;
+            if (in > widest) widest = in;
+            rows = is_transposed(mimi, conv) ? rows * (size_t)conv->stride
+                                             : rows / (size_t)conv->stride;
+            if (rows * (size_t)conv->out > widest) widest = rows * (size_t)conv->out;
+        }
+    }
+    size_t n = (size_t)lanes * (size_t)steps;
+    if (widest < 2 * (size_t)config->quantizer_dim * (size_t)steps)
+        widest = 2 * (size_t)config->quantizer_dim * (size_t)steps;
+    state->buffer_bytes = widest * (size_t)lanes * sizeof(float);
+    state->small_bytes = n * (size_t)stack->dim * sizeof(float);
+    state->hidden_bytes = n * (size_t)stack->feedforward * sizeof(float);
+    const struct backend_ops *ops = backend->ops;
+    for (int i = 0; i < 3; ++i) state->buffer[i] = ops->allocate(backend, state->buffer_bytes);
+    state->work = ops->allocate(backend, state->buffer_bytes);
+    state->query = ops->allocate(backend, state->small_bytes);
+    state->attended = ops->allocate(backend, state->small_bytes);
+    state->cos_sin = ops->allocate(backend, state->small_bytes);
+    state->hidden = ops->allocate(backend, state->hidden_bytes);
+    state->encoder_offset = calloc((size_t)lanes, sizeof *state->encoder_offset);
+    state->decoder_offset = calloc((size_t)lanes, sizeof *state->decoder_offset);
+    if (!status && (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
+                    !state->query || !state->attended || !state->cos_sin || !state->hidden ||
+                    !state->encoder_offset || !state->decoder_offset))
+        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals", lanes);
+    if (!status) {
+        int columns = stack->feedforward;
+        for (int decoder = 0; decoder < 2; ++decoder) {
+            int count = list_convs(mimi, decoder, convs);
+            for (int i = 0; i < count; ++i)
+                if (convs[i]->weight.cols > columns) columns = convs[i]->weight.cols;
+        }
+        status = ops->reserve(backend, lanes * steps, columns, ring + steps);
+    }
+    if (status) mimi_state_destroy(state);
+    return status;
+}
+
+void mimi_state_destroy(struct mimi_state *state)
+{
+    if (!state->backend) return;
+    const struct backend_ops *ops = state->backend->ops;
+    state_release(&state->encoder);
+    state_release(&state->decoder);
+    kv_pages_destroy(&state->encoder_kv);
+    kv_pages_destroy(&state->decoder_kv);
+    float *const buffers[] = {state->buffer[0], state->buffer[1], state->buffer[2], state->work};
+    for (int i = 0; i < 4; ++i)
+        if (buffers[i]) ops->release(state->backend, buffers[i], state->buffer_bytes);
+    float *const small[] = {state->query, state->attended, state->cos_sin};
+    for (int i = 0; i < 3; ++i)
+        if (small[i]) ops->release(state->backend, small[i], state->small_bytes);
+    if (state->hidden) ops->release(state->backend, state->hidden, state->hidden_bytes);
+    free(state->encoder_offset);
+    free(state->decoder_offset);
+    memset(state, 0, sizeof *state);
+}
+
+void mimi_state_reset(struct mimi_state *state, int lane)
+{
+    state_reset_lane(&state->encoder, lane);
+    state_reset_lane(&state->decoder, lane);
+    kv_pages_reset(&state->encoder_kv, lane);
+    kv_pages_reset(&state->decoder_kv, lane);
+    state->encoder_offset[lane] = 0;
+    state->decoder_offset[lane] = 0;
+}
+
+size_t mimi_state_lane_bytes(const struct mimi_state *state)
+{
+    return state_lane_bytes(&state->encoder) + state_lane_bytes(&state->decoder) +
+           2 * (size_t)state->encoder_kv.cache.pages_per_lane * state->encoder_kv.cache.page_bytes;
+}
+
+int mimi_encode_grow(struct mimi_state *state, int lane, int frames)
+{
+    int steps = frames * state->mimi->config.stride;
+    int status = kv_pages_grow(&state->encoder_kv, lane, state->encoder_offset[lane], steps);
+    if (!status) state->encoder_offset[lane] += steps;
+    return status;
+}
+
+int mimi_decode_grow(struct mimi_state *state, int lane, int frames)
+{
+    int steps = frames * state->mimi->config.stride;
+    int status = kv_pages_grow(&state->decoder_kv, lane, state->decoder_offset[lane], steps);
+    if (!status) state->decoder_offset[lane] += steps;
+    return status;
+}
+
+/* ---- passes ----------------------------------------------------------------------------- */
+
+static void convolve(struct mimi_state *state, struct rows rows, int steps, const struct conv *conv,
+                     const char *name, int elu, float *history, const float *x,
+                     const float *residual, float *y)
+{
+    state->backend->ops->conv(
+        state->backend,
+        &(struct op_conv){.name = name,
+                          .rows = rows,
+                          .steps = steps,
+                          .conv = conv,
+                          .elu = elu,
+                          .x = x,
+                          .residual = residual,
+                          .history = history,
+                          .first = conv->replicate ? state->downsample_first : NULL,
+                          .work = state->work,
+                          .y = y});
+}
+
+static void convolve_transposed(struct mimi_state *state, struct rows rows, int steps,
+                                const struct conv *conv, const char *name, int elu, float *history,
+                                const float *x, float *y)
+{
+    state->backend->ops->conv_transposed(state->backend,
+                                         &(struct op_conv_transposed){.name = name,
+                                                                      .rows = rows,
+                                                                      .steps = steps,
+                                                                      .conv = conv,
+                                                                      .elu = elu,
+                                                                      .x = x,
+                                                                      .history = history,
+                                                                      .work = state->work,
+                                                                      .y = y});
+}
+
+static void run_transformer(struct mimi_state *state, const struct transformer *transformer,
+                            struct rows rows, int steps, float *x, int32_t *position,
+                            const struct kv_pages *kv)
+{
+    const struct transformer_config *config = &transformer->config;
+    const struct backend_ops *ops = state->backend->ops;
+    ops->rope(state->backend, &(struct op_rope){.name = "mimi.rope",
+                                                .rows = rows,
+                                                .steps = steps,
+                                                .head_dim = config->dim / config->heads,
+                                                .max_period = config->max_period,
+                                                .position = position,
+                                                .cos_sin = state->cos_sin});
+    int ring = kv->cache.pages_per_lane * KV_PAGE_POSITIONS;
+    transformer_forward(transformer, state->backend,
+                        &(struct transformer_run){.rows = rows,
+                                                  .steps = steps,
+                                                  .context = config->context,
+                                                  .capacity = state->exact_window ? ring
+                                                                                  : config->context,
+                                                  .x = x,
+                                                  .position = position,
+                                                  .cos_sin = state->cos_sin,
+                                                  .cache = &kv->cache,
+                                                  .query = state->query,
+                                                  .attended = state->attended,
+                                                  .hidden = state->hidden});
+    ops->advance(state->backend, &(struct op_advance){.name = "mimi.advance",
+                                                      .rows = rows,
+                                                      .steps = steps,
+                                                      .position = position});
+}
+
+/* Names for traces. */
+static const char *const residual1_names[] = {"residual.0.conv1", "residual.1.conv1",
+                                              "residual.2.conv1", "residual.3.conv1",
+                                              "residual.4.conv1", "residual.5.conv1",
+                                              "residual.6.conv1", "residual.7.conv1"};
+static const char *const residual2_names[] = {"residual.0.conv2", "residual.1.conv2",
+                                              "residual.2.conv2", "residual.3.conv2",
+                                              "residual.4.conv2", "residual.5.conv2",
+                                              "residual.6.conv2", "residual.7.conv2"};
+static const char *const resample_names[] = {"resample.0", "resample.1", "resample.2", "resample.3",
+                                             "resample.4", "resample.5", "resample.6", "resample.7"};
+
+void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
+                 int levels, int32_t *codes)
+{
+    const struct mimi *mimi = state->mimi;
+    const struct mimi_config *config = &mimi->config;
+    float *const *history = state->encoder_history;
+    float *x = state->buffer[0], *inner = state->buffer[1], *y = state->buffer[2];
+    int steps = frames * config->frame_size, h = 0;
+    convolve(state, rows, steps, &mimi->encoder_in, "encoder.in", 0, history[h++], pcm, NULL, x);
+    for (int j = 0; j < config->n_ratios; ++j) {
+        const struct mimi_residual *residual = &mimi->encoder_residual[j];
+        convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
+                 inner);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner, x,
+                 y);
+        convolve(state, rows, steps, &mimi->encoder_down[j], resample_names[j], 1, history[h++], y,
+                 NULL, x);
+        steps /= mimi->encoder_down[j].stride;
+    }
+    convolve(state, rows, steps, &mimi->encoder_out, "encoder.out", 1, history[h++], x, NULL, y);
+    run_transformer(state, &mimi->encoder_transformer, rows, steps, y, state->encoder_position,
+                    &state->encoder_kv);
+    convolve(state, rows, steps, &mimi->downsample, "downsample", 0, history[h++], y, NULL, x);
+    const struct backend_ops *ops = state->backend->ops;
+    ops->rvq_encode(state->backend, &(struct op_rvq_encode){.name = "rvq_first",
+                                                            .n = rows.n * frames,
+                                                            .levels = 1,
+                                                            .code_stride = levels,
+                                                            .rvq = &mimi->first,
+                                                            .x = x,
+                                                            .codes = codes,
+                                                            .work = state->work});
+    if (levels > 1)
+        ops->rvq_encode(state->backend, &(struct op_rvq_encode){.name = "rvq_rest",
+                                                                .n = rows.n * frames,
+                                                                .levels = levels - 1,
+                                                                .code_stride = levels,
+                                                                .rvq = &mimi->rest,
+                                                                .x = x,
+                                                                .codes = codes + 1,
+                                                                .work = state->work});
+}
+
+void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const int32_t *codes,
+                 int levels, float *pcm)
+{
+    const struct mimi *mimi = state->mimi;
+    const struct mimi_config *config = &mimi->config;
+    float *const *history = state->decoder_history;
+    float *x = state->buffer[0], *inner = state->buffer[1], *y = state->buffer[2];
+    const struct backend_ops *ops = state->backend->ops;
+    ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_first",
+                                                            .n = rows.n * frames,
+                                                            .levels = 1,
+                                                            .code_stride = levels,
+                                                            .rvq = &mimi->first,
+                                                            .codes = codes,
+                                                            .work = state->work,
+                                                            .y = y});
+    if (levels > 1)
+        ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_rest",
+                                                                .n = rows.n * frames,
+                                                                .levels = levels - 1,
+                                                                .code_stride = levels,
+                                                                .accumulate = 1,
+                                                                .rvq = &mimi->rest,
+                                                                .codes = codes + 1,
+                                                                .work = state->work,
+                                                                .y = y});
+    const int last = 2 + 3 * config->n_ratios; /* upsampling stands last in the list of convs */
+    convolve_transposed(state, rows, frames, &mimi->upsample, "upsample", 0, history[last], y, x);
+    int steps = frames * config->stride, h = 0;
+    run_transformer(state, &mimi->decoder_transformer, rows, steps, x, state->decoder_position,
+                    &state->decoder_kv);
+    convolve(state, rows, steps, &mimi->decoder_in, "decoder.in", 0, history[h++], x, NULL, y);
+    for (int j = 0; j < config->n_ratios; ++j) {
+        const struct mimi_residual *residual = &mimi->decoder_residual[j];
+        convolve_transposed(state, rows, steps, &mimi->decoder_up[j], resample_names[j], 1,
+                            history[h++], y, x);
+        steps *= mimi->decoder_up[j].stride;
+        convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
+                 inner);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner, x,
+                 y);
+    }
+    convolve(state, rows, steps, &mimi->decoder_out, "decoder.out", 1, history[h++], y, NULL, pcm);
+}

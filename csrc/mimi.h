@@ -1,0 +1,71 @@
+/* mimi.h: the Mimi codec, streaming. Frames of 1920 samples at 24 kHz become 2 steps of SEANet
+ * (25 Hz), then one vector and its codes (12.5 Hz), and back. Everything is causal; a lane's whole
+ * history is in mimi_state.
+ *
+ * Sources: moshi/models/compression.py, modules/seanet.py, conv.py, resample.py and
+ * quantization/ of the moshi Python package. */
+#ifndef MOSHI_MIMI_H
+#define MOSHI_MIMI_H
+
+#include "backend.h"
+#include "state.h"
+#include "transformer.h"
+#include "weights.h"
+
+/* conv2(elu(conv1(elu(x)))) + x; conv1 C -> C/2 over 3 taps, conv2 back with 1. */
+struct mimi_residual {
+    struct conv conv1, conv2;
+};
+
+struct mimi {
+    struct mimi_config config;
+    struct conv encoder_in, encoder_out, downsample;
+    struct conv encoder_down[CONFIG_MAX_RATIOS]; /* in the order of execution */
+    struct mimi_residual encoder_residual[CONFIG_MAX_RATIOS];
+    struct conv decoder_in, decoder_out, upsample;
+    struct conv decoder_up[CONFIG_MAX_RATIOS];
+    struct mimi_residual decoder_residual[CONFIG_MAX_RATIOS];
+    struct transformer encoder_transformer, decoder_transformer;
+    struct rvq first, rest; /* 1 semantic level; config.n_q - 1 acoustic ones */
+};
+
+int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight_loader *loader);
+void mimi_free(struct mimi *mimi);
+
+/* History and scratch of up to `lanes` signals. `frames` is how many frames one call may take. */
+struct mimi_state {
+    const struct mimi *mimi;
+    struct backend *backend;
+    int lanes, frames;
+    int exact_window; /* whole files: every query sees `context` keys, as upstream's one big call;
+                         else a frame's first half sees one key less, as upstream's stream */
+    struct state_table encoder, decoder;
+    struct kv_pages encoder_kv, decoder_kv;
+    float *encoder_history[2 + 3 * CONFIG_MAX_RATIOS + 1];
+    float *decoder_history[2 + 3 * CONFIG_MAX_RATIOS + 1];
+    int32_t *downsample_first;
+    int32_t *encoder_position, *decoder_position;   /* device, [lanes] */
+    int64_t *encoder_offset, *decoder_offset;       /* host, [lanes] */
+    float *buffer[3], *work;                        /* activations */
+    float *query, *attended, *hidden, *cos_sin;
+    size_t buffer_bytes, small_bytes, hidden_bytes;
+};
+
+int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct backend *backend,
+                      int lanes, int frames, int exact_window);
+void mimi_state_destroy(struct mimi_state *state);
+void mimi_state_reset(struct mimi_state *state, int lane);
+size_t mimi_state_lane_bytes(const struct mimi_state *state);
+
+/* Makes room for `frames` more frames of a lane; before mimi_encode or mimi_decode, on the host. */
+int mimi_encode_grow(struct mimi_state *state, int lane, int frames);
+int mimi_decode_grow(struct mimi_state *state, int lane, int frames);
+
+/* pcm[n][frames*1920] -> codes[n*frames][levels], device memory. */
+void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
+                 int levels, int32_t *codes);
+/* codes[n*frames][levels] -> pcm[n][frames*1920]. */
+void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const int32_t *codes,
+                 int levels, float *pcm);
+
+#endif

@@ -1,0 +1,21 @@
+/* model.h: an open checkpoint: files, weights bound on a device, and facts about them. */
+#ifndef MOSHI_MODEL_H
+#define MOSHI_MODEL_H
+
+#include "lm.h"
+#include "mimi.h"
+#include "os.h"
+
+struct moshi_model {
+    struct backend *backend;
+    struct weight_store lm_store, mimi_store;
+    struct tensor_file *lm_file, *mimi_file;
+    struct lm lm;
+    struct mimi mimi;
+    struct moshi_model_info info;
+    char lm_path[4096], mimi_path[4096], config_path[4096];
+    /* The backend has one caller at a time: held during a tick and by every other use of it. */
+    struct os_mutex *backend_lock;
+};
+
+#endif

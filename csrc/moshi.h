@@ -1,0 +1,278 @@
+/* moshi.h: the public C interface of moshi-c.
+ *
+ * Moshi is a full-duplex spoken dialogue model. Every 80 ms a session takes one frame of what the
+ * user says (frame_size float samples, 24 kHz mono, nominal range -1..1) and gives one frame of
+ * what the model says, together with a text token and the codes of both sides.
+ *
+ * Objects. A model is immutable after open and may be shared by threads. An engine belongs to a
+ * model and owns what sessions share: slots, key/value pages, the thread that runs the ticks. A
+ * session is one conversation; it may be used from one thread at a time (a second one gets
+ * MOSHI_ERROR_SESSION at once). A mimi_stream is the codec alone. Each object borrows the one above
+ * it, which must outlive it. Destroy and close accept NULL.
+ *
+ * Errors. Functions return MOSHI_OK or a negative status; moshi_error_detail() then holds one
+ * sentence (what, found, expected) for the calling thread. Nothing here prints, exits or aborts.
+ */
+#ifndef MOSHI_H
+#define MOSHI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define MOSHI_API __attribute__((visibility("default")))
+#else
+#define MOSHI_API
+#endif
+
+#define MOSHI_MAX_CODEBOOKS 64 /* audio streams of one model, both sides together */
+#define MOSHI_MAX_HEADS 16     /* extra heads (e.g. the pause detector of STT models) */
+#define MOSHI_MAX_HEAD_DIM 32  /* classes of one extra head */
+
+enum moshi_status {
+    MOSHI_OK = 0,
+    MOSHI_ERROR_CHECKPOINT = -1, /* a file or its contents */
+    MOSHI_ERROR_DEVICE = -2,     /* the machine: no such device, not enough memory */
+    MOSHI_ERROR_AUDIO = -3,      /* samples or codes given by the caller */
+    MOSHI_ERROR_SESSION = -4,    /* a session in the wrong state: busy, closed, no free slot */
+    MOSHI_ERROR_ARGUMENT = -5,   /* an option out of range */
+    MOSHI_ERROR_MEMORY = -6,     /* an allocation failed */
+    MOSHI_ERROR_INTERNAL = -7    /* a promise of ours was broken */
+};
+
+/* The sentence recorded by the last failure on this thread; "" when there was none. The pointer
+ * stays valid until the next call into the library on this thread. */
+MOSHI_API const char *moshi_error_detail(void);
+
+MOSHI_API const char *moshi_version(void);
+
+enum moshi_dtype { MOSHI_AUTO = 0, MOSHI_F32, MOSHI_F16, MOSHI_BF16 };
+
+/* "f32", "bf16", ...; "auto" for MOSHI_AUTO. */
+MOSHI_API const char *moshi_dtype_name(enum moshi_dtype dtype);
+/* The reverse; MOSHI_ERROR_ARGUMENT for a name that is not supported. */
+MOSHI_API int moshi_dtype_parse(const char *name, enum moshi_dtype *dtype);
+
+/* ---- devices ---------------------------------------------------------------------------- */
+
+struct moshi_device {
+    char name[16];        /* "cpu", "cuda:0" */
+    char description[96]; /* the processor's instruction set in use, or the card's name */
+    int64_t memory_bytes; /* physical memory, 0 if unknown */
+    int usable;
+    char reason[160]; /* why not, when not usable */
+};
+
+/* Fills up to `capacity` entries, returns how many there are. */
+MOSHI_API int moshi_devices(struct moshi_device *devices, int capacity);
+
+/* ---- model ------------------------------------------------------------------------------ */
+
+struct moshi_model;
+
+/* Zero-initialise, then set what differs. Paths are UTF-8 and copied. */
+struct moshi_model_options {
+    const char *folder;           /* laid out like a published repository; NULL if all paths given */
+    const char *config_path;      /* default: folder/config.json; without it the built-in 7B config */
+    const char *lm_path;          /* .safetensors or .safetensors.index.json; default: by config */
+    const char *mimi_path;        /* default: by config (mimi_name) */
+    const char *mimi_config_path; /* default: by config (mimi_config_name), else the built-in one */
+    const char *device;           /* "auto", "cpu"; NULL is "auto" */
+    enum moshi_dtype dtype;       /* of the language model's matrices; MOSHI_AUTO: as stored */
+    enum moshi_dtype mimi_dtype;  /* of the codec's matrices; only MOSHI_AUTO and MOSHI_F32 today */
+    int mimi_codebooks;           /* 1..32; 0: as many as the language model's larger side, else 8 */
+    int threads;                  /* 0: MOSHI_C_THREADS, else one per core */
+    int codec_only;               /* open Mimi alone; lm_path and config_path are ignored */
+    int copy_weights;             /* read the files instead of mapping them */
+};
+
+/* What a caller needs to know about an open model. Strings live as long as the model. */
+struct moshi_model_info {
+    const char *family;     /* "moshi", "hibiki", "stt", "tts", "personaplex"; "mimi" without an LM */
+    const char *device;     /* "cpu" */
+    const char *dtype;      /* of the LM's matrices: "f32", "f16", "bf16"; "" without an LM */
+    const char *mimi_dtype; /* "f32"; "" without a codec */
+    const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
+    int has_lm, has_mimi;
+    int sample_rate;   /* Hz */
+    int frame_size;    /* samples of one frame (1920) */
+    double frame_rate; /* frames a second (12.5) */
+    int codebooks;     /* of the codec as opened */
+    int codebook_size; /* entries of one codebook */
+    int n_q, dep_q;    /* audio streams read; audio streams written */
+    int user_q;        /* audio streams of the user, n_q - dep_q */
+    int card;          /* audio vocabulary, without the initial token */
+    int text_card_in, text_card; /* text vocabulary read and written, without the initial token */
+    int max_delay;     /* frames before the first output */
+    int context;       /* frames remembered by default */
+    int text_padding_id, text_end_padding_id;
+    int heads, head_dim; /* extra heads */
+    int has_conditions, needs_conditions; /* condition tables exist; the model must be given some */
+    float text_temperature, audio_temperature; /* the checkpoint's defaults, else upstream's */
+    int text_top_k, audio_top_k;
+    int64_t parameters;         /* of LM and codec */
+    int64_t weight_bytes;       /* in the format they are read in each frame */
+    int64_t mapped_bytes;       /* of these, pages shared with the files */
+};
+
+MOSHI_API int moshi_model_open(const struct moshi_model_options *options,
+                               struct moshi_model **model);
+MOSHI_API void moshi_model_close(struct moshi_model *model);
+MOSHI_API const struct moshi_model_info *moshi_model_get_info(const struct moshi_model *model);
+/* delays[n_q + 1], text first. */
+MOSHI_API const int *moshi_model_delays(const struct moshi_model *model);
+/* The i-th condition's name (e.g. "description"), NULL past the last; its j-th possible value. */
+MOSHI_API const char *moshi_model_condition_name(const struct moshi_model *model, int i);
+MOSHI_API const char *moshi_model_condition_value(const struct moshi_model *model, int i, int j);
+
+/* ---- engine ----------------------------------------------------------------------------- */
+
+struct moshi_engine;
+
+struct moshi_engine_options {
+    int max_sessions;          /* 0: 8 */
+    enum moshi_dtype kv_dtype; /* MOSHI_AUTO: f32 for f32 weights, else bf16 */
+    int context;               /* frames remembered; 0: the checkpoint's */
+};
+
+MOSHI_API int moshi_engine_create(struct moshi_model *model,
+                                  const struct moshi_engine_options *options,
+                                  struct moshi_engine **engine);
+/* Ends the ticks; sessions still open refuse further steps and must still be destroyed. */
+MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
+
+struct moshi_memory {
+    int64_t weights_bytes;     /* mapped or private */
+    int64_t session_bytes;     /* one session with its context full */
+    int64_t session_used_bytes; /* committed by all open sessions now */
+    int64_t free_bytes;        /* available on the device */
+};
+MOSHI_API int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory);
+
+/* Where the time of all ticks so far went, in seconds. */
+struct moshi_engine_stats {
+    int64_t ticks, frames; /* frames >= ticks when sessions share ticks */
+    double encode_s, temporal_s, depth_s, decode_s, other_s;
+};
+MOSHI_API int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_engine_stats *stats);
+
+/* ---- session ---------------------------------------------------------------------------- */
+
+struct moshi_session;
+
+struct moshi_condition {
+    const char *name;  /* e.g. "description" */
+    const char *value; /* one of the model's values; NULL: the learnt padding */
+};
+
+enum moshi_start {
+    /* As upstream's live server: the codec is cleared after the first frame, whose codes fall into
+     * the slot that the model never sees. */
+    MOSHI_START_LIVE = 0,
+    /* As upstream's offline script: the first frame is stepped twice, nothing is cleared. */
+    MOSHI_START_OFFLINE = 1
+};
+
+/* Fill by moshi_session_options_init, then change what differs. */
+struct moshi_session_options {
+    uint64_t seed;
+    float text_temperature, audio_temperature; /* <= 0 is greedy */
+    int text_top_k, audio_top_k;               /* <= 0: the whole vocabulary */
+    float cfg_coef;        /* guidance: null + (cond - null) * cfg_coef; 1 is off */
+    int cfg_masked_until;  /* null half reads zeros while offset <= delay + this; -1: off */
+    int cfg_no_text;       /* null half never reads text; text logits come from the cond half */
+    const struct moshi_condition *conditions;      /* what is not named gets the learnt padding */
+    int n_conditions;
+    const struct moshi_condition *null_conditions; /* of the null half */
+    int n_null_conditions;
+    enum moshi_start start;
+    int keep_logits;
+};
+
+MOSHI_API void moshi_session_options_init(const struct moshi_model *model,
+                                          struct moshi_session_options *options);
+MOSHI_API int moshi_session_create(struct moshi_engine *engine,
+                                   const struct moshi_session_options *options,
+                                   struct moshi_session **session);
+MOSHI_API void moshi_session_destroy(struct moshi_session *session);
+
+/* One frame of output. The caller sets `pcm` (frame_size floats, or NULL for no decoding); the
+ * rest is filled in. */
+struct moshi_frame {
+    float *pcm;
+    int64_t index;      /* frames stepped before this one */
+    int has_output;     /* 0 for the first max_delay frames: text_token -1, n_codes 0, pcm silent */
+    int32_t text_token; /* -1 before the first output */
+    int n_codes;        /* dep_q once there is output */
+    int32_t codes[MOSHI_MAX_CODEBOOKS];
+    int n_user_codes;
+    int32_t user_codes[MOSHI_MAX_CODEBOOKS];
+    float level_db; /* RMS of the user's frame in dBFS, floor -120; -120 when stepped by codes */
+    int n_heads;    /* extra heads; each is a softmax over head_dim classes */
+    float heads[MOSHI_MAX_HEADS][MOSHI_MAX_HEAD_DIM];
+    double step_s;  /* from submit to done */
+};
+
+/* pcm: frame_size floats. Not-finite samples give MOSHI_ERROR_AUDIO and change nothing. */
+MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm,
+                                 struct moshi_frame *frame);
+/* codes: user_q of them, 0..card (card itself is the initial or end token), skipping the encoder. */
+MOSHI_API int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes,
+                                       struct moshi_frame *frame);
+/* One batched step of `count` sessions of one engine; exactly one of pcms, codes is not NULL. Either
+ * all sessions step or none does. */
+MOSHI_API int moshi_sessions_step(struct moshi_session *const *sessions, int count,
+                                  const float *const *pcms, const int32_t *const *codes,
+                                  struct moshi_frame *frames);
+/* The two halves of a step, for callers with their own event loop. `frame` must stay valid between
+ * them. moshi_session_wait blocks; moshi_session_ready tells whether it would not. */
+MOSHI_API int moshi_session_submit(struct moshi_session *session, const float *pcm,
+                                   struct moshi_frame *frame);
+MOSHI_API int moshi_session_ready(struct moshi_session *session);
+MOSHI_API int moshi_session_wait(struct moshi_session *session);
+
+/* Appends tokens that the inner monologue takes from the next frame on, one a frame. */
+MOSHI_API int moshi_session_force_text(struct moshi_session *session, const int32_t *tokens,
+                                       int count);
+/* How many of them are still to come. */
+MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
+/* Teacher forcing: the next step reads and stores these instead of what it would sample. text < -1
+ * or audio == NULL leave that part free. audio: dep_q codes. */
+MOSHI_API int moshi_session_force_next(struct moshi_session *session, int32_t text,
+                                       const int32_t *audio);
+/* Logits of the last step, after guidance: text[text_card], audio[dep_q][card]. Either may be NULL.
+ * Needs keep_logits. */
+MOSHI_API int moshi_session_logits(struct moshi_session *session, float *text, float *audio);
+/* Back to the state after create; the seed stays unless new_seed is given. */
+MOSHI_API int moshi_session_reset(struct moshi_session *session, const uint64_t *new_seed);
+
+/* ---- codec alone ------------------------------------------------------------------------ */
+
+struct mimi_stream;
+
+MOSHI_API int mimi_stream_create(struct moshi_engine *engine, int batch,
+                                 struct mimi_stream **stream);
+MOSHI_API void mimi_stream_destroy(struct mimi_stream *stream);
+/* pcm[batch][frame_size] -> codes[batch][codebooks] */
+MOSHI_API int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *codes);
+/* codes[batch][n_codes] -> pcm[batch][frame_size]; 1 <= n_codes <= codebooks in the file */
+MOSHI_API int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_codes,
+                                 float *pcm);
+MOSHI_API int mimi_stream_reset(struct mimi_stream *stream);
+
+/* Whole signals, equal to upstream's non-streaming calls. pcm[batch][samples] is padded with zeros
+ * to a whole frame; frames = ceil(samples / frame_size); codes[batch][codebooks][frames]. */
+MOSHI_API int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch,
+                                int64_t samples, int32_t *codes);
+/* codes[batch][n_codes][frames] -> pcm[batch][frames * frame_size] */
+MOSHI_API int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch,
+                                int n_codes, int64_t frames, float *pcm);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

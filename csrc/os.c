@@ -1,0 +1,416 @@
+/* os.c: the only file that talks to the operating system and the only one with #ifdefs for it.
+ * Linux first; macOS where a portable call exists (no free-memory figure, and waiting on a word
+ * goes through one condition variable for the process). */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#ifdef __APPLE__
+#define _DARWIN_C_SOURCE
+#endif
+
+#include "os.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+#include "status.h"
+
+#ifndef MAP_NORESERVE
+#define MAP_NORESERVE 0
+#endif
+
+struct os_thread {
+    pthread_t handle;
+    void (*body)(void *);
+    void *arg;
+};
+
+struct os_mutex {
+    pthread_mutex_t handle;
+};
+
+struct os_condition {
+    pthread_cond_t handle;
+};
+
+/* strerror shares a buffer between threads on some systems; strerror_r has two signatures. */
+static const char *error_text(int error, char *buffer, size_t capacity)
+{
+#ifdef __GLIBC__
+    return strerror_r(error, buffer, capacity);
+#else
+    return strerror_r(error, buffer, capacity) == 0 ? buffer : "unknown error";
+#endif
+}
+
+static int fail_file(const char *path, const char *action, int error)
+{
+    char buffer[128];
+    int status = error == ENOMEM ? MOSHI_ERROR_MEMORY : MOSHI_ERROR_CHECKPOINT;
+    return moshi_fail(status, "%s: cannot %s: %s", path, action,
+                      error_text(error, buffer, sizeof buffer));
+}
+
+static void *map_anonymous(void *where, size_t bytes, int flags)
+{
+    void *memory = mmap(where, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+static int read_whole(int fd, const char *path, uint8_t *data, size_t bytes)
+{
+    size_t done = 0;
+    while (done < bytes) {
+        /* Linux moves at most 2 GiB a call, macOS refuses more. */
+        size_t want = bytes - done < ((size_t)1 << 30) ? bytes - done : (size_t)1 << 30;
+        ssize_t got = read(fd, data + done, want);
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got < 0) {
+            return fail_file(path, "read the file", errno);
+        }
+        if (got == 0) {
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: the file ended after %zu bytes while being read, expected %zu",
+                              path, done, bytes);
+        }
+        done += (size_t)got;
+    }
+    return MOSHI_OK;
+}
+
+int os_file_open(const char *path, int copy, struct os_file *file)
+{
+    *file = (struct os_file){0};
+    int fd;
+    /* O_NONBLOCK: a named pipe must be refused below, not waited for here. */
+    do {
+        fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    } while (fd < 0 && errno == EINTR);
+    if (fd < 0) {
+        return fail_file(path, "open the file", errno);
+    }
+    int status = MOSHI_OK;
+    struct stat info;
+    if (fstat(fd, &info) != 0) {
+        status = fail_file(path, "examine the file", errno);
+    } else if (!S_ISREG(info.st_mode)) {
+        status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: found %s, expected a regular file", path,
+                            S_ISDIR(info.st_mode) ? "a folder" : "a special file");
+    } else if (info.st_size <= 0) {
+        status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the file is empty", path);
+    } else if ((uint64_t)info.st_size > SIZE_MAX / 2) {
+        status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                            "%s: %lld bytes do not fit into the address space", path,
+                            (long long)info.st_size);
+    }
+    if (status == MOSHI_OK) {
+        size_t bytes = (size_t)info.st_size;
+        void *data = copy ? map_anonymous(NULL, bytes, 0)
+                          : mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (data == NULL || data == MAP_FAILED) {
+            status = fail_file(path, copy ? "make room for the file" : "map the file", errno);
+        } else {
+            *file = (struct os_file){.data = data, .bytes = bytes, .mapped = !copy};
+            status = copy ? read_whole(fd, path, data, bytes) : MOSHI_OK;
+        }
+    }
+    close(fd);
+    if (status != MOSHI_OK) {
+        os_file_close(file);
+    }
+    return status;
+}
+
+void os_file_close(struct os_file *file)
+{
+    if (file != NULL && file->data != NULL) {
+        munmap((void *)(uintptr_t)file->data, file->bytes);
+        *file = (struct os_file){0};
+    }
+}
+
+int os_path_exists(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0;
+}
+
+int os_path_is_folder(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
+}
+
+void *os_reserve(size_t bytes)
+{
+    return map_anonymous(NULL, bytes > 0 ? bytes : 1, 0);
+}
+
+void os_release(void *memory, size_t bytes)
+{
+    if (memory != NULL) {
+        munmap(memory, bytes > 0 ? bytes : 1);
+    }
+}
+
+void os_decommit(void *memory, size_t bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = ((uintptr_t)memory + page - 1) / page * page;
+    uintptr_t end = ((uintptr_t)memory + bytes) / page * page;
+    if (end <= start) {
+        return;
+    }
+#ifdef __linux__
+    int done = madvise((void *)start, end - start, MADV_DONTNEED) == 0;
+#else
+    /* Elsewhere MADV_DONTNEED may keep the contents; a fresh map over them may not. */
+    int done = map_anonymous((void *)start, end - start, MAP_FIXED) != NULL;
+#endif
+    if (!done) {
+        /* Locked pages can't be given back, but must still read as zeros. */
+        memset((void *)start, 0, end - start);
+    }
+}
+
+double os_clock(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
+uint64_t os_random(void)
+{
+    uint64_t value;
+    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd >= 0 ? read(fd, &value, sizeof value) : -1;
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (got != (ssize_t)sizeof value) {
+        /* No device in this sandbox: clock and stack address, mixed as in splitmix64. */
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        value = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+        value ^= (uint64_t)(uintptr_t)&now << 20;
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
+        value = (value ^ value >> 27) * 0x94D049BB133111EBu;
+        value ^= value >> 31;
+    }
+    return value;
+}
+
+int os_cpu_count(void)
+{
+#ifdef __linux__
+    /* The call fails with EINVAL while the set is smaller than the kernel's. */
+    for (int capacity = 1024; capacity <= 1 << 18; capacity *= 4) {
+        cpu_set_t *set = CPU_ALLOC((size_t)capacity);
+        if (set == NULL) {
+            break;
+        }
+        size_t bytes = CPU_ALLOC_SIZE((size_t)capacity);
+        int error = sched_getaffinity(0, bytes, set) == 0 ? 0 : errno;
+        int count = error == 0 ? CPU_COUNT_S(bytes, set) : 0;
+        CPU_FREE(set);
+        if (count > 0) {
+            return count;
+        }
+        if (error != EINVAL) {
+            break;
+        }
+    }
+#endif
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    return online > 0 && online < INT_MAX ? (int)online : 1;
+}
+
+int64_t os_memory_total(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES);
+    long page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 ? (int64_t)pages * page : 0;
+}
+
+int64_t os_memory_free(void)
+{
+    int64_t bytes = 0;
+#ifdef __linux__
+    FILE *file = fopen("/proc/meminfo", "re");
+    char line[256];
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, "MemAvailable:", 13) == 0) {
+            long long kib = strtoll(line + 13, NULL, 10);
+            bytes = kib > 0 && kib < INT64_MAX / 1024 ? (int64_t)kib * 1024 : 0;
+            break;
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+#endif
+    return bytes;
+}
+
+const char *os_environment(const char *name)
+{
+    const char *value = getenv(name);
+    return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+static void *thread_main(void *arg)
+{
+    struct os_thread *thread = arg;
+    thread->body(thread->arg);
+    return NULL;
+}
+
+int os_thread_start(struct os_thread **thread, void (*body)(void *), void *arg)
+{
+    *thread = NULL;
+    struct os_thread *made = malloc(sizeof *made);
+    if (made == NULL) {
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a thread");
+    }
+    made->body = body;
+    made->arg = arg;
+    /* The host program's signals must reach its own threads (Python's Ctrl-C, for one). */
+    sigset_t all, before;
+    sigfillset(&all);
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGBUS);
+    sigdelset(&all, SIGFPE);
+    sigdelset(&all, SIGILL);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&made->handle, NULL, thread_main, made);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error != 0) {
+        char buffer[128];
+        free(made);
+        return moshi_fail(MOSHI_ERROR_DEVICE, "cannot start a thread: %s",
+                          error_text(error, buffer, sizeof buffer));
+    }
+    *thread = made;
+    return MOSHI_OK;
+}
+
+void os_thread_join(struct os_thread *thread)
+{
+    if (thread != NULL) {
+        pthread_join(thread->handle, NULL);
+        free(thread);
+    }
+}
+
+struct os_mutex *os_mutex_create(void)
+{
+    struct os_mutex *mutex = malloc(sizeof *mutex);
+    if (mutex != NULL && pthread_mutex_init(&mutex->handle, NULL) != 0) {
+        free(mutex);
+        return NULL;
+    }
+    return mutex;
+}
+
+void os_mutex_destroy(struct os_mutex *mutex)
+{
+    if (mutex != NULL) {
+        pthread_mutex_destroy(&mutex->handle);
+        free(mutex);
+    }
+}
+
+void os_mutex_lock(struct os_mutex *mutex)
+{
+    pthread_mutex_lock(&mutex->handle);
+}
+
+void os_mutex_unlock(struct os_mutex *mutex)
+{
+    pthread_mutex_unlock(&mutex->handle);
+}
+
+struct os_condition *os_condition_create(void)
+{
+    struct os_condition *condition = malloc(sizeof *condition);
+    if (condition != NULL && pthread_cond_init(&condition->handle, NULL) != 0) {
+        free(condition);
+        return NULL;
+    }
+    return condition;
+}
+
+void os_condition_destroy(struct os_condition *condition)
+{
+    if (condition != NULL) {
+        pthread_cond_destroy(&condition->handle);
+        free(condition);
+    }
+}
+
+void os_condition_wait(struct os_condition *condition, struct os_mutex *mutex)
+{
+    pthread_cond_wait(&condition->handle, &mutex->handle);
+}
+
+void os_condition_wake_all(struct os_condition *condition)
+{
+    pthread_cond_broadcast(&condition->handle);
+}
+
+#ifdef __linux__
+
+void os_wait_word(uint32_t *word, uint32_t value)
+{
+    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+void os_wake_word(uint32_t *word)
+{
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+#else
+
+/* The one exception to "no process-wide state": a futex has no memory of its own, and neither may
+ * its replacement, since callers hand over nothing but the word. */
+static pthread_mutex_t word_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t word_changed = PTHREAD_COND_INITIALIZER;
+
+void os_wait_word(uint32_t *word, uint32_t value)
+{
+    pthread_mutex_lock(&word_mutex);
+    if (__atomic_load_n(word, __ATOMIC_SEQ_CST) == value) {
+        pthread_cond_wait(&word_changed, &word_mutex);
+    }
+    pthread_mutex_unlock(&word_mutex);
+}
+
+void os_wake_word(uint32_t *word)
+{
+    (void)word;
+    pthread_mutex_lock(&word_mutex);
+    pthread_cond_broadcast(&word_changed);
+    pthread_mutex_unlock(&word_mutex);
+}
+
+#endif

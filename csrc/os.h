@@ -1,0 +1,56 @@
+/* os.h: every operating-system call the core makes stands here: files, memory maps, threads,
+ * clock, environment. All sizes are bytes. */
+#ifndef MOSHI_OS_H
+#define MOSHI_OS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* A read-only view of a whole file: mapped, or a private copy. */
+struct os_file {
+    const uint8_t *data;
+    size_t bytes;
+    int mapped;
+};
+
+/* copy != 0 reads the file into memory (safe when others may change it). Fails with
+ * MOSHI_ERROR_CHECKPOINT for a missing, unreadable, empty or non-regular file. */
+int os_file_open(const char *path, int copy, struct os_file *file);
+void os_file_close(struct os_file *file);
+int os_path_exists(const char *path);
+int os_path_is_folder(const char *path);
+
+/* Zeroed memory, aligned to a page, committed by the system when first touched; NULL on failure. */
+void *os_reserve(size_t bytes);
+void os_release(void *memory, size_t bytes);
+/* Gives the pages back; they read as zeros afterwards. Both ends are rounded inward to pages. */
+void os_decommit(void *memory, size_t bytes);
+
+/* Monotonic seconds. */
+double os_clock(void);
+/* 64 bits from the system's random source. */
+uint64_t os_random(void);
+int os_cpu_count(void);       /* that this process may run on, at least 1 */
+int64_t os_memory_total(void); /* physical, 0 if unknown */
+int64_t os_memory_free(void);  /* available, 0 if unknown */
+const char *os_environment(const char *name); /* NULL if unset or empty */
+
+struct os_thread;
+struct os_mutex;
+struct os_condition;
+
+int os_thread_start(struct os_thread **thread, void (*body)(void *), void *arg);
+void os_thread_join(struct os_thread *thread); /* frees it; NULL is fine */
+struct os_mutex *os_mutex_create(void); /* NULL on failure */
+void os_mutex_destroy(struct os_mutex *mutex);
+void os_mutex_lock(struct os_mutex *mutex);
+void os_mutex_unlock(struct os_mutex *mutex);
+struct os_condition *os_condition_create(void);
+void os_condition_destroy(struct os_condition *condition);
+void os_condition_wait(struct os_condition *condition, struct os_mutex *mutex);
+void os_condition_wake_all(struct os_condition *condition);
+/* Blocks while *word == value, or until woken; may return early. Any thread wakes all. */
+void os_wait_word(uint32_t *word, uint32_t value);
+void os_wake_word(uint32_t *word);
+
+#endif

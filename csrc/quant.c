@@ -1,0 +1,76 @@
+/* quant.c: conversions between float formats, by the value: round to nearest, ties to even. */
+#include "quant.h"
+
+#include <string.h>
+
+/* Half precision: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
+float f16_to_f32(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ffu;
+    union { uint32_t u; float f; } v;
+
+    if (exponent == 0) {
+        v.f = (float)fraction * 0x1p-24f; /* exact; covers zero and subnormals */
+        v.u |= sign;
+    } else if (exponent == 31) {
+        v.u = sign | 0x7f800000u | fraction << 13 | (fraction ? 0x400000u : 0);
+    } else {
+        v.u = sign | (exponent + 112) << 23 | fraction << 13;
+    }
+    return v.f;
+}
+
+uint16_t f32_to_f16(float f)
+{
+    union { float f; uint32_t u; } v = {.f = f};
+    uint32_t sign = v.u >> 16 & 0x8000u, magnitude = v.u & 0x7fffffffu, half, rest, shift;
+
+    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x47800000u) return (uint16_t)(sign | 0x7c00u); /* 65536 and above */
+    if (magnitude < 0x33000000u) return (uint16_t)sign; /* below half the least subnormal */
+    if (magnitude >= 0x38800000u) { /* normal: rebias; a carry may run into the exponent */
+        half = (magnitude - 0x38000000u) >> 13;
+        rest = magnitude & 0x1fffu;
+        shift = 13;
+    } else {
+        shift = 126 - (magnitude >> 23); /* 14..24 */
+        magnitude = (magnitude & 0x7fffffu) | 0x800000u;
+        half = magnitude >> shift;
+        rest = magnitude & ((1u << shift) - 1);
+    }
+    if (rest > 1u << (shift - 1) || (rest == 1u << (shift - 1) && (half & 1))) half++;
+    return (uint16_t)(sign | half);
+}
+
+static float read_element(enum weight_format format, const void *source, size_t i)
+{
+    float f;
+    uint16_t h;
+
+    if (format == WEIGHT_F32) {
+        memcpy(&f, (const char *)source + i * 4, 4);
+        return f;
+    }
+    memcpy(&h, (const char *)source + i * 2, 2);
+    return format == WEIGHT_F16 ? f16_to_f32(h) : bf16_to_f32(h);
+}
+
+void weight_convert(enum weight_format from, const void *source, enum weight_format to,
+                    void *target, size_t elements)
+{
+    if (from == to) {
+        memcpy(target, source, elements * weight_bytes(from));
+        return;
+    }
+    for (size_t i = 0; i < elements; i++) {
+        float f = read_element(from, source, i);
+        uint16_t h;
+
+        if (to == WEIGHT_F32) {
+            memcpy((char *)target + i * 4, &f, 4);
+        } else {
+            h = to == WEIGHT_F16 ? f32_to_f16(f) : f32_to_bf16(f);
+            memcpy((char *)target + i * 2, &h, 2);
+        }
+    }
+}

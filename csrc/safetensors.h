@@ -1,0 +1,50 @@
+/* safetensors.h: reads one safetensors file, or a set of shards through its index.json.
+ *
+ * Everything in a header is checked before use: header length against the file, dtype, shape
+ * product without overflow, offsets inside the data, byte count equal to shape x dtype, no overlap
+ * and no hole, unique names. Data stays in the file map. The formats are described in the
+ * safetensors project's README ("Format"). */
+#ifndef MOSHI_SAFETENSORS_H
+#define MOSHI_SAFETENSORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define SAFETENSORS_MAX_DIMS 8
+
+enum tensor_dtype {
+    TENSOR_F64, TENSOR_F32, TENSOR_F16, TENSOR_BF16, TENSOR_F8_E4M3, TENSOR_F8_E5M2,
+    TENSOR_I64, TENSOR_I32, TENSOR_I16, TENSOR_I8, TENSOR_U64, TENSOR_U32, TENSOR_U16, TENSOR_U8,
+    TENSOR_BOOL
+};
+
+struct tensor {
+    const char *name;
+    enum tensor_dtype dtype;
+    int n_dims;
+    int64_t dims[SAFETENSORS_MAX_DIMS];
+    int64_t elements;
+    const void *data; /* inside the map; maybe not aligned to the element size */
+    size_t bytes;
+    int used; /* set by callers that want to know what was left over */
+};
+
+struct tensor_file;
+
+/* path: a .safetensors file, or an index (a name ending in .json: {"weight_map": {name: shard}},
+ * shards beside it, no folders in their names). MOSHI_ERROR_CHECKPOINT names the file and tensor. */
+int tensor_file_open(const char *path, int copy, struct tensor_file **file);
+void tensor_file_close(struct tensor_file *file);
+const char *tensor_file_path(const struct tensor_file *file);
+int tensor_file_count(const struct tensor_file *file);
+struct tensor *tensor_file_at(struct tensor_file *file, int index);
+/* By binary search; NULL if there is none. */
+struct tensor *tensor_file_find(struct tensor_file *file, const char *name);
+int64_t tensor_file_mapped_bytes(const struct tensor_file *file);
+
+const char *tensor_dtype_name(enum tensor_dtype dtype); /* "F32", as in the file */
+size_t tensor_dtype_bytes(enum tensor_dtype dtype);
+/* "[2048,512]" into text[capacity]. Returns text. */
+char *tensor_shape_text(const int64_t *dims, int n_dims, char *text, size_t capacity);
+
+#endif

@@ -1,0 +1,460 @@
+/* session.c: one conversation: checks at the public edge, submit and wait, forced text, logits. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine.h"
+#include "status.h"
+
+void moshi_session_options_init(const struct moshi_model *model,
+                                struct moshi_session_options *options)
+{
+    const struct moshi_model_info *info = &model->info;
+    memset(options, 0, sizeof *options);
+    options->text_temperature = info->text_temperature;
+    options->audio_temperature = info->audio_temperature;
+    options->text_top_k = info->text_top_k;
+    options->audio_top_k = info->audio_top_k;
+    options->cfg_coef = 1.0f;
+    options->cfg_masked_until = -1;
+}
+
+static int check_options(const struct moshi_model *model,
+                         const struct moshi_session_options *options)
+{
+    const struct {
+        const char *name;
+        float value;
+    } floats[] = {{"text_temperature", options->text_temperature},
+                  {"audio_temperature", options->audio_temperature},
+                  {"cfg_coef", options->cfg_coef}};
+    for (size_t i = 0; i < sizeof floats / sizeof *floats; ++i)
+        if (!isfinite(floats[i].value))
+            return moshi_fail(MOSHI_ERROR_ARGUMENT, "%s is %f, expected a finite number",
+                              floats[i].name, (double)floats[i].value);
+    if (!model->info.has_lm)
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "this model is a codec alone; a session needs a language model");
+    if (options->cfg_masked_until < -1)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "cfg_masked_until is %d, expected -1 (off) or more",
+                          options->cfg_masked_until);
+    if (options->cfg_coef != 1.0f && !model->info.has_conditions && !options->cfg_no_text &&
+        options->cfg_masked_until < 0)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "cfg_coef is %g, but this model has no conditions and neither "
+                          "cfg_masked_until nor cfg_no_text is given: both halves would be equal",
+                          (double)options->cfg_coef);
+    return MOSHI_OK;
+}
+
+static void set_seed(struct moshi_session *session, uint64_t seed)
+{
+    session->options.seed = seed;
+    session->params.seed[0] = (uint32_t)seed;
+    session->params.seed[1] = (uint32_t)(seed >> 32);
+}
+
+static void clear_forcing(struct moshi_session *session)
+{
+    session->forced_first = session->forced_end = 0;
+    session->next_text = TOKEN_FREE;
+    for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+}
+
+/* Under the backend lock. */
+static void reset_slot(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
+    const int slot = session->slot;
+    lm_state_reset(&engine->lm, slot);
+    if (engine->mimi.backend) mimi_state_reset(&engine->mimi, slot);
+    if (session->condition) {
+        const size_t width = (size_t)engine->model->lm.config.temporal.dim;
+        for (int half = 0; half < 2; ++half)
+            engine->backend->ops->upload(
+                engine->backend,
+                engine->lm.condition + (size_t)(half * engine->max_sessions + slot) * width,
+                session->condition + (size_t)half * width, width * sizeof(float));
+    }
+    session->index = 0;
+    session->has_logits = 0;
+    clear_forcing(session);
+}
+
+static int create_buffers(struct moshi_session *session, const struct moshi_model *model,
+                          const struct moshi_session_options *options)
+{
+    const struct moshi_model_info *info = &model->info;
+    session->pcm = calloc((size_t)info->frame_size, sizeof *session->pcm);
+    int failed = !session->pcm;
+    if (options->keep_logits) {
+        size_t logits = (size_t)info->text_card + (size_t)info->dep_q * (size_t)info->card;
+        session->logits = calloc(logits, sizeof *session->logits);
+        failed |= !session->logits;
+    }
+    if (info->has_conditions) {
+        const size_t width = (size_t)model->lm.config.temporal.dim;
+        session->condition = calloc(2 * width, sizeof *session->condition);
+        failed |= !session->condition;
+    }
+    if (failed) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a session");
+    if (!session->condition) {
+        if (options->n_conditions || options->n_null_conditions)
+            return lm_condition_sum(&model->lm, options->conditions, options->n_conditions, NULL);
+        return MOSHI_OK;
+    }
+    const size_t width = (size_t)model->lm.config.temporal.dim;
+    int status = lm_condition_sum(&model->lm, options->conditions, options->n_conditions,
+                                  session->condition);
+    if (!status)
+        status = lm_condition_sum(&model->lm, options->null_conditions, options->n_null_conditions,
+                                  session->condition + width);
+    return status;
+}
+
+static void free_session(struct moshi_session *session)
+{
+    free(session->pcm);
+    free(session->logits);
+    free(session->condition);
+    free(session->forced);
+    free(session);
+}
+
+int moshi_session_create(struct moshi_engine *engine, const struct moshi_session_options *options,
+                         struct moshi_session **result)
+{
+    *result = NULL;
+    struct moshi_session_options defaults;
+    if (!options) {
+        moshi_session_options_init(engine->model, &defaults);
+        options = &defaults;
+    }
+    int status = check_options(engine->model, options);
+    if (status) return status;
+    struct moshi_session *session = calloc(1, sizeof *session);
+    if (!session) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a session");
+    session->engine = engine;
+    session->slot = -1;
+    session->options = *options;
+    session->options.conditions = session->options.null_conditions = NULL;
+    struct slot_params *params = &session->params;
+    params->temperature[0] = options->text_temperature;
+    params->temperature[1] = options->audio_temperature;
+    params->top_k[0] = options->text_top_k;
+    params->top_k[1] = options->audio_top_k;
+    params->cfg_coef = options->cfg_coef;
+    params->cfg_no_text = options->cfg_no_text;
+    params->cfg_masked_until = options->cfg_masked_until;
+    set_seed(session, options->seed);
+    status = create_buffers(session, engine->model, options);
+    if (status) {
+        free_session(session);
+        return status;
+    }
+
+    os_mutex_lock(engine->model->backend_lock);
+    os_mutex_lock(engine->lock);
+    for (int slot = 0; slot < engine->max_sessions && session->slot < 0; ++slot)
+        if (!engine->slots[slot]) session->slot = slot;
+    os_mutex_unlock(engine->lock);
+    if (session->slot >= 0) {
+        reset_slot(session);
+        os_mutex_lock(engine->lock);
+        engine->slots[session->slot] = session;
+        os_mutex_unlock(engine->lock);
+    }
+    os_mutex_unlock(engine->model->backend_lock);
+    if (session->slot < 0) {
+        int slots = engine->max_sessions;
+        free_session(session);
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "all %d sessions of this model are open: close one, or open the model with "
+                          "a larger max_sessions",
+                          slots);
+    }
+    *result = session;
+    return MOSHI_OK;
+}
+
+void moshi_session_destroy(struct moshi_session *session)
+{
+    if (!session) return;
+    struct moshi_engine *engine = session->engine;
+    if (engine) {
+        os_mutex_lock(engine->model->backend_lock); /* no tick is under way */
+        os_mutex_lock(engine->lock);
+        engine->slots[session->slot] = NULL;
+        os_mutex_unlock(engine->lock);
+        lm_state_reset(&engine->lm, session->slot); /* gives the pages back */
+        if (engine->mimi.backend) mimi_state_reset(&engine->mimi, session->slot);
+        os_mutex_unlock(engine->model->backend_lock);
+    }
+    free_session(session);
+}
+
+/* ---- submit and wait -------------------------------------------------------------------- */
+
+/* One caller at a time: the second gets an error at once. */
+static int enter(struct moshi_session *session)
+{
+    if (__atomic_exchange_n(&session->busy, 1u, __ATOMIC_ACQUIRE))
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "the session is in use by another thread; one step at a time");
+    int status = MOSHI_OK;
+    if (!session->engine)
+        status = moshi_fail(MOSHI_ERROR_SESSION, "the session's engine was closed");
+    else if (session->dead)
+        status = moshi_fail(MOSHI_ERROR_SESSION, "the session ended with an error: %s",
+                            session->sentence);
+    if (status) __atomic_store_n(&session->busy, 0u, __ATOMIC_RELEASE);
+    return status;
+}
+
+static void leave(struct moshi_session *session)
+{
+    __atomic_store_n(&session->busy, 0u, __ATOMIC_RELEASE);
+}
+
+static int take_pcm(struct moshi_session *session, const float *pcm, struct moshi_frame *frame)
+{
+    const struct moshi_model_info *info = &session->engine->model->info;
+    if (!info->has_mimi)
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "the model was opened without a codec: step by codes, or name a Mimi file");
+    double energy = 0;
+    for (int i = 0; i < info->frame_size; ++i) {
+        if (!isfinite(pcm[i]))
+            return moshi_fail(MOSHI_ERROR_AUDIO,
+                              "sample %d of the frame is %s, expected finite numbers", i,
+                              isnan(pcm[i]) ? "not a number" : "infinite");
+        energy += (double)pcm[i] * (double)pcm[i];
+    }
+    memcpy(session->pcm, pcm, (size_t)info->frame_size * sizeof *pcm);
+    double rms = sqrt(energy / info->frame_size);
+    frame->level_db = rms > 1e-6 ? (float)(20 * log10(rms)) : -120.0f;
+    session->has_pcm = 1;
+    return MOSHI_OK;
+}
+
+static int take_codes(struct moshi_session *session, const int32_t *codes,
+                      struct moshi_frame *frame)
+{
+    const struct moshi_model_info *info = &session->engine->model->info;
+    for (int k = 0; k < info->user_q; ++k)
+        if (codes[k] < 0 || codes[k] > info->card)
+            return moshi_fail(MOSHI_ERROR_AUDIO, "code %d is %d, expected 0 to %d", k, codes[k],
+                              info->card);
+    memcpy(session->user_codes, codes, (size_t)info->user_q * sizeof *codes);
+    frame->level_db = -120.0f;
+    session->has_pcm = 0;
+    return MOSHI_OK;
+}
+
+/* The session must be entered; leaves it on failure. */
+static int take_input(struct moshi_session *session, const float *pcm, const int32_t *codes,
+                      struct moshi_frame *frame)
+{
+    session->frame = frame;
+    return pcm ? take_pcm(session, pcm, frame) : take_codes(session, codes, frame);
+}
+
+static void submit(struct moshi_session *session, double now)
+{
+    session->submitted_s = now;
+    session->status = MOSHI_OK;
+    session->phase = SESSION_SUBMITTED;
+    ++session->engine->pending;
+}
+
+int moshi_sessions_step(struct moshi_session *const *sessions, int count, const float *const *pcms,
+                        const int32_t *const *codes, struct moshi_frame *frames)
+{
+    if (count < 1 || !pcms == !codes)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "%d sessions given, expected one or more with samples or codes", count);
+    int entered = 0, status = MOSHI_OK;
+    for (; entered < count; ++entered) {
+        status = enter(sessions[entered]);
+        if (status) break;
+        if (sessions[entered]->engine != sessions[0]->engine) {
+            leave(sessions[entered]);
+            status = moshi_fail(MOSHI_ERROR_ARGUMENT,
+                                "session %d belongs to another model than session 0", entered);
+            break;
+        }
+    }
+    for (int i = 0; i < count && !status; ++i)
+        status = take_input(sessions[i], pcms ? pcms[i] : NULL, codes ? codes[i] : NULL, &frames[i]);
+    if (status) {
+        for (int i = 0; i < entered; ++i) leave(sessions[i]);
+        return status;
+    }
+    struct moshi_engine *engine = sessions[0]->engine;
+    double now = os_clock();
+    os_mutex_lock(engine->lock);
+    for (int i = 0; i < count; ++i) submit(sessions[i], now);
+    os_condition_wake_all(engine->submitted);
+    os_mutex_unlock(engine->lock);
+    for (int i = 0; i < count; ++i) {
+        int one = moshi_session_wait(sessions[i]);
+        if (one && !status) status = one;
+    }
+    return status;
+}
+
+int moshi_session_submit(struct moshi_session *session, const float *pcm, struct moshi_frame *frame)
+{
+    int status = enter(session);
+    if (status) return status;
+    status = take_input(session, pcm, NULL, frame);
+    if (status) {
+        leave(session);
+        return status;
+    }
+    struct moshi_engine *engine = session->engine;
+    os_mutex_lock(engine->lock);
+    submit(session, os_clock());
+    os_condition_wake_all(engine->submitted);
+    os_mutex_unlock(engine->lock);
+    return MOSHI_OK;
+}
+
+int moshi_session_ready(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
+    if (!engine) return 1;
+    os_mutex_lock(engine->lock);
+    int ready = session->phase == SESSION_DONE || session->phase == SESSION_IDLE;
+    os_mutex_unlock(engine->lock);
+    return ready;
+}
+
+int moshi_session_wait(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
+    os_mutex_lock(engine->lock);
+    int submitted = session->phase != SESSION_IDLE;
+    while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
+        os_condition_wait(engine->done, engine->lock);
+    session->phase = SESSION_IDLE;
+    int status = session->status;
+    os_mutex_unlock(engine->lock);
+    if (!submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
+    if (status) moshi_fail(status, "%s", session->sentence);
+    leave(session);
+    return status;
+}
+
+int moshi_session_step(struct moshi_session *session, const float *pcm, struct moshi_frame *frame)
+{
+    int status = moshi_session_submit(session, pcm, frame);
+    return status ? status : moshi_session_wait(session);
+}
+
+int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes,
+                             struct moshi_frame *frame)
+{
+    return moshi_sessions_step(&session, 1, NULL, &codes, frame);
+}
+
+/* ---- policy and results ----------------------------------------------------------------- */
+
+static int check_text(const struct moshi_session *session, int32_t token)
+{
+    int card = session->engine->model->info.text_card_in;
+    if (token < 0 || token >= card)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "text token %d is not in 0 to %d", token, card - 1);
+    return MOSHI_OK;
+}
+
+int moshi_session_force_text(struct moshi_session *session, const int32_t *tokens, int count)
+{
+    int status = enter(session);
+    if (status) return status;
+    for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
+    int left = session->forced_end - session->forced_first;
+    if (!status && count > 1 << 20)
+        status = moshi_fail(MOSHI_ERROR_ARGUMENT, "%d tokens given, expected at most %d", count,
+                            1 << 20);
+    if (!status && left + count > session->forced_capacity) {
+        int32_t *larger = malloc((size_t)(left + count) * sizeof *larger);
+        if (!larger) {
+            status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d tokens", left + count);
+        } else {
+            if (left)
+                memcpy(larger, session->forced + session->forced_first,
+                       (size_t)left * sizeof *larger);
+            free(session->forced);
+            session->forced = larger;
+            session->forced_capacity = left + count;
+            session->forced_first = 0;
+            session->forced_end = left;
+        }
+    } else if (!status && left) {
+        memmove(session->forced, session->forced + session->forced_first,
+                (size_t)left * sizeof *session->forced);
+    }
+    if (!status) {
+        session->forced_first = 0;
+        session->forced_end = left + count;
+        if (count) memcpy(session->forced + left, tokens, (size_t)count * sizeof *tokens);
+    }
+    leave(session);
+    return status;
+}
+
+int moshi_session_forced_left(struct moshi_session *session)
+{
+    return session->forced_end - session->forced_first;
+}
+
+int moshi_session_force_next(struct moshi_session *session, int32_t text, const int32_t *audio)
+{
+    int status = enter(session);
+    if (status) return status;
+    const struct moshi_model_info *info = &session->engine->model->info;
+    if (text >= 0) status = check_text(session, text);
+    for (int k = 0; audio && k < info->dep_q && !status; ++k)
+        if (audio[k] < 0 || audio[k] >= info->card)
+            status = moshi_fail(MOSHI_ERROR_ARGUMENT, "code %d is %d, expected 0 to %d", k, audio[k],
+                                info->card - 1);
+    if (!status) {
+        session->next_text = text >= 0 ? text : TOKEN_FREE;
+        for (int k = 0; k < info->dep_q; ++k) session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
+    }
+    leave(session);
+    return status;
+}
+
+int moshi_session_logits(struct moshi_session *session, float *text, float *audio)
+{
+    int status = enter(session);
+    if (status) return status;
+    const struct moshi_model_info *info = &session->engine->model->info;
+    const size_t text_card = (size_t)info->text_card;
+    if (!session->logits)
+        status = moshi_fail(MOSHI_ERROR_SESSION,
+                            "logits were not kept: create the session with keep_logits");
+    else if (!session->has_logits)
+        status = moshi_fail(MOSHI_ERROR_SESSION, "there are no logits before the first step");
+    if (!status && text) memcpy(text, session->logits, text_card * sizeof *text);
+    if (!status && audio)
+        memcpy(audio, session->logits + text_card,
+               (size_t)info->dep_q * (size_t)info->card * sizeof *audio);
+    leave(session);
+    return status;
+}
+
+int moshi_session_reset(struct moshi_session *session, const uint64_t *new_seed)
+{
+    int status = enter(session);
+    if (status) return status;
+    if (new_seed) set_seed(session, *new_seed);
+    os_mutex_lock(session->engine->model->backend_lock);
+    reset_slot(session);
+    os_mutex_unlock(session->engine->model->backend_lock);
+    leave(session);
+    return status;
+}

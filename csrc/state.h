@@ -1,0 +1,62 @@
+/* state.h: the history of conversations, as tables of fields.
+ *
+ * A state_table has `lanes` equal lanes and a list of fields (name, type, elements per lane, reset
+ * value). That list drives allocation, the reset of a lane, and the memory report; saving and
+ * copying walk it too. Keys and values grow with a call and therefore live in pages (kv_pages),
+ * which lanes may share. All field memory is device memory, reserved at once and committed by use. */
+#ifndef MOSHI_STATE_H
+#define MOSHI_STATE_H
+
+#include "backend.h"
+
+#define STATE_MAX_FIELDS 96
+
+enum field_type { FIELD_F32, FIELD_I32, FIELD_U8 };
+
+struct state_field {
+    char name[64];
+    enum field_type type;
+    size_t elements; /* per lane */
+    int32_t reset;   /* value of every element after a reset */
+    void *data;      /* [lanes][elements] */
+};
+
+struct state_table {
+    struct backend *backend;
+    int lanes, n_fields;
+    struct state_field fields[STATE_MAX_FIELDS];
+};
+
+void state_init(struct state_table *table, struct backend *backend, int lanes);
+/* Adds a field, allocates it, resets every lane of it, and gives its address; NULL on failure. */
+void *state_add(struct state_table *table, enum field_type type, size_t elements, int32_t reset,
+                const char *name, ...) __attribute__((format(printf, 5, 6)));
+void state_reset_lane(struct state_table *table, int lane);
+void state_release(struct state_table *table);
+size_t state_lane_bytes(const struct state_table *table);
+
+#define KV_PAGE_POSITIONS 64
+
+/* Pages of keys and values of one transformer stack. A page holds KV_PAGE_POSITIONS positions of
+ * all layers; `references` counts the lanes that read it. */
+struct kv_pages {
+    struct backend *backend;
+    struct kv_cache cache; /* what operations see */
+    int lanes, n_pages, n_free;
+    int32_t *host_table; /* [lanes][pages_per_lane], -1: no page yet */
+    int32_t *references; /* [n_pages] */
+    int32_t *free_pages; /* stack */
+    size_t bytes;
+    int32_t *device_table;
+};
+
+/* ring_positions: history each lane keeps, rounded up to pages. */
+int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int ring_positions,
+                    const struct transformer_config *config, enum moshi_dtype dtype);
+void kv_pages_destroy(struct kv_pages *kv);
+/* Gives `lane` pages for positions first .. first+steps-1. */
+int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps);
+void kv_pages_reset(struct kv_pages *kv, int lane);
+int kv_pages_used(const struct kv_pages *kv);
+
+#endif

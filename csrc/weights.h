@@ -1,0 +1,66 @@
+/* weights.h: from named tensors of a file to the matrices and vectors a model reads.
+ *
+ * A weight_loader remembers the first failure, so that a model binds its tensors as a plain list
+ * and asks once at the end. Every tensor's dtype and shape is checked against the config; what the
+ * file holds beyond the model is an error too, as it is upstream. Matrices stay in the file map
+ * where the backend can read them so. */
+#ifndef MOSHI_WEIGHTS_H
+#define MOSHI_WEIGHTS_H
+
+#include "backend.h"
+#include "safetensors.h"
+
+/* Memory and prepared matrices that a model owns through its backend. */
+struct weight_store {
+    struct backend *backend;
+    struct weight_block {
+        void *memory;
+        size_t bytes;
+    } *blocks;
+    struct matrix *matrices; /* prepared ones, to be released */
+    int n_blocks, n_matrices, block_capacity, matrix_capacity;
+    int64_t parameters;    /* elements of all tensors bound */
+    int64_t matrix_bytes;  /* of all matrices, in the format they are read in */
+    int64_t private_bytes; /* of blocks */
+};
+
+void weight_store_init(struct weight_store *store, struct backend *backend);
+void weight_store_release(struct weight_store *store);
+/* Zeroed device memory owned by the store; NULL after recording a failure. */
+void *weight_store_allocate(struct weight_store *store, size_t bytes);
+
+struct weight_loader {
+    struct weight_store *store;
+    struct tensor_file *file;
+    enum moshi_dtype dtype; /* of matrices; MOSHI_AUTO: as stored */
+    int pack;               /* matrices get the backend's own layout */
+    int status;             /* the first failure */
+};
+
+/* The tensor of that name, or NULL. Marks it used. */
+struct tensor *weights_find(struct weight_loader *loader, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+/* The same, but a missing one is a failure. */
+struct tensor *weights_need(struct weight_loader *loader, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+/* A [rows][cols] matrix from a tensor of that shape (trailing dimensions of 1 are allowed). */
+void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
+                    struct matrix *matrix);
+/* Rows of a table that are only ever looked up: never packed. */
+void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
+                   struct matrix *matrix);
+/* `count` elements of any shape as f32. */
+const float *weights_vector(struct weight_loader *loader, struct tensor *tensor, int64_t count);
+/* A matrix of f32 values that the caller computed; takes over `values`, from malloc. */
+void weights_matrix_from(struct weight_loader *loader, float *values, int rows, int cols,
+                         struct matrix *matrix);
+/* Element i of a float tensor. */
+float tensor_element(const struct tensor *tensor, int64_t i);
+/* MOSHI_OK, or the failure; a dtype or shape other than expected is one. */
+int weights_check(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
+                  const int64_t *dims);
+/* Fails if a tensor of the file was not used. */
+void weights_finish(struct weight_loader *loader);
+
+#endif
