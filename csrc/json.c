@@ -1,8 +1,9 @@
 /* json.c: RFC 8259 JSON into a tree that lives in one allocation.
  *
  * Owns the document. Refuses everything the format refuses, and also: nesting beyond
- * JSON_MAX_DEPTH, numbers that overflow a double, lone surrogates, "\u0000", and a key that stands
- * twice in one object (found by sorting, so that a huge object costs n log n).
+ * JSON_MAX_DEPTH, more than MAX_VALUES values, numbers that overflow a double, lone surrogates,
+ * "\u0000", and a key that stands twice in one object (found by sorting, so that a huge object
+ * costs n log n).
  *
  * A value is the document itself, the first of an array or object, or behind a comma, so commas
  * and opening brackets bound the number of nodes before anything is allocated. Decoded strings
@@ -15,6 +16,10 @@
 #include <string.h>
 
 #include "status.h"
+
+/* 256 MiB of nodes: without it, a file of "[1,1,1..." would cost 32 times its size. The largest
+ * published checkpoints have a hundredth of this. */
+#define MAX_VALUES (1 << 22)
 
 struct node {
     struct json json; /* first: a struct json * of ours is a struct node * */
@@ -410,9 +415,12 @@ int json_parse(const char *text, size_t bytes, const char *what, struct json_doc
         count += text[i] == ',' || text[i] == '[' || text[i] == '{';
     }
     struct json_document *made = NULL;
-    /* parent->count is an int. */
-    if (count <= INT32_MAX && !__builtin_mul_overflow(count, sizeof(struct node), &size) &&
-        !__builtin_add_overflow(size, bytes, &size)) {
+    if (count > MAX_VALUES) {
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "%s: JSON with up to %zu values, expected at most %d", what, count,
+                          MAX_VALUES);
+    }
+    if (!__builtin_add_overflow(count * sizeof(struct node), bytes, &size)) {
         made = malloc(size);
     }
     if (made == NULL) {

@@ -97,6 +97,11 @@ int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader 
         lm->depth.config = config;
         for (int i = 0; weights_find(loader, "depformer_in.%d.weight", i); ++i) continue;
     }
+    /* Conditioners that no fuser uses are stored all the same. */
+    for (int i = 0; i < tensor_file_count(loader->file); ++i) {
+        struct tensor *tensor = tensor_file_at(loader->file, i);
+        if (strncmp(tensor->name, "condition_provider.", 19) == 0) tensor->used = 1;
+    }
     weights_finish(loader);
     return loader->status;
 }

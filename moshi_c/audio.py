@@ -161,7 +161,7 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     Raises:
         AudioError: the file is missing, is no sound file, or holds NaN or infinity.
     """
-    import soundfile  # type: ignore[import-untyped,unused-ignore]
+    import soundfile
 
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The exceptions of moshi_c. Each message is one sentence: what, what was found, what was expected."""
+"""The exceptions of moshi_c. A message is one sentence: what, what was found, what was expected."""
 
 
 class MoshiError(Exception):

@@ -108,20 +108,17 @@ class _Hub:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    import huggingface_hub.utils
 
-    if shown or are_progress_bars_disabled():
+    bars: Any = huggingface_hub.utils
+    if shown or bars.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    bars.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        bars.enable_progress_bars()
 
 
 # ---- places ------------------------------------------------------------------------------------
@@ -300,7 +297,8 @@ def _check_weights(path: Path) -> Path:
     if path.name.endswith(_INDEX) or path.suffix in _WEIGHTS:
         return path
     raise CheckpointError(
-        f"{path} is not a safetensors file; expected the suffix .safetensors or .safetensors{_INDEX}"
+        f"{path} is not a safetensors file; expected the suffix .safetensors or "
+        f".safetensors{_INDEX}"
     )
 
 
@@ -357,8 +355,8 @@ def _locate(source: PathLike | None, hub: _Hub) -> tuple[_Place, Path | None]:
     if isinstance(source, str) and _repository_id(text) and path.suffix not in _WEIGHTS:
         return _Repository(text, hub, hub.revision), None
     raise CheckpointError(
-        f"{text} does not exist; expected a folder, a .safetensors file, or a repository on the hub "
-        "such as 'kyutai/moshiko-pytorch-bf16'"
+        f"{text} does not exist; expected a folder, a .safetensors file, or a repository on the "
+        "hub such as 'kyutai/moshiko-pytorch-bf16'"
     )
 
 

@@ -286,7 +286,7 @@ class Model:
 
     @property
     def delays(self) -> tuple[int, ...]:
-        """Frames by which each stream is late, text first, then the model's and the user's codes."""
+        """Frames by which each stream is late: text, then the model's and the user's codes."""
         return self._delays
 
     @property
@@ -354,8 +354,8 @@ class Model:
 class Mimi:
     """The codec: sound to codes, 12.5 times a second, and back. May be shared by threads.
 
-    `encode` and `decode` take whole signals and equal upstream's non-streaming calls; `stream` makes
-    a MimiStream, which goes frame by frame and equals upstream's streaming.
+    `encode` and `decode` take whole signals and equal upstream's non-streaming calls; `stream`
+    makes a MimiStream, which goes frame by frame and equals upstream's streaming.
     """
 
     def __init__(
@@ -452,7 +452,7 @@ class Mimi:
     def stream(self, batch: int = 1) -> MimiStream:
         """A codec that goes frame by frame, `batch` signals at once."""
         _check_count("batch", batch)
-        stream = MimiStream(_core.MimiStream(self._core, batch), batch, self)
+        stream = MimiStream(_core.MimiStream(self._core, batch), batch)
         self._open.add(stream)
         return stream
 
@@ -495,10 +495,9 @@ class MimiStream:
     """The codec frame by frame, for one signal or a batch that goes in step. One thread at a time.
     Encoding and decoding are two independent streams. A context manager."""
 
-    def __init__(self, core: _core.MimiStream, batch: int, mimi: Mimi) -> None:
+    def __init__(self, core: _core.MimiStream, batch: int) -> None:
         """For `Mimi.stream`."""
         self._core = core
-        self._mimi = mimi
         self.batch = batch
 
     def encode(self, pcm: Any) -> NDArray[np.int32]:
@@ -508,9 +507,7 @@ class MimiStream:
             AudioError: another length, type or value.
             SessionError: closed, or in use by another thread.
         """
-        samples = as_pcm(pcm, ndim=2)
-        self._check_shape("pcm", samples, self._mimi.frame_size)
-        codes = self._core.encode(samples)
+        codes = self._core.encode(pcm)
         return codes if np.ndim(pcm) == 2 else codes[0]
 
     def decode(self, codes: Any) -> Pcm:
@@ -522,17 +519,8 @@ class MimiStream:
             SessionError: closed, or in use by another thread.
         """
         array = _as_codes(codes)
-        batch = array if array.ndim == 2 else array[None] if array.ndim == 1 else None
-        if batch is None:
-            raise AudioError(f"codes have shape {list(array.shape)}; expected [{self.batch}, K]")
-        self._check_shape("codes", batch, None)
-        pcm = self._core.decode(batch)
+        pcm = self._core.decode(array)
         return pcm if array.ndim == 2 else pcm[0]
-
-    def _check_shape(self, name: str, found: NDArray[Any], columns: int | None) -> None:
-        if len(found) != self.batch or (columns is not None and found.shape[1] != columns):
-            expected = f"[{self.batch}, {'codebooks' if columns is None else columns}]"
-            raise AudioError(f"{name} has shape {list(found.shape)}; expected {expected}")
 
     def reset(self) -> None:
         """Back to the state of a new stream."""

@@ -102,7 +102,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text as the tokens come, never half a character. Bytes that make no character become U+FFFD."""
+    """Text as the tokens come, never half a character. Broken bytes become U+FFFD."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

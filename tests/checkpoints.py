@@ -170,6 +170,14 @@ SHAPES: dict[str, Shape] = {
         | {"conditioners": {"description": DESCRIPTION, "pace": PACE}}
         | {"fuser": {"sum": ["description", "pace"], "cross": [], "prepend": []}},
     ),
+    # Nothing delayed, so that the first call already gives what was drawn.
+    "draws": Shape(
+        _COMMON
+        | {"n_q": 4, "dep_q": 2, "delays": [0] * 5, "dim": 32, "num_heads": 2, "num_layers": 1}
+        | {"card": 64, "text_card": 50, "context": 16}
+        | {"depformer_dim": 16, "depformer_num_heads": 2, "depformer_num_layers": 1}
+        | {"depformer_dim_feedforward": 66},
+    ),
     # Vocabularies of the published codec on a small body, for a whole conversation.
     "session": Shape(
         _COMMON
@@ -451,21 +459,26 @@ def link(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
 
 
-def make_folder(folder: Path, lm: Path, mimi: Path, tokenizer: Path) -> Path:
-    """Joins a language model, a codec and a tokenizer to one folder laid out like a repository."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads((lm / "config.json").read_text())
-    for file in sorted(lm.iterdir()):
-        if file.suffix == ".safetensors" or file.name == INDEX_NAME:
-            if not (folder / file.name).exists():
-                link(file, folder / file.name)
+def make_folder(
+    folder: Path,
+    shape_name: str,
+    mimi: Path,
+    tokenizer: Path,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = True,
+    sharded: bool = False,
+    shape: Shape | None = None,
+) -> Path:
+    """A complete repository: a new language model with a codec and a tokenizer that exist."""
+    make_lm(folder, shape_name, seed, dtype, packed, sharded, shape)
     for source, name in (
         (mimi / MIMI_NAME, MIMI_NAME),
         (mimi / MIMI_CONFIG_NAME, MIMI_CONFIG_NAME),
         (tokenizer, TOKENIZER_NAME),
     ):
-        if not (folder / name).exists():
-            link(source, folder / name)
+        link(source, folder / name)
+    config = json.loads((folder / "config.json").read_text())
     config |= {
         "mimi_name": MIMI_NAME,
         "mimi_config_name": MIMI_CONFIG_NAME,
@@ -475,13 +488,28 @@ def make_folder(folder: Path, lm: Path, mimi: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def mutate(source: Path, folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a single-file checkpoint with some of the language model's tensors changed."""
+def mutate(
+    source: Path, folder: Path, change: Callable[[Tensors], None], name: str = LM_NAME
+) -> Path:
+    """A copy of a folder with some tensors of one of its files changed."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.name != LM_NAME:
+        if file.name != name:
             link(file, folder / file.name)
-    state = load_file(source / LM_NAME)
+    state = load_file(source / name)
     change(state)
-    save_file(state, folder / LM_NAME)
+    save_file(state, folder / name)
     return folder
+
+
+def swap_rows(state: Tensors, name: str, first: int, second: int) -> None:
+    """Exchanges two rows of a matrix, or two entries of a vector."""
+    value = state[name].clone()
+    rows = value.view(-1) if value.numel() == value.shape[-1] else value
+    rows[[first, second]] = rows[[second, first]].clone()
+    state[name] = value
+
+
+def rows_of(value: torch.Tensor) -> int:
+    """How many rows `swap_rows` sees."""
+    return value.shape[-1] if value.numel() == value.shape[-1] else value.shape[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -424,10 +424,10 @@ class LiveRun:
 
     pcm: Floats  # [T * 1920] what the user said
     user_codes: Codes  # [T, K]
-    lm: LmRun
-    sound: Floats  # [T * 1920] what came back; silence while nothing does
     lead: float  # least relative lead of a code over the runner-up, all frames and codebooks
     changed: int  # frames that were altered because a decision was too close
+    lm: LmRun
+    sound: Floats  # [T * 1920] what came back; silence while nothing does
 
 
 def _held(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
@@ -470,29 +470,52 @@ def _encode_clearly(
     raise AssertionError("no variation of this frame is clear of ties")
 
 
-def server_loop(mimi: MimiModel, driver: LmDriver, pcm: Floats, bound: float) -> LiveRun:
-    """Upstream's `recv_loop`: encode, reset the codec after the first frame, step, decode.
+def server_encode(
+    mimi: MimiModel, pcm: Floats, lead: float
+) -> tuple[Floats, Codes, float, int]:
+    """The codec's first part in upstream's `recv_loop`: encode, reset after the first frame.
 
-    Frames with a codec decision closer than `bound` are altered before the model hears them; the
-    sound that was really used is in the result.
+    Frames with a decision closer than `lead` are altered before they are heard. Returns the sound
+    that was used, its codes [T, K], the least lead and how many frames were altered.
     """
     judge = Quantizers(mimi)
-    used, codes, out, least, changed = [], [], [], np.inf, 0
-    with torch.no_grad(), mimi.streaming(1), driver:
+    used, codes, least, changed = [], [], np.inf, 0
+    with torch.no_grad(), mimi.streaming(1):
         for index, chunk in enumerate(pcm.reshape(-1, FRAME)):
-            heard, heard_codes, lead, altered = _encode_clearly(mimi, judge, chunk, bound)
+            heard, heard_codes, clear, altered = _encode_clearly(mimi, judge, chunk, lead)
             if index == 0:
                 mimi.reset_streaming()
             used.append(heard)
             codes.append(heard_codes)
-            least, changed = min(least, lead), changed + altered
-            tokens = driver.step(heard_codes)
-            if tokens is None:
-                out.append(np.zeros(FRAME, np.float32))
+            least, changed = min(least, clear), changed + altered
+    return np.concatenate(used), np.stack(codes), least, changed
+
+
+def server_decode(mimi: MimiModel, out: Codes) -> Floats:
+    """The codec's second part: decode what came out; silence while nothing did."""
+    sound = []
+    with torch.no_grad(), mimi.streaming(1):
+        for tokens in out:
+            if tokens[0] < 0:
+                sound.append(np.zeros(FRAME, np.float32))
             else:
                 said = mimi.decode(torch.from_numpy(tokens[1:]).view(1, -1, 1))
-                out.append(said[0, 0].numpy().copy())
-        result = driver.result()
-    return LiveRun(
-        np.concatenate(used), np.stack(codes), result, np.concatenate(out), least, changed
-    )
+                sound.append(said[0, 0].numpy().copy())
+    return np.concatenate(sound)
+
+
+def server_loop(
+    mimi: MimiModel, lms: Iterable[LMModel], pcm: Floats, lead: float, margin: float
+) -> LiveRun:
+    """Upstream's `recv_loop`: encode, reset the codec after the first frame, step, decode.
+
+    Encoder, language model and decoder share no state, so they run one after the other here. The
+    first of the `lms` that makes no choice closer than `margin` talks; the rest are not asked.
+    """
+    used, codes, least, changed = server_encode(mimi, pcm, lead)
+    for lm in lms:
+        with one_thread():
+            run = lm_greedy(lm, codes)
+        if run.margin > margin:
+            return LiveRun(used, codes, least, changed, run, server_decode(mimi, run.out))
+    raise AssertionError("each of the models makes a choice too close to call")

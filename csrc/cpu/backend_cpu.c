@@ -8,7 +8,7 @@
 #include "../os.h"
 #include "../status.h"
 
-#define MAX_THREADS 256
+#define MAX_THREADS 1024
 
 static void *cpu_allocate(struct backend *backend, size_t bytes)
 {

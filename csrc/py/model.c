@@ -112,12 +112,13 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     struct model_object *self = NULL;
     int status;
 
-    if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "|$O&O&O&O&O&sssiippsii:Model", names, path_or_none, &folder,
-            path_or_none, &config, path_or_none, &lm, path_or_none, &mimi, path_or_none,
-            &mimi_config, &options.device, &dtype, &mimi_dtype, &options.mimi_codebooks,
-            &options.threads, &options.codec_only, &options.copy_weights, &kv_dtype,
-            &engine_options.context, &engine_options.max_sessions))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$O&O&O&O&O&sssiippsii:Model", names,
+                                     path_or_none, &folder, path_or_none, &config, path_or_none,
+                                     &lm, path_or_none, &mimi, path_or_none, &mimi_config,
+                                     &options.device, &dtype, &mimi_dtype, &options.mimi_codebooks,
+                                     &options.threads, &options.codec_only, &options.copy_weights,
+                                     &kv_dtype, &engine_options.context,
+                                     &engine_options.max_sessions))
         return NULL;
     if (parse_dtype(state, dtype, &options.dtype) < 0 ||
         parse_dtype(state, mimi_dtype, &options.mimi_dtype) < 0 ||

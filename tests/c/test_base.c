@@ -135,8 +135,10 @@ static void a_sentence_is_one_line_of_utf8(void)
                               i % 3 == 0 ? "\xE2\x82\xAC" : i % 3 == 1 ? "x" : "\xC3\xA9");
         }
         text[bytes] = '\0';
-        moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s!", text);
-        CHECK(is_sentence());
+        for (int shift = 0; shift < 6; shift++) { /* both cuts meet every byte of the pattern */
+            moshi_fail(MOSHI_ERROR_CHECKPOINT, "%.*s%s!", shift, "shifts", text);
+            CHECK(is_sentence() && strchr(moshi_error_detail(), '?') == NULL);
+        }
     }
 }
 
@@ -585,6 +587,22 @@ static void deep_nesting_is_refused_and_64_levels_are_not(void)
             json_free(document);
         }
     }
+}
+
+static void more_values_than_any_model_has_are_refused(void)
+{
+    size_t bytes = 10000001;
+    char *text = malloc(bytes);
+    for (size_t i = 0; i < bytes; i++) {
+        text[i] = i % 2 ? '1' : ',';
+    }
+    text[0] = '[';
+    text[bytes - 1] = ']';
+    struct json_document *document;
+    int status = json_parse(text, bytes, "many", &document);
+    free(text);
+    CHECK(status == MOSHI_ERROR_CHECKPOINT && document == NULL);
+    CHECK(strstr(moshi_error_detail(), "5000001 values, expected at most 4194304") != NULL);
 }
 
 /* 300,000 keys: 45 thousand million comparisons if each were compared with all. */
@@ -1622,6 +1640,7 @@ static const struct {
     TEST(numbers_are_exact),
     TEST(integers_are_whole_and_below_2_to_53),
     TEST(deep_nesting_is_refused_and_64_levels_are_not),
+    TEST(more_values_than_any_model_has_are_refused),
     TEST(a_key_twice_is_found_quickly_among_many),
     TEST(tensors_are_read_in_the_order_of_their_names),
     TEST(every_dtype_has_its_name_and_size),

@@ -1,0 +1,387 @@
+"""The command `moshi-c`.
+
+Every command exits with 0 only on success: 1 is an error, in one line on stderr, 2 a wrong command
+line, 130 an interrupt (Ctrl-C), after which what was written is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .audio import AudioWriter, check_suffix, read_audio, write_audio
+from .codec_file import CodecFile, read_codec_file, write_codec_file
+from .errors import AudioError, MoshiError
+from .model import Model, devices, load, load_mimi
+from .progress import Bar
+from .recording import Recording
+from .session import Frame, Session
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        command(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"moshi-c: stopped{_kept(arguments)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # whoever read stdout has gone; the interpreter must not try to flush it again
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MoshiError, OSError, ValueError, MemoryError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"moshi-c: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _kept(arguments: argparse.Namespace) -> str:
+    out = getattr(arguments, "output", None)
+    return f"; {out} holds what was done by then" if out and Path(out).exists() else ""
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    source, out = Path(arguments.input), Path(arguments.output)
+    words_only = out.suffix.lower() == ".json"
+    if words_only:
+        _check_folder(out)
+    else:
+        check_suffix(out)
+    if arguments.words:
+        _check_folder(Path(arguments.words))
+    _check_apart(source, out)
+    with _load(arguments) as model, Session(model, seed=arguments.seed) as session:
+        if not words_only and model._info["dep_q"] == 0:
+            raise AudioError(f"{out}: this model has no voice; give an OUT ending in .json")
+        pcm = read_audio(source, session.sample_rate)
+        frames: list[Frame] = []
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if not words_only:
+                writer = stack.enter_context(AudioWriter(out, session.output_sample_rate))
+            for path in (out if words_only else None, arguments.words):
+                if path:
+                    stack.callback(_save_words, session, frames, Path(path))
+            stack.callback(_end_line, arguments.text, frames)
+            said = False
+            for frame in _conversation(session, pcm, arguments):
+                if writer and frame.pcm is not None:
+                    writer.write(frame.pcm)
+                if arguments.text and frame.text:
+                    print(frame.text if said else frame.text.lstrip(), end="", flush=True)
+                    said = True
+                frames.append(replace(frame, pcm=None))  # the voice is in the file by now
+        recording = session._recording(frames)
+        if not arguments.text:
+            print(recording.text.strip())
+        _report(model, session, recording)
+
+
+def _conversation(session: Session, pcm: Any, arguments: argparse.Namespace) -> Iterator[Frame]:
+    """The frames of a whole input."""
+    # a bar and words on the same terminal would overwrite each other
+    shown = sys.stderr.isatty() and not (arguments.text and sys.stdout.isatty())
+    size = session.frame_size
+    with Bar(shown and not arguments.quiet, len(pcm) / session.sample_rate) as bar:
+        for start in range(0, len(pcm), size):
+            piece = pcm[start : start + size]
+            yield from session.push(piece)
+            bar.update(len(piece) / session.sample_rate)
+        yield from session.flush()
+
+
+def _save_words(session: Session, frames: list[Frame], path: Path) -> None:
+    session._recording(frames)._save_words(path)
+
+
+def _end_line(printed: bool, frames: list[Frame]) -> None:
+    if printed and any(frame.text for frame in frames):
+        print(flush=True)
+
+
+def _report(model: Model, session: Session, recording: Recording) -> None:
+    """How fast it went and where the time went."""
+    stats, parts = session.stats, model.stats
+    seconds = stats.real_time_factor * recording.duration
+    lines = [
+        f"{recording.duration:.2f} s of sound in {seconds:.2f} s: "
+        f"real-time factor {stats.real_time_factor:.3f}",
+        f"a frame took {stats.p50_ms:.2f} ms (median), {stats.p99_ms:.2f} ms (99 of 100), "
+        f"{stats.max_ms:.2f} ms (slowest); {stats.late} of {stats.frames} later than "
+        f"{1000 / model.frame_rate:g} ms",
+        "of these on average: "
+        + ", ".join(
+            f"{name} {parts[name + '_ms']:.2f}"
+            for name in ("encode", "temporal", "depth", "decode", "other")
+        )
+        + " ms",
+        f"seed {session.seed}",
+    ]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    source, out = Path(arguments.input), Path(arguments.output)
+    _check_mimi_suffix(out)
+    _check_folder(out)
+    _check_apart(source, out)
+    with load_mimi(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        codebooks=arguments.codebooks,
+    ) as mimi:
+        pcm = read_audio(source, mimi.sample_rate)
+        codes = mimi.encode(pcm)
+        file = CodecFile(codes, mimi.codebook_size, len(pcm), mimi.sample_rate, mimi.frame_size)
+        write_codec_file(out, file)
+    print(
+        f"{out}: {codes.shape[1]} frames of {codes.shape[0]} codes, "
+        f"{len(pcm) / file.sample_rate:.2f} s",
+        file=sys.stderr,
+    )
+
+
+def _decode(arguments: argparse.Namespace) -> None:
+    source, out = Path(arguments.input), Path(arguments.output)
+    check_suffix(out)
+    _check_apart(source, out)
+    file = read_codec_file(source)
+    with load_mimi(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        codebooks=len(file.codes),
+    ) as mimi:
+        for what, found, expected in (
+            ("entries in a codebook", file.codebook_size, mimi.codebook_size),
+            ("Hz", file.sample_rate, mimi.sample_rate),
+            ("samples in a frame", file.frame_size, mimi.frame_size),
+        ):
+            if found != expected:
+                raise AudioError(
+                    f"{source} has {found} {what}, the codec has {expected}: "
+                    "give the codec that made it with --model"
+                )
+        pcm = mimi.decode(file.codes)[: file.samples]
+        write_audio(out, pcm, mimi.sample_rate)
+    print(f"{out}: {file.samples / file.sample_rate:.2f} s", file=sys.stderr)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    rows: list[tuple[str, str]] = [("moshi_c", __version__)]
+    rows.append(("Python", f"{platform.python_version()} on {platform.platform()}"))
+    for name in ("numpy", "sentencepiece", "huggingface_hub", "soundfile", "soxr"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            rows.append((name, metadata.version(name)))
+    for device in devices():
+        state = f", {_bytes(device.memory)}" if device.memory else ""
+        state += "" if device.usable else f"; not usable: {device.reason}"
+        rows.append((device.name, device.description + state))
+    _print_rows(rows)
+    with _load(arguments) as model:
+        print()
+        _print_rows(list(_facts(model)))
+
+
+def _facts(model: Model) -> Iterator[tuple[str, str]]:
+    info, memory = model._info, model.memory
+    yield "model", model._source
+    yield "family", model.family
+    yield "parameters", f"{info['parameters']:,} with the codec"
+    yield (
+        "weights",
+        f"{model.dtype}, {_bytes(memory.weights)}, {_bytes(info['mapped_bytes'])} mapped",
+    )
+    yield "device", f"{model.device}, {_bytes(memory.free)} free"
+    yield "a session", _bytes(memory.session)
+    yield "sound", f"{model.sample_rate} Hz, {model.frame_rate:g} frames a second"
+    yield "streams", f"{info['dep_q']} of the model, {info['user_q']} of the user"
+    seconds = f"{info['context'] / model.frame_rate:.0f} s"
+    yield "context", f"{info['context']} frames, {seconds}"
+    yield "first output", f"after {model.max_delay} frames"
+    yield (
+        "sampling",
+        f"text {info['text_temperature']:g} of {info['text_top_k']}, "
+        f"audio {info['audio_temperature']:g} of {info['audio_top_k']}",
+    )
+    if model.tokenizer:
+        yield "tokenizer", f"{model.tokenizer.vocab_size} pieces, {model.tokenizer.path}"
+    for key in ("lm_path", "mimi_path", "config_path"):
+        yield key.removesuffix("_path"), info[key] or "none"
+    if model._core.conditions:
+        for name, values in model._core.conditions.items():
+            yield f"condition {name}", ", ".join(values) or "any value"
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# ---- shared ------------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    return load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        max_sessions=1,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise AudioError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _check_mimi_suffix(path: Path) -> None:
+    if path.suffix.lower() != ".mimi":
+        raise AudioError(f"{path} has the suffix {path.suffix!r}; expected .mimi")
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    if source.exists() and out.exists() and source.samefile(out):
+        raise AudioError(f"{out} is the input; give another OUT")
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2**64 - 1")
+    return value
+
+
+def _common() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("options of every command")
+    group.add_argument(
+        "--model",
+        metavar="M",
+        help="folder, weight file or hub id (default: the small model in the package)",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
+    )
+    group.add_argument(
+        "--dtype", default="auto", metavar="T", help="auto (as stored), f32, f16 or bf16"
+    )
+    group.add_argument(
+        "--seed", type=_seed, metavar="N", help="of what is drawn at random (default: a random one)"
+    )
+    group.add_argument(
+        "--threads", type=_count, metavar="N", help="default: MOSHI_C_THREADS, or one per core"
+    )
+    return common
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moshi-c",
+        description="Full-duplex speech models of the Moshi family.",
+        epilog="example: moshi-c run question.wav answer.wav",
+    )
+    parser.add_argument("--version", action="version", version=f"moshi-c {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = _common()
+
+    def command(name: str, run: Command, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            parents=[common],
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example: {example}",
+        )
+        sub.set_defaults(command=run)
+        return sub
+
+    run = command(
+        "run",
+        _run,
+        "one conversation over a recording",
+        "moshi-c run question.wav answer.wav --text --seed 7",
+    )
+    run.add_argument("input", metavar="IN", help="what the user says: WAV, FLAC, OGG, MP3 or AIFF")
+    run.add_argument(
+        "output",
+        metavar="OUT",
+        help="what the model says: .wav, .flac, .ogg, .opus, .mp3, .aiff, or .json for timed words",
+    )
+    run.add_argument(
+        "--text", action="store_true", help="print the text as it comes, instead of at the end"
+    )
+    run.add_argument("--words", metavar="FILE.json", help="write text and timed words too")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    encode = command(
+        "encode",
+        _encode,
+        "sound to the codes of the codec",
+        "moshi-c encode speech.wav speech.mimi",
+    )
+    encode.add_argument("input", metavar="IN", help="WAV, FLAC, OGG, MP3 or AIFF")
+    encode.add_argument("output", metavar="OUT.mimi", help="the codes")
+    encode.add_argument(
+        "--codebooks", type=_count, default=8, metavar="K", help="codes of a frame (default: 8)"
+    )
+
+    decode = command(
+        "decode", _decode, "codes of the codec to sound", "moshi-c decode speech.mimi speech.wav"
+    )
+    decode.add_argument("input", metavar="IN.mimi", help="the codes")
+    decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")
+
+    info = command(
+        "info",
+        _info,
+        "what is installed, and what a model is",
+        "moshi-c info kyutai/moshiko-pytorch-bf16",
+    )
+    # SUPPRESS: without it the absent argument would overwrite --model
+    info.add_argument(
+        "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
+    )
+    return parser

@@ -1,0 +1,39 @@
+"""The pace of forced words: text tokens one a frame, spaced as the models learnt them from speech.
+
+Each word is announced by EPAD in the frame before it, its pieces follow on consecutive frames, and
+PAD fills the time that the word takes to say. Marks at its end make a pause.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .tokenizer import Tokenizer
+
+#: Seconds that a letter takes; a digit is read as a word.
+_LETTER = 0.07
+_LETTERS_OF_A_DIGIT = 4
+
+_CLOSING = "\"')]}»”’"
+
+#: Frames of silence after a word that ends in one of these.
+_PAUSES = {",": 2, ";": 3, ":": 3, ".": 5, "!": 5, "?": 5, "…": 5}
+
+
+def spoken_tokens(tokenizer: Tokenizer, text: str, frame_rate: float) -> list[int]:
+    """Tokens of the text, one a frame.
+
+    A word takes 0.07 s a letter, and at least two frames more than it has pieces.
+    """
+    pad, end_pad = tokenizer.padding_id, tokenizer.end_padding_id
+    tokens: list[int] = []
+    for word in text.split():
+        pieces = [piece for piece in tokenizer.encode(word) if piece not in (pad, end_pad)]
+        if not pieces:
+            continue
+        letters = sum(_LETTERS_OF_A_DIGIT if char.isdigit() else char.isalpha() for char in word)
+        frames = max(len(pieces) + 2, math.ceil(letters * _LETTER * frame_rate))
+        frames += _PAUSES.get(word.rstrip(_CLOSING)[-1:], 0)
+        tokens += [end_pad, *pieces]
+        tokens += [pad] * (frames - 1 - len(pieces))
+    return tokens

@@ -1,0 +1,656 @@
+"""Sessions: one conversation each, 80 ms at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .audio import (
+    Pcm,
+    StreamResampler,
+    as_pcm,
+    check_rate,
+    read_audio,
+    resample,
+    resampler_shortage,
+)
+from .errors import AudioError, CheckpointError, SessionError
+from .fields import Fields
+from .model import Model
+from .progress import Bar
+from .recording import Recording, assemble_words, stack_codes
+from .say import spoken_tokens
+
+#: Frame.speaking: a word in this many frames (about a second) ...
+SPEAKING_FRAMES = 12
+#: ... or a voice above this level, in dBFS, over this many frames.
+SPEAKING_LEVEL = -45.0
+SPEAKING_LEVEL_FRAMES = 3
+
+#: Session.stats counts percentiles over this many steps.
+_STATS_STEPS = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """What the model says in one frame of 80 ms.
+
+    pcm: float32[n], its voice at the session's output_sample_rate; silence before the first output,
+        None for families without a voice and with decode=False.
+    text: what it says now, maybe "" and never half a character; a word begins with a space.
+    text_token: the token behind it; -1 before the first output.
+    codes: int32[K], the codes of its voice; None before the first output and without a voice.
+    user_codes: int32[K], the codes of the user's frame.
+    index: frames stepped before this one.
+    time: index in seconds.
+    speaking: whether the model is talking: one of its last 12 frames carried text, or the level of
+        its last 3 frames is above -45 dBFS.
+    level: of the user's frame, in dBFS, -120 at least; -120 when stepped by codes.
+    heads: float32[heads, classes], probabilities of the extra heads; None without heads.
+    event: None, or a word for something that happened in this step.
+    """
+
+    pcm: Pcm | None
+    text: str
+    text_token: int
+    codes: NDArray[np.int32] | None
+    user_codes: NDArray[np.int32]
+    index: int
+    time: float
+    speaking: bool
+    level: float
+    heads: NDArray[np.float32] | None
+    event: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Frame {self.index} at {self.time:.2f} s: {self.text!r}"
+            f"{', speaking' if self.speaking else ''}>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stats(Fields):
+    """How fast a session steps.
+
+    frames: stepped since the start or the last reset.
+    p50_ms, p99_ms: of the last 4096 steps, in milliseconds; 0 without steps.
+    max_ms: the slowest of all.
+    real_time_factor: seconds of work for a second of sound; below 1 keeps up.
+    late: steps that took longer than the frame lasts (80 ms).
+    """
+
+    frames: int
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+    real_time_factor: float
+    late: int
+
+
+class _Clock:
+    """Step times in bounded memory."""
+
+    def __init__(self, frame_seconds: float) -> None:
+        self._frame = frame_seconds
+        self.reset()
+
+    def reset(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_STATS_STEPS)
+        self._count = self._late = 0
+        self._total = self._slowest = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._recent.append(seconds)
+        self._count += 1
+        self._total += seconds
+        self._slowest = max(self._slowest, seconds)
+        self._late += seconds > self._frame
+
+    def stats(self) -> Stats:
+        p50, p99 = np.percentile(list(self._recent) or [0.0], [50, 99])
+        return Stats(
+            frames=self._count,
+            p50_ms=1000.0 * float(p50),
+            p99_ms=1000.0 * float(p99),
+            max_ms=1000.0 * self._slowest,
+            real_time_factor=self._total / (max(self._count, 1) * self._frame),
+            late=self._late,
+        )
+
+
+class _Feed:
+    """The user's samples on their way to whole frames at the model's rate.
+
+    At another rate the resampler lags. Samples that come by `push` wait for it, and give what
+    resampling the whole signal gives. `step` has to answer every frame with one, so a signal that
+    begins with it gets `shortage` samples of silence in front.
+    """
+
+    def __init__(self, rate: int, model_rate: int, frame_size: int) -> None:
+        self.frame_in = frame_size * rate // model_rate
+        self._frame = frame_size
+        self._resampler = StreamResampler(rate, model_rate)
+        self._shortage = resampler_shortage(rate, model_rate, self.frame_in, frame_size)
+        self.reset()
+
+    def reset(self) -> None:
+        self._resampler.reset()
+        self._waiting: Pcm = np.zeros(0, np.float32)
+        self._started = False
+        self._steady = self._shortage == 0  # every frame in has one frame out
+
+    @property
+    def empty(self) -> bool:
+        """Whether samples go straight through."""
+        return len(self._waiting) == 0 and self._resampler.rate_in == self._resampler.rate_out
+
+    def check_step(self) -> None:
+        """SessionError when a frame in may have no frame out."""
+        if self._started and not self._steady:
+            raise SessionError(
+                "this session got its samples by push at another rate, so that a step has no frame "
+                "ready; go on with push, or end with flush"
+            )
+
+    def step(self, pcm: Pcm) -> None:
+        """Takes one frame, after check_step."""
+        if not self._started and self._shortage:
+            self._waiting = np.zeros(self._shortage, np.float32)
+            self._steady = True
+        self.push(pcm)
+
+    def push(self, pcm: Pcm) -> None:
+        """Takes any number of samples."""
+        self._started = self._started or len(pcm) > 0
+        self._waiting = np.concatenate([self._waiting, self._resampler.process(pcm)])
+
+    def finish(self) -> None:
+        """Ends the signal, with zeros up to a whole frame."""
+        tail = self._resampler.flush()
+        missing = -(len(self._waiting) + len(tail)) % self._frame
+        self._waiting = np.concatenate([self._waiting, tail, np.zeros(missing, np.float32)])
+        self._started = False
+        self._steady = self._shortage == 0
+
+    def peek(self) -> Pcm | None:
+        """The next frame, float32[frame_size], or None; `drop` it once it is used."""
+        return self._waiting[: self._frame] if len(self._waiting) >= self._frame else None
+
+    def drop(self) -> None:
+        self._waiting = self._waiting[self._frame :]
+
+
+class Session:
+    """One conversation with a model: a frame of the user in, a frame of the model out.
+
+    One thread at a time; a second one gets SessionError at once. A context manager.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        seed: int | None = None,
+        text_temperature: float | None = None,
+        text_top_k: int | None = None,
+        audio_temperature: float | None = None,
+        audio_top_k: int | None = None,
+        cfg_coef: float = 1.0,
+        conditions: Mapping[str, str | None] | None = None,
+        null_conditions: Mapping[str, str | None] | None = None,
+        cfg_masked_until: int | None = None,
+        cfg_is_no_text: bool = False,
+        sample_rate: int = 24000,
+        output_sample_rate: int = 24000,
+        keep_logits: bool = False,
+    ) -> None:
+        """Takes a slot of the model.
+
+        Args:
+            model: what `load` gave.
+            seed: 0 to 2**64 - 1; the same seed, model and input give the same conversation. None
+                for a random one.
+            text_temperature, text_top_k, audio_temperature, audio_top_k: sampling; a temperature of
+                0 is greedy, a top_k of 0 the whole vocabulary. None for the checkpoint's.
+            cfg_coef: guidance, null + (conditioned - null) * cfg_coef; 1 is off.
+            conditions: values of the model's conditions by name; what is not named gets the learnt
+                padding. None for the family's usual ones.
+            null_conditions: the same for the other half of guidance.
+            cfg_masked_until: frames for which that half reads nothing; None is off.
+            cfg_is_no_text: that half never reads text.
+            sample_rate: of what goes in, Hz. A frame is 80 ms at that rate.
+            output_sample_rate: of Frame.pcm, Hz.
+            keep_logits: makes `logits` available.
+
+        Raises:
+            SessionError: the model is closed or has no free slot.
+            AudioError: a rate that is not usable.
+            ValueError: an option out of range, or a condition that the model does not know.
+        """
+        if seed is None:
+            seed = secrets.randbits(64)
+        if conditions is None and model.family == "hibiki":
+            # upstream's defaults for speech translation
+            conditions = {"description": "very_good"}
+            if null_conditions is None and cfg_coef != 1.0:
+                null_conditions = {"description": "very_bad"}
+        self._model = model
+        self._rate = self._check_rate("sample_rate", sample_rate)
+        self._output_rate = self._check_rate("output_sample_rate", output_sample_rate)
+        self._lock = threading.Lock()
+        self._clock = _Clock(1.0 / model.frame_rate)
+        self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
+        self._feed = _Feed(self._rate, model.sample_rate, model.frame_size)
+        self._forced: list[int] = []
+        self._start()
+        self._core = _core.Session(
+            model._core,
+            seed=seed,
+            text_temperature=text_temperature,
+            text_top_k=text_top_k,
+            audio_temperature=audio_temperature,
+            audio_top_k=audio_top_k,
+            cfg_coef=cfg_coef,
+            cfg_masked_until=-1 if cfg_masked_until is None else cfg_masked_until,
+            cfg_no_text=cfg_is_no_text,
+            conditions=conditions,
+            null_conditions=null_conditions,
+            keep_logits=keep_logits,
+        )
+        model._open.add(self)
+
+    def _check_rate(self, name: str, rate: int) -> int:
+        rate = check_rate(rate, name)
+        samples = rate / self._model.frame_rate
+        if samples != int(samples):
+            raise AudioError(
+                f"{name} is {rate}; expected a multiple of 25, so that a frame of "
+                f"{1000 / self._model.frame_rate:g} ms has a whole number of samples"
+            )
+        return rate
+
+    def _start(self) -> None:
+        """The state of a conversation that has not begun, but for the core's."""
+        self._feed.reset()
+        self._forced.clear()
+        self._clock.reset()
+        if self._detokenizer:
+            self._detokenizer.reset()
+        self._since_word = SPEAKING_FRAMES
+        self._power: deque[float] = deque(maxlen=SPEAKING_LEVEL_FRAMES)
+        self._output = StreamResampler(self._model.sample_rate, self._output_rate)
+        self._output_frame = self._model.frame_size * self._output_rate // self._model.sample_rate
+        shortage = resampler_shortage(
+            self._model.sample_rate, self._output_rate, self._model.frame_size, self._output_frame
+        )
+        self._output_waiting: Pcm = np.zeros(shortage, np.float32)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise SessionError(
+                "this session is in use by another thread; expected one thread at a time"
+            )
+        try:
+            if self._core.closed:
+                raise SessionError("this session is closed")
+            yield
+        finally:
+            self._lock.release()
+
+    # ---- what it is ----------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """The model it talks with."""
+        return self._model
+
+    @property
+    def seed(self) -> int:
+        """The seed in use."""
+        return self._core.seed
+
+    @property
+    def sample_rate(self) -> int:
+        """Of what goes in, in Hz."""
+        return self._rate
+
+    @property
+    def output_sample_rate(self) -> int:
+        """Of Frame.pcm, in Hz."""
+        return self._output_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples that `step` takes: 80 ms at `sample_rate`."""
+        return self._feed.frame_in
+
+    @property
+    def stats(self) -> Stats:
+        """How fast it steps."""
+        return self._clock.stats()
+
+    # ---- stepping ------------------------------------------------------------------------------
+
+    def step(self, pcm: Any, *, decode: bool = True, dtype: str | None = None) -> Frame:
+        """Steps one frame.
+
+        Args:
+            pcm: exactly one frame of float32 in -1..1 or of int16, any array, buffer or DLPack
+                object on the CPU: 1920 samples at 24 kHz, `frame_size` at another rate, where
+                resampling adds some 40 ms.
+            decode: False leaves Frame.pcm out, which saves the codec's work.
+            dtype: "float32" or "int16", little endian, for raw bytes.
+
+        Raises:
+            AudioError: another length or type, NaN or infinity; nothing has changed.
+            SessionError: closed, or in use by another thread.
+        """
+        with self._busy():
+            if self._feed.empty:
+                return self._frame(self._core.step(pcm, decode, dtype))
+            self._feed.check_step()
+            self._feed.step(self._one_frame(pcm, dtype))
+            return next(self._step_waiting(decode))
+
+    def _one_frame(self, pcm: Any, dtype: str | None = None) -> Pcm:
+        """Exactly one frame at the session's rate, when it cannot go straight to the core."""
+        if isinstance(pcm, (bytes, bytearray)) and dtype in ("float32", "int16"):
+            size = 4 if dtype == "float32" else 2
+            if len(pcm) % size:
+                raise AudioError(f"pcm has {len(pcm)} bytes; expected whole samples of {size}")
+            pcm = np.frombuffer(pcm, "<f4" if dtype == "float32" else "<i2")
+        elif getattr(pcm, "dtype", None) == np.float64:
+            raise AudioError(
+                "pcm is float64; expected float32 or int16: convert with pcm.astype('float32')"
+            )
+        samples = as_pcm(pcm)
+        if len(samples) != self._feed.frame_in:
+            raise AudioError(
+                f"pcm has {len(samples)} samples; a frame is {self._feed.frame_in} "
+                f"({1000 / self._model.frame_rate:g} ms at {self._rate} Hz): "
+                "use Session.push for other lengths"
+            )
+        return samples
+
+    def step_codes(self, codes: Any, *, decode: bool = True) -> Frame:
+        """Steps one frame from the codes of the user's voice, without encoding.
+
+        Args:
+            codes: integers `[K]`, one for each stream of the user, 0 to the codebook's size; the
+                size itself is the token before the beginning.
+            decode: False leaves Frame.pcm out.
+
+        Raises:
+            AudioError: another number of codes, or one out of range; nothing has changed.
+            SessionError: closed, or in use by another thread.
+        """
+        with self._busy():
+            return self._frame(self._core.step_codes(np.asarray(codes), decode))
+
+    def push(self, pcm: Any) -> list[Frame]:
+        """Takes any number of samples and steps the whole frames among them.
+
+        However the samples are cut, the frames are the same bit for bit. The rest waits for more.
+
+        Args:
+            pcm: `[N]` samples at `sample_rate`: floating point in -1..1, or int16.
+
+        Raises:
+            AudioError: another type or shape, NaN or infinity; nothing has changed.
+            SessionError: closed, or in use by another thread.
+        """
+        samples = as_pcm(pcm)
+        with self._busy():
+            self._feed.push(samples)
+            return list(self._step_waiting())
+
+    def flush(self) -> list[Frame]:
+        """Ends the input: pads what waits with silence to a whole frame, then steps as many silent
+        frames as the model's output is late, so that all of its answer to the input is out. The
+        conversation may go on afterwards.
+
+        Raises:
+            SessionError: closed, or in use by another thread.
+        """
+        with self._busy():
+            return self._ended([self._frame(raw) for raw in self._flush()])
+
+    def _step_waiting(self, decode: bool = True) -> Iterator[Frame]:
+        return (self._frame(raw) for raw in self._drain(decode))
+
+    def _drain(self, decode: bool = True) -> Iterator[_core.FrameTuple]:
+        while (frame := self._feed.peek()) is not None:
+            raw = self._core.step(frame, decode)
+            self._feed.drop()
+            yield raw
+
+    def _flush(self) -> Iterator[_core.FrameTuple]:
+        self._feed.finish()
+        yield from self._drain()
+        silence = np.zeros(self._model.frame_size, np.float32)
+        for _ in range(self._model.max_delay):
+            yield self._core.step(silence, True)
+
+    def _ended(self, frames: list[Frame]) -> list[Frame]:
+        """Prints a character that was left incomplete."""
+        if self._detokenizer and frames and (text := self._detokenizer.flush()):
+            frames[-1] = replace(frames[-1], text=frames[-1].text + text)
+        return frames
+
+    def _frame(self, raw: _core.FrameTuple, resampled: bool = True) -> Frame:
+        """The frame of a step of the core."""
+        index, pcm, token, codes, user_codes, level, heads, seconds = raw
+        self._clock.add(seconds)
+        text = ""
+        if self._detokenizer and token >= 0:
+            text = self._detokenizer.push(token)
+        self._since_word = 0 if text else self._since_word + 1
+        self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
+        if pcm is not None and resampled and self._output_rate != self._model.sample_rate:
+            waiting = np.concatenate([self._output_waiting, self._output.process(pcm)])
+            pcm, self._output_waiting = np.split(waiting, [self._output_frame])
+        return Frame(
+            pcm=pcm,
+            text=text,
+            text_token=token,
+            codes=codes,
+            user_codes=user_codes,
+            index=index,
+            time=index / self._model.frame_rate,
+            speaking=self._since_word < SPEAKING_FRAMES or loud,
+            level=level,
+            heads=heads,
+        )
+
+    def run(self, audio: Any, *, progress: bool = False) -> Recording:
+        """Listens to a whole recording: `push`, then `flush`.
+
+        Args:
+            audio: a path, or `[N]` samples at `sample_rate`.
+            progress: show a bar on stderr.
+
+        Returns:
+            What the model said meanwhile, as long as the input in whole frames and `max_delay`
+            frames more.
+
+        Raises:
+            AudioError: the file or the samples are not usable.
+            SessionError: closed, or in use by another thread.
+        """
+        if isinstance(audio, (str, os.PathLike)):
+            audio = read_audio(audio, self._rate)
+        samples = as_pcm(audio, "audio")
+        with self._busy(), Bar(progress, len(samples) / self._rate) as bar:
+            frames: list[Frame] = []
+            for start in range(0, len(samples), self._feed.frame_in):
+                piece = samples[start : start + self._feed.frame_in]
+                self._feed.push(piece)
+                frames += [self._frame(raw, resampled=False) for raw in self._drain()]
+                bar.update(len(piece) / self._rate)
+            frames += [self._frame(raw, resampled=False) for raw in self._flush()]
+            return self._recording(self._ended(frames))
+
+    def _recording(self, frames: Sequence[Frame]) -> Recording:
+        model = self._model
+        pcm: Pcm | None = None
+        if model._info["has_mimi"] and model._info["dep_q"] > 0:
+            parts = [frame.pcm for frame in frames if frame.pcm is not None]
+            voice = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+            pcm = resample(voice, model.sample_rate, self._output_rate)
+        return Recording(
+            pcm=pcm,
+            text="".join(frame.text for frame in frames),
+            words=assemble_words(
+                [frame.text for frame in frames],
+                [frame.text_token for frame in frames],
+                model._info["text_end_padding_id"],
+                model.frame_rate,
+            ),
+            codes=stack_codes([frame.codes for frame in frames], model._info["dep_q"]),
+            user_codes=stack_codes([frame.user_codes for frame in frames], model._info["user_q"]),
+            sample_rate=self._output_rate,
+            frame_rate=model.frame_rate,
+        )
+
+    # ---- words put into its mouth --------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Makes the model say this from the next frame on, after what it has still to say. The
+        words are spaced in time as speech would be; the voice follows them.
+
+        Raises:
+            CheckpointError: the model was loaded without a tokenizer.
+            SessionError: closed, or in use by another thread.
+        """
+        tokenizer = self._model.tokenizer
+        if tokenizer is None:
+            raise CheckpointError(
+                "say needs a tokenizer, and the model was loaded without one; "
+                "give one with load(..., tokenizer=...)"
+            )
+        self.force_text(spoken_tokens(tokenizer, text, self._model.frame_rate))
+
+    def force_text(self, tokens: Sequence[int]) -> None:
+        """Makes these the model's text tokens from the next frame on, one a frame, after what it
+        has still to say.
+
+        Raises:
+            ValueError: a token out of the vocabulary.
+            SessionError: closed, or in use by another thread.
+        """
+        tokens = [int(token) for token in tokens]
+        with self._busy():
+            if not tokens:
+                return
+            left = self._left()
+            self._core.force_text(tokens)
+            self._forced = left + tokens
+
+    def _left(self) -> list[int]:
+        """Of the forced tokens those still to come."""
+        left = self._core.forced_left
+        return self._forced[len(self._forced) - left :] if left else []
+
+    @property
+    def saying(self) -> str:
+        """What is left of the text that it was made to say."""
+        with self._busy():
+            tokenizer = self._model.tokenizer
+            return tokenizer.decode(self._left()).strip() if tokenizer else ""
+
+    def _force_next(self, text: int | None, audio: Any | None) -> None:
+        """Teacher forcing: the next step reads and stores these instead of what it would sample."""
+        with self._busy():
+            self._core.force_next(text, audio)
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    @property
+    def logits(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Of the last step, after guidance: text float32[text_card], audio float32[K, card].
+
+        Raises:
+            SessionError: no step yet, or a session without keep_logits.
+        """
+        with self._busy():
+            return self._core.logits()
+
+    def reset(self, seed: int | None = None) -> None:
+        """Back to the state of a new session, with the same seed unless one is given."""
+        with self._busy():
+            self._core.reset(seed)
+            self._start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._core.closed
+
+    def close(self) -> None:
+        """Gives the slot back. A second call does nothing."""
+        self._core.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.stats.frames} frames"
+        return f"<Session of {self._model._source}, seed {self.seed}, {state}>"
+
+
+def step_many(
+    sessions: Sequence[Session], pcms: Sequence[Any], *, decode: bool = True
+) -> list[Frame]:
+    """One batched step of sessions of one model; each frame equals the session's own `step`.
+
+    Args:
+        sessions: each once.
+        pcms: one frame for each session, as for `Session.step`.
+        decode: False leaves Frame.pcm out.
+
+    Raises:
+        AudioError: a frame of another length, type or value; no session has stepped.
+        SessionError: one is closed or in use by another thread.
+        ValueError: another number of frames than sessions, a session twice, or two models.
+    """
+    sessions, pcms = list(sessions), list(pcms)
+    if len(sessions) != len(pcms):
+        raise ValueError(f"step_many got {len(sessions)} sessions and {len(pcms)} frames")
+    if len(set(map(id, sessions))) != len(sessions):
+        raise ValueError("step_many got one session twice; expected each once")
+    if len({id(session.model) for session in sessions}) > 1:
+        raise ValueError("step_many got sessions of different models; expected one model")
+    if not sessions:
+        return []
+    with contextlib.ExitStack() as stack:
+        for session in sessions:
+            stack.enter_context(session._busy())
+        fed = [session for session in sessions if not session._feed.empty]
+        if fed:  # these change before the core steps, so nothing may be wrong by then
+            for session in fed:
+                session._feed.check_step()
+            pcms = [s._one_frame(pcm) for s, pcm in zip(sessions, pcms, strict=True)]
+            for i, session in enumerate(sessions):
+                if session in fed:
+                    session._feed.step(pcms[i])
+                    pcms[i] = session._feed.peek()
+        raws = _core.step_many([session._core for session in sessions], pcms, decode)
+        for session in fed:
+            session._feed.drop()
+        return [session._frame(raw) for session, raw in zip(sessions, raws, strict=True)]

@@ -1,0 +1,62 @@
+#!/bin/sh
+# setup_debian.sh WHAT...: installs with apt-get what is missing for building, sound, clang.
+# Where that cannot be done it says in one sentence what is missing, and fails.
+set -eu
+
+python=${PYTHON:-python3}
+missing=
+
+# need PACKAGE COMMAND...: the package is missing unless the command succeeds.
+need() {
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+
+has_header() {
+    echo "#include <$1>" | cc -E - >/dev/null
+}
+
+has_python_header() {
+    test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+}
+
+for what in "$@"; do
+    case $what in
+    build)
+        need gcc command -v cc
+        need libc6-dev has_header stdio.h
+        need python3 command -v "$python"
+        need python3-venv "$python" -c 'import ensurepip, venv'
+        need python3-dev has_python_header
+        ;;
+    sound)
+        need espeak-ng command -v espeak-ng
+        need libsndfile1 .venv/bin/python -c 'import soundfile'
+        ;;
+    clang) need clang command -v clang ;;
+    *)
+        echo "setup_debian.sh: unknown '$what'; expected build, sound or clang" >&2
+        exit 2
+        ;;
+    esac
+done
+
+if [ -n "$missing" ]; then
+    if ! command -v apt-get >/dev/null; then
+        echo "These are missing, and there is no apt-get here to install them:$missing" >&2
+        exit 1
+    elif [ "$(id -u)" != 0 ]; then
+        echo "These are missing; install them with: sudo apt-get install$missing" >&2
+        exit 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    apt-get install -y -qq --no-install-recommends $missing
+fi
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "$python is $("$python" -V 2>&1); expected 3.10 or later (make PYTHON=python3.x)" >&2
+    exit 1
+fi

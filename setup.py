@@ -1,0 +1,86 @@
+"""Builds moshi_c._core. What is declared stands in pyproject.toml; here only how C is compiled.
+
+Environment:
+  MOSHI_C_SANITIZE   address,undefined or thread: the compiler's sanitizers
+  MOSHI_C_DEBUG=1    no optimisation, assertions on
+  MOSHI_C_WERROR=1   warnings are errors
+"""
+
+import os
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from typing import Any
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# One binary for all versions from 3.11 on. The buffer protocol joined the stable interface there,
+# and builds without the GIL have none yet.
+ABI3 = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+COMPILE = "-std=gnu11 -O3 -fvisibility=hidden -pthread -Wall -Wextra -Wshadow".split()
+COMPILE += ["-Werror=implicit-function-declaration"]
+LINK = ["-pthread", "-lm"]
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def flags() -> tuple[list[str], list[str]]:
+    compile_flags, link_flags = list(COMPILE), list(LINK)
+    if switched_on("MOSHI_C_DEBUG"):
+        compile_flags += ["-O0", "-g", "-UNDEBUG"]
+    if sanitize := os.environ.get("MOSHI_C_SANITIZE"):
+        sanitizers = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
+        compile_flags += [*sanitizers, "-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+        link_flags += sanitizers
+    if switched_on("MOSHI_C_WERROR"):
+        compile_flags.append("-Werror")
+    # Their headers are not ours to warn about.
+    for path in (numpy.get_include(), sysconfig.get_path("include")):
+        compile_flags += ["-isystem", path]
+    return compile_flags, link_flags
+
+
+class BuildExt(build_ext):
+    """Compiles the files of an extension side by side, and tells them the version."""
+
+    def build_extension(self, ext: Extension) -> None:
+        version = self.distribution.get_version()
+        ext.define_macros.append(("MOSHI_VERSION", f'"{version}"'))
+        compile_some = self.compiler.compile
+
+        def compile_all(sources: list[str], **kwargs: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                parts = pool.map(lambda source: compile_some([source], **kwargs), sources)
+                return [name for part in parts for name in part]
+
+        self.compiler.compile = compile_all  # type: ignore[method-assign]
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_some  # type: ignore[method-assign]
+
+
+def core() -> Extension:
+    compile_flags, link_flags = flags()
+    return Extension(
+        "moshi_c._core",
+        sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/py/*.c")),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/py/*.h")),
+        define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
+        py_limited_api=ABI3,
+        extra_compile_args=compile_flags,
+        extra_link_args=link_flags,
+    )
+
+
+setup(
+    ext_modules=[core()],
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
+)

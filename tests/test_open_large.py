@@ -1,0 +1,120 @@
+"""Opening a 7B-shaped folder: weights stay in the file map, nothing is read that is not needed.
+
+The language model is a sparse file: its header lists the published tensors of the 7B, its data are
+holes. The codec is at its real size, with numbers in it, and is copied into the kernels' layout.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DIM, LAYERS, HIDDEN, TEXT, CARD = 4096, 32, 11264, 32000, 2048
+DEPTH, DEPTH_LAYERS, DEPTH_HIDDEN, STEPS = 1024, 6, 2816, 8
+
+
+def published_tensors() -> dict[str, list[int]]:
+    """Names and shapes of the 7B as published (packed attention names)."""
+    shapes: dict[str, list[int]] = {"text_emb.weight": [TEXT + 1, DIM]}
+    for k in range(16):
+        shapes[f"emb.{k}.weight"] = [CARD + 1, DIM]
+    for layer in range(LAYERS):
+        base = f"transformer.layers.{layer}"
+        shapes |= {
+            f"{base}.norm1.alpha": [1, 1, DIM],
+            f"{base}.norm2.alpha": [1, 1, DIM],
+            f"{base}.self_attn.in_proj_weight": [3 * DIM, DIM],
+            f"{base}.self_attn.out_proj.weight": [DIM, DIM],
+            f"{base}.gating.linear_in.weight": [2 * HIDDEN, DIM],
+            f"{base}.gating.linear_out.weight": [DIM, HIDDEN],
+        }
+    shapes |= {"out_norm.alpha": [1, 1, DIM], "text_linear.weight": [TEXT, DIM]}
+    shapes["depformer_text_emb.weight"] = [TEXT + 1, DEPTH]
+    for k in range(STEPS):
+        shapes[f"depformer_in.{k}.weight"] = [DEPTH, DIM]
+        shapes[f"linears.{k}.weight"] = [CARD, DEPTH]
+        if k:
+            shapes[f"depformer_emb.{k - 1}.weight"] = [CARD + 1, DEPTH]
+    for layer in range(DEPTH_LAYERS):
+        base = f"depformer.layers.{layer}"
+        shapes |= {
+            f"{base}.norm1.alpha": [1, 1, DEPTH],
+            f"{base}.norm2.alpha": [1, 1, DEPTH],
+            f"{base}.self_attn.in_proj_weight": [STEPS * 3 * DEPTH, DEPTH],
+            f"{base}.self_attn.out_proj.weight": [STEPS * DEPTH, DEPTH],
+        }
+        for k in range(STEPS):
+            shapes[f"{base}.gating.{k}.linear_in.weight"] = [2 * DEPTH_HIDDEN, DEPTH]
+            shapes[f"{base}.gating.{k}.linear_out.weight"] = [DEPTH, DEPTH_HIDDEN]
+    return shapes
+
+
+def write_sparse(path: Path, shapes: dict[str, list[int]]) -> int:
+    """A bf16 safetensors file whose data are a hole. Returns the number of parameters."""
+    header: dict[str, object] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    return offset // 2
+
+
+MEASURE = textwrap.dedent(
+    """
+    import json, sys, time
+    import moshi_c
+
+    def private_kb():
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    before = private_kb()
+    codec = moshi_c.load_mimi(sys.argv[2])
+    middle = private_kb()
+    start = time.perf_counter()
+    model = moshi_c.load(sys.argv[1], mimi=sys.argv[2], progress=False)
+    seconds = time.perf_counter() - start
+    after = private_kb()
+    print(json.dumps({
+        "codec_mb": (middle - before) / 1024,
+        "model_mb": (after - middle) / 1024,
+        "seconds": seconds,
+        "parameters": model._core.info["parameters"],
+        "config": model.config["dim"],
+    }))
+    """
+)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_7b_folder_opens_at_once_and_stays_in_the_map(
+    tmp_path: Path, mimi_full: Path
+) -> None:
+    parameters = write_sparse(tmp_path / "model.safetensors", published_tensors())
+    assert parameters == 7_687_729_152
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), str(mimi_full / "mimi.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    measured = json.loads(found.stdout)
+    assert measured["parameters"] > parameters
+    assert measured["config"] == DIM
+    assert measured["model_mb"] - measured["codec_mb"] < 300, measured
+    # The bound on time is generous to a busy machine; benchmarks/open.py has the figure.
+    assert measured["seconds"] < 20, measured

@@ -1,0 +1,88 @@
+"""Every bound that the parity tests use, with the reason for its size. No test has its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A number and why it is that number."""
+
+    value: float
+    reason: str
+
+    def __float__(self) -> float:
+        return self.value
+
+
+TABLE: dict[str, Bound] = {
+    "logits_f32": Bound(
+        1e-4,
+        "largest difference of teacher-forced logits over their standard deviation. Two float32"
+        " programs that add in another order are 1e-6 to 1e-5 apart; a wrong row is 1e-2 or more.",
+    ),
+    "greedy_margin": Bound(
+        1e-5,
+        "least lead of a greedy choice over the runner-up, in standard deviations of the logits,"
+        " for which tokens are required to be equal: some ten times what rounding moves a logit."
+        " Runs that have a closer call are replaced by another seed before anything is compared.",
+    ),
+    "heads_f32": Bound(1e-5, "probabilities of extra heads: as the logits, after a softmax."),
+    "swap_is_felt": Bound(
+        1e-3,
+        "what swapping two rows of any matrix has to move a logit at least, in standard deviations:"
+        " ten times `logits_f32`, so that the parity tests cannot miss it.",
+    ),
+    "bf16_no_worse": Bound(
+        1.0,
+        "distance of our bf16 logits from a float32 run on the same weights, over that of upstream's"
+        " own bf16 run. We keep activations in float32 and only round keys and values.",
+    ),
+    "mimi_tie": Bound(
+        1e-4,
+        "two codes are as good as each other when their distances to the residual differ by less"
+        " than this share. Upstream computes distances as a matrix product in float32, about 1e-5"
+        " from the exact ones, and latents differ by 1e-6 between two float32 programs.",
+    ),
+    "mimi_frames": Bound(
+        3,
+        "frames out of 750 that may differ by such ties. Of 6000 decisions some 20 are closer than"
+        " 1e-5 and one or two closer than the 1e-6 by which rounding moves them.",
+    ),
+    "mimi_sound": Bound(
+        1e-5,
+        "difference of decoded samples, full scale being 1. The signal is 0.1 RMS, float32 rounding"
+        " through the decoder is 1e-7 to 1e-6.",
+    ),
+    "mimi_stream_window": Bound(
+        1e-3,
+        "what upstream's streaming and non-streaming sound must at least differ by once the ring is"
+        " full (249 keys against 250), so that the test of that rule can tell them apart.",
+    ),
+    "session_clear": Bound(
+        2e-5,
+        "least relative lead of every codec decision of the live conversation. Ten times what"
+        " rounding moves a distance, so that codes have to be equal, each and all.",
+    ),
+    "session_sound": Bound(
+        1e-4,
+        "difference of samples over a minute of conversation, full scale being 1.",
+    ),
+    "distinct_tokens": Bound(
+        50, "a greedy stream with fewer different tokens would repeat itself and prove little."
+    ),
+    "distinct_codes": Bound(
+        200, "different codes in each codebook over the minute; fewer would leave entries untried."
+    ),
+    "chance": Bound(
+        1e-6,
+        "a chi-square test fails below this probability. Seeds are fixed, so a test that passes"
+        " once passes always; a distribution that is off by a top-k entry is far below it.",
+    ),
+}
+
+
+def bound(name: str) -> float:
+    """The value of a bound in the table."""
+    return TABLE[name].value
