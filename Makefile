@@ -75,9 +75,9 @@ FLAGS_asan := $(SANITIZE) -fsanitize=address,undefined
 CC_tsan := gcc
 FLAGS_tsan := $(SANITIZE) -fsanitize=thread
 CC_gcc := gcc
-FLAGS_gcc := -O2 -Werror
+FLAGS_gcc := $(FLAGS_release) -Werror
 CC_clang := clang
-FLAGS_clang := -O1 -Werror
+FLAGS_clang := -O1 -DNDEBUG -Werror
 
 # The interpreter's headers, for the strict builds of the binding.
 PY_FLAGS = $(shell $(BIN)/python -c "import numpy, sysconfig; print('-DPy_LIMITED_API=0x030b0000', \

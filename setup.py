@@ -23,7 +23,8 @@ ABI3 = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISA
 
 COMPILE = "-std=gnu11 -O3 -fvisibility=hidden -pthread -Wall -Wextra -Wshadow".split()
 COMPILE += ["-Werror=implicit-function-declaration"]
-LINK = ["-pthread", "-lm"]
+# -Bsymbolic: our calls stay ours when a program links libmoshi, too.
+LINK = ["-pthread", "-lm", "-Wl,-Bsymbolic"]
 
 
 def switched_on(name: str) -> bool:

@@ -878,10 +878,10 @@ int mimi_config_parse(const char *text, size_t bytes, const char *what, struct m
         struct reader transformer = open_section(&r, "transformer", "transformer.", 1);
         read_codec_transformer(&transformer, config);
         config->stride = config->frame_size / config->hop;
-        if (config->frame_size % config->hop != 0 || config->stride < 2) {
+        if (config->frame_size % config->hop != 0) {
             char message[128];
             (void)snprintf(message, sizeof message,
-                           "multiply to %d samples, expected a half, third ... of the frame of %d",
+                           "multiply to %d samples, expected a divisor of the frame of %d",
                            config->hop, config->frame_size);
             refuse_because(&seanet, "ratios", message);
         }

@@ -136,6 +136,11 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
     mimi->config = *config;
     const int n = config->n_ratios, top = config->n_filters << n;
     char name[160];
+    if (config->stride < 2) /* upstream has no resampling layers then */
+        return loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                           "%s: the ratios multiply to a whole frame of %d samples, "
+                                           "expected two or more steps a frame",
+                                           tensor_file_path(loader->file), config->frame_size);
 
     /* SEANet numbers its layers with the ELUs between them: 0 in, then 1+3j residual, 3+3j conv. */
     load_conv(loader, &mimi->encoder_in, 1, config->n_filters, config->kernel, 1, 1,

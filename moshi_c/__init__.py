@@ -1,12 +1,14 @@
 """moshi_c: full-duplex speech models of the Moshi family, on a core in C.
 
-import moshi_c
+    import moshi_c
 
-model = moshi_c.load()                    # a small model that comes with the package
-session = moshi_c.Session(model, seed=7)
-for pcm in frames:                        # float32[1920] each, 80 ms of what the user says
-    frame = session.step(pcm)             # 80 ms of what the model says back
-    frame.pcm, frame.text
+    model = moshi_c.load()                    # a small model that comes with the package
+    session = moshi_c.Session(model, seed=7)
+    for pcm in frames:                        # float32[1920] each, 80 ms of what the user says
+        frame = session.step(pcm)             # 80 ms of what the model says back
+        frame.pcm, frame.text
+
+A model is shared by its sessions; a session is one conversation. Errors are children of MoshiError.
 """
 
 from ._core import __version__

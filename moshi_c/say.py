@@ -29,8 +29,8 @@ def spoken_tokens(tokenizer: Tokenizer, text: str, frame_rate: float) -> list[in
     tokens: list[int] = []
     for word in text.split():
         pieces = [piece for piece in tokenizer.encode(word) if piece not in (pad, end_pad)]
-        if not pieces:
-            continue
+        if not tokenizer.decode(pieces).strip():
+            continue  # nothing of it is in the vocabulary
         letters = sum(_LETTERS_OF_A_DIGIT if char.isdigit() else char.isalpha() for char in word)
         frames = max(len(pieces) + 2, math.ceil(letters * _LETTER * frame_rate))
         frames += _PAUSES.get(word.rstrip(_CLOSING)[-1:], 0)

@@ -122,8 +122,8 @@ _DESCRIBED: Config = {
 }
 _SCHEDULE16 = [*range(8), *[8] * 8]
 
-# One entry per family and size. The small ones are awkward on purpose: contexts that are no multiple
-# of a page, head sizes and hidden sizes that are no multiple of a vector, delays of every kind.
+# One entry per family and size. The small ones are awkward on purpose: contexts that are no
+# multiple of a page, head and hidden sizes that are no multiple of a vector, delays of every kind.
 SHAPES: dict[str, Shape] = {
     "moshi": Shape(
         _COMMON | {"n_q": 16, "dep_q": 8, "delays": [0, *([0] + [1] * 7) * 2]},

@@ -36,8 +36,8 @@ TABLE: dict[str, Bound] = {
     ),
     "bf16_no_worse": Bound(
         1.0,
-        "distance of our bf16 logits from a float32 run on the same weights, over that of upstream's"
-        " own bf16 run. We keep activations in float32 and only round keys and values.",
+        "distance of our bf16 logits from a float32 run on the same weights, over that of"
+        " upstream's own bf16 run. We keep activations in float32 and only round keys and values.",
     ),
     "mimi_tie": Bound(
         1e-4,

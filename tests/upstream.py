@@ -470,9 +470,7 @@ def _encode_clearly(
     raise AssertionError("no variation of this frame is clear of ties")
 
 
-def server_encode(
-    mimi: MimiModel, pcm: Floats, lead: float
-) -> tuple[Floats, Codes, float, int]:
+def server_encode(mimi: MimiModel, pcm: Floats, lead: float) -> tuple[Floats, Codes, float, int]:
     """The codec's first part in upstream's `recv_loop`: encode, reset after the first frame.
 
     Frames with a decision closer than `lead` are altered before they are heard. Returns the sound
