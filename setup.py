@@ -10,7 +10,7 @@ import os
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 # and builds without the GIL have none yet.
 ABI3 = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-COMPILE = "-std=gnu11 -O3 -fvisibility=hidden -pthread -Wall -Wextra -Wshadow".split()
+COMPILE = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
 COMPILE += ["-Werror=implicit-function-declaration"]
 # -Bsymbolic: our calls stay ours when a program links libmoshi, too.
 LINK = ["-pthread", "-lm", "-Wl,-Bsymbolic"]
@@ -67,12 +67,17 @@ class BuildExt(build_ext):
             self.compiler.compile = compile_some  # type: ignore[method-assign]
 
 
+def files(suffix: str) -> list[str]:
+    folders = ("csrc", "csrc/cpu", "csrc/py")
+    return [str(path) for folder in folders for path in sorted(Path(folder).glob(f"*.{suffix}"))]
+
+
 def core() -> Extension:
     compile_flags, link_flags = flags()
     return Extension(
         "moshi_c._core",
-        sources=sorted(glob("csrc/*.c") + glob("csrc/cpu/*.c") + glob("csrc/py/*.c")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/py/*.h")),
+        sources=files("c"),
+        depends=files("h"),
         define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
         py_limited_api=ABI3,
         extra_compile_args=compile_flags,

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import __version__
 from .audio import AudioWriter, check_suffix, read_audio, write_audio
 from .codec_file import CodecFile, read_codec_file, write_codec_file
@@ -73,6 +75,8 @@ def _run(arguments: argparse.Namespace) -> None:
         if not words_only and model._info["dep_q"] == 0:
             raise AudioError(f"{out}: this model has no voice; give an OUT ending in .json")
         pcm = read_audio(source, session.sample_rate)
+        after = np.zeros(round(arguments.after * session.sample_rate), np.float32)
+        pcm = np.concatenate([pcm, after])
         frames: list[Frame] = []
         with contextlib.ExitStack() as stack:
             writer = None
@@ -291,6 +295,13 @@ def _seed(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 86400 s")
+    return value
+
+
 def _common() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     group = common.add_argument_group("options of every command")
@@ -342,7 +353,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "one conversation over a recording",
-        "moshi-c run question.wav answer.wav --text --seed 7",
+        "moshi-c run question.wav answer.wav --text --after 3 --seed 7",
     )
     run.add_argument("input", metavar="IN", help="what the user says: WAV, FLAC, OGG, MP3 or AIFF")
     run.add_argument(
@@ -352,6 +363,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--text", action="store_true", help="print the text as it comes, instead of at the end"
+    )
+    run.add_argument(
+        "--after",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="seconds of silence after the recording, for an answer to its end (default: 0)",
     )
     run.add_argument("--words", metavar="FILE.json", help="write text and timed words too")
     run.add_argument("--quiet", action="store_true", help="no progress bar")

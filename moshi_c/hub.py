@@ -347,7 +347,7 @@ def _locate(source: PathLike | None, hub: _Hub) -> tuple[_Place, Path | None]:
         repo, name = _split_hub(text)
         place = _Repository(repo, hub, hub.revision)
         return place, place.get(name, "the source") if name else None
-    path = Path(text.removeprefix("file://")).expanduser()
+    path = Path(text.removeprefix("file://") or "\0").expanduser()
     if path.is_dir():
         return _Folder(path), None
     if path.is_file():

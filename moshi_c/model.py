@@ -136,10 +136,13 @@ def load(
         token=token,
         progress=progress,
     )
+    lm, codec = checkpoint.lm, checkpoint.mimi
     core = _core.Model(
+        # only a folder may lack a codec; what it has is given file by file
+        folder=_text(lm.parent) if lm is not None and codec is None else None,
         config_path=_text(checkpoint.config_path),
-        lm_path=_text(checkpoint.lm),
-        mimi_path=_text(checkpoint.mimi),
+        lm_path=_text(lm),
+        mimi_path=_text(codec),
         mimi_config_path=_text(checkpoint.mimi_config),
         device=device,
         dtype=dtype,

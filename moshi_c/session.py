@@ -118,7 +118,7 @@ class _Clock:
         self._late += seconds > self._frame
 
     def stats(self) -> Stats:
-        p50, p99 = np.percentile(list(self._recent) or [0.0], [50, 99])
+        p50, p99 = np.percentile(self._recent.copy() or [0.0], [50, 99])
         return Stats(
             frames=self._count,
             p50_ms=1000.0 * float(p50),

@@ -1,4 +1,4 @@
-"""question.py OUT.wav [TEXT]: espeak-ng asks, then listens: a question and silence for the answer."""
+"""question.py OUT.wav [TEXT]: a question by espeak-ng, with silence after it for the answer."""
 
 import io
 import subprocess

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_samples_of_every_usual_type() -> None:
         expected.tolist(),
         expected[None],
         expected[:, None],
-        memoryview(expected),
+        expected.data,
         np.repeat(expected, 2)[::2],
         expected.astype(">f4"),
     ):
@@ -97,7 +98,7 @@ def test_chunks_do_not_change_the_resampled_signal(cuts: list[int]) -> None:
     signal = np.random.default_rng(1).standard_normal(4000).astype(np.float32)
     stream = StreamResampler(44100, 24000)
     edges = [0, *sorted(cuts), len(signal)]
-    parts = [stream.process(signal[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [stream.process(signal[a:b]) for a, b in pairwise(edges)]
     whole = soxr.resample(signal, 44100, 24000)
     np.testing.assert_array_equal(np.concatenate([*parts, stream.flush()]), whole)
 

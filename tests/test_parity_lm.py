@@ -129,7 +129,7 @@ def test_teacher_forced_logits_equal_upstreams(made: Checkpoints, name: str) -> 
 def test_published_widths_equal_upstream(made: Checkpoints, name: str) -> None:
     """Two layers of the 7B and of the 2B; the file is bf16, both sides compute in float32."""
     shape = SHAPES[name]
-    folder = made.lm(name, dtype=torch.bfloat16)
+    folder = made.lm(name, dtype=torch.bfloat16, mimi="full")
     user = upstream.user_codes(40, shape.user_q, shape.card, 1)
     lm = upstream.load_lm(folder)
     theirs = upstream.lm_greedy(lm, user, **options_for(shape))
@@ -234,7 +234,7 @@ GUIDANCE: dict[str, tuple[str, dict[str, Any]]] = {
     "null_condition": ("hibiki", {"cfg_coef": 3.0}),
     "null_condition_below_one": ("hibiki", {"cfg_coef": 0.5}),
     "masked_until": ("moshi", {"cfg_coef": 2.0, "cfg_masked_until": 20}),
-    "masked_until_zero": ("delays", {"cfg_coef": 2.0, "cfg_masked_until": 0}),
+    "masked_until_one": ("delays", {"cfg_coef": 2.0, "cfg_masked_until": 1}),
     "no_text": ("moshi", {"cfg_coef": 2.5, "cfg_is_no_text": True}),
     "all_at_once": ("hibiki", {"cfg_coef": 2.0, "cfg_masked_until": 9, "cfg_is_no_text": True}),
 }

@@ -5,14 +5,25 @@
 #include "../status.h"
 #include "kernels.h"
 
+#if defined(MOSHI_CPU_AVX2)
+#include <cpuid.h>
+
+/* The builtin also asks whether the system saves the wide registers; not every compiler's knows
+ * f16c. */
+static int has_avx2(void)
+{
+    unsigned eax, ebx, ecx, edx;
+
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 static const struct cpu_kernels *best(void)
 {
 #if defined(MOSHI_CPU_AVX2)
-    /* The builtin also asks whether the system saves the wide registers. */
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        return &kernels_avx2;
+    if (has_avx2()) return &kernels_avx2;
 #endif
     return &kernels_generic;
 }

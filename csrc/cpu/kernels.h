@@ -58,8 +58,12 @@ struct cpu_kernels {
                     const float *x, float *least, int *index);
 };
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MOSHI_CPU_AVX2 1
+#endif
+
 extern const struct cpu_kernels kernels_generic;
-#if defined(__x86_64__)
+#if defined(MOSHI_CPU_AVX2)
 extern const struct cpu_kernels kernels_avx2;
 #endif
 

@@ -147,6 +147,8 @@ static void sample_task(void *arg, int part, int first, int last)
         *token = 0; /* also what an inactive row says: it must be safe to embed */
         if (op->rows.active[i] && !sample_row(op, i, token) && failed->index < 0)
             failed->index = i;
+        if (op->null_row[i] >= 0)
+            op->token[(size_t)op->null_row[i] * (size_t)op->token_stride] = *token;
     }
 }
 
