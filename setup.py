@@ -21,7 +21,16 @@ from setuptools.command.build_ext import build_ext
 # and builds without the GIL have none yet.
 ABI3 = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
-COMPILE = ["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
+COMPILE = [
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=off",  # the same bits from every build of the same kernels
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+]
 COMPILE += ["-Werror=implicit-function-declaration"]
 # -Bsymbolic: our calls stay ours when a program links libmoshi, too.
 LINK = ["-pthread", "-lm", "-Wl,-Bsymbolic"]

@@ -35,6 +35,9 @@
 
 #define AHEAD 2048 /* bytes */
 #define BLOCK 16   /* weights */
+#define SPAN 512   /* columns that many rows work on before they go on; a multiple of 2 BLOCKs */
+#define GROUP 16   /* outputs in the meantime */
+#define MANY 48    /* rows */
 
 /* Lanes below n. */
 INLINE __m256i lanes(int n)
@@ -127,13 +130,6 @@ static void arrange_bf16_avx2(const float *x, int columns, float *y)
 
 /* ---- rows of weights times rows of activations ------------------------------------------ */
 
-/* Which weights a tile fetches in advance. One row of activations: what is needed AHEAD bytes
- * later. Several: they come back to a group of outputs once per tile, so each tile fetches its
- * share of the lines of the next group, and memory is busy all the time. */
-struct ahead {
-    int tile, tiles;
-};
-
 /* One step of a tile: block k of R rows of activations and O rows of weights. */
 INLINE void dot_block(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
                       const float *const *x, int k, __m256 sums[3][8])
@@ -179,38 +175,51 @@ INLINE void dot_tail(enum weight_format format, int R, int O, const char *w, siz
     }
 }
 
-/* R rows of x and O rows of w. */
+/* Which weights a tile fetches in advance, and its part of the columns. */
+struct span {
+    int begin, end;
+    size_t near, far; /* bytes from a weight to the one to fetch: below column `wrap`, and from it */
+    int wrap;
+    int tile, tiles; /* the tiles that share these weights fetch one line of each row in turn */
+};
+
+/* R rows of x and O rows of w, over the columns of a span. Unless it has all columns, the sums
+ * rest in partial[R][GROUP] in between. */
 INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
-                     const float *const *x, struct ahead ahead, float *y, size_t stride)
+                     const float *const *x, struct span span, __m256 *partial, float *y,
+                     size_t stride)
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
-    size_t group = (size_t)O * row_bytes;
-    int step = 64 / (int)bytes, k = 0, wrap = columns - AHEAD / (int)bytes, turn = ahead.tile;
+    int step = 64 / (int)bytes, k = span.begin, turn = span.tile;
     __m256 sums[3][8];
 
     UNROLL
     for (int r = 0; r < R; r++) {
         UNROLL
-        for (int o = 0; o < O; o++) sums[r][o] = _mm256_setzero_ps();
+        for (int o = 0; o < O; o++)
+            sums[r][o] = k == 0 ? _mm256_setzero_ps() : partial[r * GROUP + o];
     }
-    for (; k + step <= columns; k += step) { /* a cache line of each row */
+    for (; k + step <= span.end; k += step) { /* a cache line of each row */
         const char *at = w + (size_t)k * bytes;
 
-        if (R == 1) {
-            size_t far = AHEAD + (k >= wrap ? group - row_bytes : 0);
+        if (turn-- == 0) {
+            const char *next = at + (k < span.wrap ? span.near : span.far);
 
+            turn = span.tiles - 1;
             UNROLL
-            for (int o = 0; o < O; o++)
-                _mm_prefetch(at + (size_t)o * row_bytes + far, _MM_HINT_T0);
-        } else if (turn-- == 0) {
-            turn = ahead.tiles - 1;
-            UNROLL
-            for (int o = 0; o < O; o++)
-                _mm_prefetch(at + (size_t)o * row_bytes + group, _MM_HINT_T1);
+            for (int o = 0; o < O; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
         }
         dot_block(format, R, O, at, row_bytes, x, k, sums);
         if (step > BLOCK)
             dot_block(format, R, O, at + BLOCK * bytes, row_bytes, x, k + BLOCK, sums);
+    }
+    if (span.end < columns) {
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            UNROLL
+            for (int o = 0; o < O; o++) partial[r * GROUP + o] = sums[r][o];
+        }
+        return;
     }
     if (k + BLOCK <= columns) {
         dot_block(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, sums);
@@ -225,29 +234,65 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
     }
 }
 
+/* Few rows: a group of O outputs from the first column to the last. */
+INLINE void dot_few(enum weight_format format, int O, const char *w, int columns,
+                    const float *const *x, int rows, float *y, size_t stride)
+{
+    int bytes = (int)weight_bytes(format);
+    struct span span = {.end = columns, .near = AHEAD, .wrap = columns - AHEAD / bytes,
+                        .far = AHEAD + (size_t)(O - 1) * (size_t)columns * (size_t)bytes,
+                        .tiles = 1};
+
+    if (rows == 3)
+        dot_tile(format, 3, O, w, columns, x, span, NULL, y, stride);
+    else if (rows == 2)
+        dot_tile(format, 2, O, w, columns, x, span, NULL, y, stride);
+    else
+        dot_tile(format, 1, O, w, columns, x, span, NULL, y, stride);
+}
+
 /* Where tile t of `tiles` begins, all nearly equal in height. */
 INLINE int tile_start(int rows, int tiles, int t)
 {
     return rows * t / tiles;
 }
 
-/* O outputs for all rows. */
-INLINE void dot_outputs(enum weight_format format, int O, const char *w, int columns,
-                        const float *const *x, int rows, float *y, size_t stride)
+/* Many rows, up to MANY, and up to GROUP outputs: the columns in spans, so that a span of all
+ * activations stays in the first cache while the weights pass; while they do, their next span is
+ * fetched. */
+INLINE void dot_many(enum weight_format format, const char *w, int columns, int outputs,
+                     const float *const *x, int rows, float *y, size_t stride)
 {
+    size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
     int tiles = (rows + 2) / 3;
+    __m256 partial[MANY * GROUP];
 
-    for (int t = 0; t < tiles; t++) {
-        int r = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - r;
-        struct ahead ahead = {t, tiles};
-        float *to = y + (size_t)r * stride;
+    for (int begin = 0; begin < columns; begin += SPAN) {
+        int end = columns - begin < SPAN ? columns : begin + SPAN, o = 0;
+        size_t next = end < columns ? SPAN * bytes : GROUP * row_bytes - (size_t)begin * bytes;
+        struct span span = {.begin = begin, .end = end, .near = next, .far = next, .tiles = tiles};
 
-        if (n == 3)
-            dot_tile(format, 3, O, w, columns, x + r, ahead, to, stride);
-        else if (n == 2)
-            dot_tile(format, 2, O, w, columns, x + r, ahead, to, stride);
-        else
-            dot_tile(format, 1, O, w, columns, x + r, ahead, to, stride);
+        while (o < outputs) {
+            int four = o + 4 <= outputs;
+
+            for (int t = 0; t < tiles; t++) {
+                int r = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - r;
+                const char *from = w + (size_t)o * row_bytes;
+                float *to = y + (size_t)r * stride + o;
+                __m256 *rest = partial + r * GROUP + o;
+
+                span.tile = t;
+                if (four && n == 3)
+                    dot_tile(format, 3, 4, from, columns, x + r, span, rest, to, stride);
+                else if (four)
+                    dot_tile(format, 2, 4, from, columns, x + r, span, rest, to, stride);
+                else if (n == 3)
+                    dot_tile(format, 3, 1, from, columns, x + r, span, rest, to, stride);
+                else
+                    dot_tile(format, 2, 1, from, columns, x + r, span, rest, to, stride);
+            }
+            o += four ? 4 : 1;
+        }
     }
 }
 
@@ -258,13 +303,17 @@ INLINE void dot(enum weight_format format, const void *weights, int columns, int
     size_t row_bytes = (size_t)columns * weight_bytes(format);
     int o = 0;
 
+    for (; rows > MANY; rows -= MANY, x += MANY, y += MANY * stride)
+        dot(format, weights, columns, outputs, x, MANY, y, stride);
+    for (; rows > 3 && o < outputs; o += GROUP)
+        dot_many(format, w + (size_t)o * row_bytes, columns,
+                 outputs - o < GROUP ? outputs - o : GROUP, x, rows, y + o, stride);
     for (; rows == 1 && o + 8 <= outputs; o += 8)
-        dot_tile(format, 1, 8, w + (size_t)o * row_bytes, columns, x, (struct ahead){0, 1}, y + o,
-                 stride);
+        dot_few(format, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
     for (; o + 4 <= outputs; o += 4)
-        dot_outputs(format, 4, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+        dot_few(format, 4, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
     for (; o < outputs; o++)
-        dot_outputs(format, 1, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+        dot_few(format, 1, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
 }
 
 static void dot_f32_avx2(const void *w, int columns, int outputs, const float *const *x, int rows,
