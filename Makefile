@@ -61,8 +61,8 @@ demo: build ## a spoken question, the answer in demo/answer.wav
 
 # ---- C: one library per variant --------------------------------------------------------------
 
-C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow -Icsrc \
-    -DMOSHI_VERSION='"$(VERSION)"'
+C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
+    -Icsrc -DMOSHI_VERSION='"$(VERSION)"'
 LINK := -pthread -lm
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all
 
@@ -136,33 +136,53 @@ test-c: ## the C tests
 test: $(VENV)/.test test-c ## the C tests, then pytest with parity against upstream
 	$(BIN)/pytest -q
 
-.PHONY: check
-check: $(VENV)/.dev ## formatters, linters, types, warnings, layers
+.PHONY: check check-python check-types check-format check-c check-layers
+check: check-python check-types check-format check-c check-layers ## linters, types, warnings, layers
+
+check-python: $(VENV)/.dev
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+
+check-types: $(VENV)/.dev
 	$(BIN)/mypy --strict moshi_c
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 	    --allowlist scripts/stubtest_allowed.txt moshi_c._core
+
+check-format: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/codespell
+
+check-c: $(VENV)/.made
 	@$(MAKE) --no-print-directory -j$(JOBS) strict-gcc
 	@if command -v clang >/dev/null; then $(MAKE) --no-print-directory -j$(JOBS) strict-clang; \
 	else echo "clang is not here: its warnings were not checked"; fi
+
+check-layers: $(VENV)/.dev
 	$(BIN)/pytest -q tests/test_layers.py
 
 .PHONY: strict-gcc strict-clang
 strict-gcc: $(patsubst %.c,build/gcc/%.o,$(CORE) $(BINDING))
 strict-clang: $(patsubst %.c,build/clang/%.o,$(CORE) $(BINDING))
 
+# The interpreter is not built with the sanitizers, so they are loaded before it; espeak-ng, which
+# some tests call, hangs when they are loaded into it.
+PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so.6)
+WITH_ASAN = LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    PYTHONPATH="$(CURDIR)/build/asan-py/lib" PYTHONSAFEPATH=1 PATH="$(CURDIR)/build/asan-py/bin:$$PATH"
+
+build/asan-py/bin/espeak-ng: $(VENV)/.test
+	@mkdir -p $(@D)
+	printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$$@"\n' "$$(command -v espeak-ng)" > $@
+	chmod +x $@
+
 .PHONY: asan
-asan: $(VENV)/.test ## C tests and pytest under the address and undefined-behaviour sanitizers
+asan: $(VENV)/.test build/asan-py/bin/espeak-ng ## C tests and pytest under the sanitizers of addresses and undefined behaviour
 	$(call run_c_tests,asan,$(C_TESTS))
 	MOSHI_C_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(CURDIR)/build/asan-py/lib PYTHONSAFEPATH=1 \
-	    $(BIN)/pytest -q -p no:cacheprovider -m "not slow and not parity"
+	cd build && $(WITH_ASAN) $(CURDIR)/$(BIN)/python -c \
+	    "import moshi_c._core as core; assert 'asan-py' in core.__file__, core.__file__"
+	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "not slow and not parity"
 
 # Fixed addresses, where the system lets us ask for them: the sanitizer has its own map of memory.
 THREADED := $(wildcard $(patsubst %,tests/c/test_%*.c,pool engine session threads))

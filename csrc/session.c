@@ -257,6 +257,8 @@ static int take_input(struct moshi_session *session, const float *pcm, const int
                       struct moshi_frame *frame)
 {
     session->frame = frame;
+    if (!pcm && !codes)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "no samples were given, expected one frame");
     return pcm ? take_pcm(session, pcm, frame) : take_codes(session, codes, frame);
 }
 

@@ -56,7 +56,10 @@ if [ -n "$missing" ]; then
     apt-get install -y -qq --no-install-recommends $missing
 fi
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+if ! command -v "$python" >/dev/null; then
+    echo "There is no $python here; expected Python 3.10 or later (make PYTHON=python3.x)" >&2
+    exit 1
+elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "$python is $("$python" -V 2>&1); expected 3.10 or later (make PYTHON=python3.x)" >&2
     exit 1
 fi

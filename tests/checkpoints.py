@@ -422,6 +422,8 @@ def make_mimi(
     upstream.fill_codebooks(skeleton, seed, other)
     save_file(pack(skeleton.state_dict()), folder / MIMI_NAME)
     (folder / MIMI_CONFIG_NAME).write_text(json.dumps(config, indent=1))
+    names = {"mimi_name": MIMI_NAME, "mimi_config_name": MIMI_CONFIG_NAME}
+    (folder / "config.json").write_text(json.dumps(names))
     return folder
 
 

@@ -6,6 +6,7 @@ fails. An absent `moshi_c` or an absent upstream is an error, never a skip.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from checkpoints import Shape
     from moshi.models import LMModel
     from upstream import LiveRun
+
+# Before PyTorch is imported by any test: see `upstream`.
+os.environ.setdefault("NO_TORCH_COMPILE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 

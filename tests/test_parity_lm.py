@@ -31,6 +31,7 @@ from played import (
     play_with,
     spread,
 )
+from safetensors.torch import load_file
 from tolerances import bound
 from upstream import Codes, LmRun
 
@@ -223,7 +224,7 @@ def test_forced_text_equals_upstreams_text_hook(made: Checkpoints, name: str) ->
     assert_same_tokens(ours.out, reference.run.out)
     assert logits_distance(ours, reference.run) <= bound("logits_f32")
     if name == "hibiki":  # that upstream does read the padding row for it
-        file = checkpoints.load_file(folder / checkpoints.LM_NAME)
+        file = load_file(folder / checkpoints.LM_NAME)
         assert not torch.equal(file["text_emb.weight"][2], file["text_emb.weight"][3])
         assert torch.equal(lm.text_emb.weight[2], lm.text_emb.weight[3])
 
@@ -400,13 +401,13 @@ def test_swapping_two_rows_of_any_matrix_moves_the_logits(
         assert ours.heads is not None
         heard = theirs.out[:, 0] >= 0
         heads = np.abs(ours.heads - theirs.heads)[heard].max() / bound("heads_f32")
-        return max(logits_distance(ours, theirs), heads * bound("logits_f32"))
+        return max(logits_distance(ours, theirs), float(heads) * bound("logits_f32"))
 
     assert moved(folder) <= bound("logits_f32")
 
     tables = {"description": 3, "pace": 1}  # the rows in use
     unnoticed = []
-    state = checkpoints.load_file(folder / checkpoints.LM_NAME)
+    state = load_file(folder / checkpoints.LM_NAME)
     assert len(state) > 50
     for index, (name, value) in enumerate(sorted(state.items())):
         if name.endswith("learnt_padding"):

@@ -18,6 +18,8 @@ from typing import Any
 
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 os.environ.setdefault("NO_CUDA_GRAPH", "1")
+# Threads that spin while they wait are ten times slower beside any other program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 
@@ -279,15 +281,11 @@ class Quantizers:
     """The two residual quantisers of a codec in float64, to judge decisions by."""
 
     def __init__(self, mimi: MimiModel) -> None:
-        self.mimi = mimi
-        quantizer = mimi.quantizer
-        self.parts = []
-        for part in (quantizer.rvq_first, quantizer.rvq_rest):
-            projection = part.input_proj.weight[:, :, 0].detach().numpy().astype(np.float64)
-            books = [
-                layer._codebook.embedding.numpy().astype(np.float64) for layer in part.vq.layers
-            ]
-            self.parts.append((projection, books))
+        self.parts: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
+        for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):
+            projection = part.input_proj.weight[:, :, 0].detach().double()
+            books = [layer._codebook.embedding.double() for layer in part.vq.layers]
+            self.parts.append((projection, books, [book.pow(2).sum(1) for book in books]))
 
     def leads(self, latents: Floats, codes: Codes) -> NDArray[np.float64]:
         """How much nearer each chosen entry is than the runner-up: relative, [K, T].
@@ -295,17 +293,17 @@ class Quantizers:
         latents [C, T], codes [K, T]. Negative where the choice was not the nearest at all.
         """
         found = []
-        first = 0
-        for projection, books in self.parts:
-            residual = (projection @ latents.astype(np.float64)).T
-            for row, book in zip(codes[first:], books, strict=False):
-                # |x - e|^2 without |x|^2 loses nothing in float64
-                squares = (residual**2).sum(1)[:, None] + (book**2).sum(1) - 2 * residual @ book.T
-                distances = np.sqrt(np.maximum(squares, 0))
-                own = np.take_along_axis(distances, row[:, None], 1)[:, 0]
-                np.put_along_axis(distances, row[:, None], np.inf, 1)
-                found.append(distances.min(1) / np.maximum(own, 1e-300) - 1)
-                residual = residual - book[row]
+        given, first = torch.from_numpy(codes), 0
+        for projection, books, squares in self.parts:
+            residual = (projection @ torch.from_numpy(latents).double()).T
+            for chosen, book, square in zip(given[first:], books, squares, strict=False):
+                # the product form of the distance is exact enough in float64
+                distances = residual.pow(2).sum(1)[:, None] + square - 2 * residual @ book.T
+                distances = distances.clamp_(min=0).sqrt_()
+                own = distances.gather(1, chosen[:, None])[:, 0]
+                distances.scatter_(1, chosen[:, None], torch.inf)
+                found.append((distances.amin(1) / own.clamp(min=1e-300) - 1).numpy())
+                residual = residual - book[chosen]
             first += len(books)
         return np.stack(found)
 
@@ -314,17 +312,16 @@ class Quantizers:
         found = []
         for frame in np.flatnonzero((ours != theirs).any(0)):
             first = 0
-            for projection, books in self.parts:
+            for projection, books, _ in self.parts:
                 span = slice(first, min(first + len(books), len(theirs)))
-                pairs = list(zip(ours[span, frame], theirs[span, frame], strict=True))
-                residual = projection @ latents[:, frame].astype(np.float64)
-                for level, (mine, other) in enumerate(pairs):
+                residual = projection @ torch.from_numpy(latents[:, frame]).double()
+                for level, mine in enumerate(ours[span, frame]):
+                    other = theirs[first + level, frame]
                     if mine != other:
-                        far = np.linalg.norm(residual - books[level][mine])
-                        near = np.linalg.norm(residual - books[level][other])
-                        found.append(
-                            Disagreement(int(frame), first + level, float((far - near) / near))
-                        )
+                        far = float((residual - books[level][mine]).norm())
+                        near = float((residual - books[level][other]).norm())
+                        gap = (far - near) / near
+                        found.append(Disagreement(int(frame), first + level, gap))
                         break
                     residual = residual - books[level][other]
                 first += len(books)
@@ -431,13 +428,16 @@ class LiveRun:
 
 
 def _held(module: torch.nn.Module) -> list[tuple[Any, str, Any]]:
-    """Everything that streaming changes inside the module: object, attribute, value."""
+    """What streaming changes inside the module: object, attribute, value.
+
+    Not the keys and values themselves: a repeated frame writes the same slots again.
+    """
     held: list[tuple[Any, str, Any]] = []
     for child in module.modules():
         state = getattr(child, "_streaming_state", None)
         for owner in (state, getattr(state, "kv_cache", None)):
             for name, value in vars(owner).items() if owner is not None else ():
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and name != "cache":
                     held.append((owner, name, value.clone()))
                 elif isinstance(value, int):
                     held.append((owner, name, value))

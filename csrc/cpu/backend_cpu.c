@@ -141,12 +141,11 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
                   sizeof(float));
     cpu->activations = activations;
     if (status == MOSHI_OK) {
-        size_t capacity = cpu->keys * threads;
+        size_t each = threads * HEADS_TOGETHER, capacity = cpu->keys * each;
 
-        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * threads,
-                      sizeof(float));
+        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * each, sizeof(float));
         cpu->scores = scores;
-        cpu->keys = capacity / threads;
+        cpu->keys = capacity / each;
     }
     if (status == MOSHI_OK) {
         size_t capacity = cpu->rows * threads;
@@ -188,7 +187,7 @@ static void cpu_destroy(struct backend *backend)
     threads = (size_t)backend->threads;
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
-    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * HEADS_TOGETHER * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
     free(cpu);
 }

@@ -14,6 +14,7 @@
 
 #define WEIGHT_FORMATS 3 /* tables are indexed by enum weight_format */
 #define PANEL 16         /* outputs of a packed panel */
+#define ROWS_MAX 48      /* rows of activations in one call of dot or panels */
 #define ROW_PAD 16       /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)

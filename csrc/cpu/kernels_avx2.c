@@ -37,7 +37,6 @@
 #define BLOCK 16   /* weights */
 #define SPAN 512   /* columns that many rows work on before they go on; a multiple of 2 BLOCKs */
 #define GROUP 16   /* outputs in the meantime */
-#define MANY 48    /* rows */
 
 /* Lanes below n. */
 INLINE __m256i lanes(int n)
@@ -61,21 +60,25 @@ INLINE float fold(__m256 v)
 
 /* ---- formats ---------------------------------------------------------------------------- */
 
-/* A block of weights as two vectors; for bf16 the even and the odd ones. */
-INLINE void load_block(enum weight_format format, const char *w, __m256 *lo, __m256 *hi)
-{
-    if (format == WEIGHT_F32) {
-        *lo = _mm256_loadu_ps((const float *)w);
-        *hi = _mm256_loadu_ps((const float *)w + 8);
-    } else if (format == WEIGHT_F16) {
-        *lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w));
-        *hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + 1));
-    } else {
-        __m256i both = _mm256_loadu_si256((const __m256i *)w);
+static const _Alignas(32) uint32_t high_halves[8] = {
+    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
 
-        *lo = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-        *hi = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000u)));
-    }
+/* One vector of a block of weights: the first or the second eight; for bf16 the even or the odd
+ * ones. The mask stays in memory, since a tile has no register left for it. */
+INLINE __m256 load_half(enum weight_format format, const char *w, int second)
+{
+    __m256i both;
+
+    if (format == WEIGHT_F32) return _mm256_loadu_ps((const float *)w + 8 * second);
+    if (format == WEIGHT_F16)
+        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + second));
+    both = _mm256_loadu_si256((const __m256i *)w);
+    if (second)
+        __asm__("vpand %1, %0, %0" : "+x"(both) : "m"(high_halves));
+    else
+        both = _mm256_slli_epi32(both, 16);
+    return _mm256_castsi256_ps(both);
 }
 
 INLINE __m256 widen_bf16(const uint16_t *w)
@@ -130,125 +133,202 @@ static void arrange_bf16_avx2(const float *x, int columns, float *y)
 
 /* ---- rows of weights times rows of activations ------------------------------------------ */
 
-/* One step of a tile: block k of R rows of activations and O rows of weights. */
-INLINE void dot_block(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
-                      const float *const *x, int k, __m256 sums[3][8])
-{
-    __m256 lo[3], hi[3];
-
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        lo[r] = _mm256_loadu_ps(x[r] + k);
-        hi[r] = _mm256_loadu_ps(x[r] + k + 8);
-    }
-    UNROLL
-    for (int o = 0; o < O; o++) {
-        __m256 w_lo, w_hi;
-
-        load_block(format, w + (size_t)o * row_bytes, &w_lo, &w_hi);
-        UNROLL
-        for (int r = 0; r < R; r++) sums[r][o] = _mm256_fmadd_ps(w_lo, lo[r], sums[r][o]);
-        UNROLL
-        for (int r = 0; r < R; r++) sums[r][o] = _mm256_fmadd_ps(w_hi, hi[r], sums[r][o]);
-    }
-}
-
-/* The last columns - k < BLOCK columns. Weights are not read past the row's end; activations of
- * f32 neither, the others are padded. */
-INLINE void dot_tail(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
-                     const float *const *x, int k, int left, __m256 sums[3][8])
-{
-    UNROLL
-    for (int o = 0; o < O; o++) {
-        _Alignas(32) char block[BLOCK * 4] = {0};
-        __m256 w_lo, w_hi;
-
-        memcpy(block, w + (size_t)o * row_bytes, (size_t)left * weight_bytes(format));
-        load_block(format, block, &w_lo, &w_hi);
-        UNROLL
-        for (int r = 0; r < R; r++) {
-            int n = format == WEIGHT_F32 ? left : BLOCK;
-
-            sums[r][o] = _mm256_fmadd_ps(w_lo, load_some(x[r] + k, n), sums[r][o]);
-            sums[r][o] = _mm256_fmadd_ps(w_hi, load_some(x[r] + k + 8, n - 8), sums[r][o]);
-        }
-    }
-}
-
-/* Which weights a tile fetches in advance, and its part of the columns. */
+/* Which columns a tile works on, and which weights it fetches in advance. */
 struct span {
     int begin, end;
     size_t near, far; /* bytes from a weight to the one to fetch: below column `wrap`, and from it */
     int wrap;
-    int tile, tiles; /* the tiles that share these weights fetch one line of each row in turn */
+    int turn, turns; /* the first block to fetch for, and every how many: a cache line may be several
+                        blocks, and several tiles may share the weights and so the work */
 };
 
-/* R rows of x and O rows of w, over the columns of a span. Unless it has all columns, the sums
- * rest in partial[R][GROUP] in between. */
-INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
-                     const float *const *x, struct span span, __m256 *partial, float *y,
-                     size_t stride)
+/* Compilers would rather spill sums than read weights twice, and read activations anew than keep
+ * them. This ends what is known about memory, and holds three vectors in registers. */
+#define HOLD(a, b, c) __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c) : : "memory")
+
+/* The sums of one row of weights with up to three rows of activations. */
+struct sums {
+    __m256 a, b, c;
+};
+
+INLINE struct sums add_products(int R, struct sums s, __m256 w, __m256 a, __m256 b, __m256 c)
 {
-    size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
-    int step = 64 / (int)bytes, k = span.begin, turn = span.tile;
-    __m256 sums[3][8];
+    s.a = _mm256_fmadd_ps(w, a, s.a);
+    if (R > 1) s.b = _mm256_fmadd_ps(w, b, s.b);
+    if (R > 2) s.c = _mm256_fmadd_ps(w, c, s.c);
+    return s;
+}
 
-    UNROLL
-    for (int r = 0; r < R; r++) {
+/* One step of a tile: block k of R rows of activations and O rows of weights. Several rows take one
+ * half after the other, because 3 x 4 sums leave four registers; 1 x 8 sums leave more. */
+INLINE void dot_block(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                      const float *xa, const float *xb, const float *xc, struct sums s[8])
+{
+    __m256 a = _mm256_loadu_ps(xa), b = a, c = a;
+
+    if (R == 1) {
+        __m256 hi = _mm256_loadu_ps(xa + 8);
+
         UNROLL
-        for (int o = 0; o < O; o++)
-            sums[r][o] = k == 0 ? _mm256_setzero_ps() : partial[r * GROUP + o];
-    }
-    for (; k + step <= span.end; k += step) { /* a cache line of each row */
-        const char *at = w + (size_t)k * bytes;
+        for (int o = 0; o < O; o++) {
+            const char *at = w + (size_t)o * row_bytes;
 
-        if (turn-- == 0) {
-            const char *next = at + (k < span.wrap ? span.near : span.far);
-
-            turn = span.tiles - 1;
-            UNROLL
-            for (int o = 0; o < O; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
-        }
-        dot_block(format, R, O, at, row_bytes, x, k, sums);
-        if (step > BLOCK)
-            dot_block(format, R, O, at + BLOCK * bytes, row_bytes, x, k + BLOCK, sums);
-    }
-    if (span.end < columns) {
-        UNROLL
-        for (int r = 0; r < R; r++) {
-            UNROLL
-            for (int o = 0; o < O; o++) partial[r * GROUP + o] = sums[r][o];
+            s[o].a = _mm256_fmadd_ps(load_half(format, at, 0), a, s[o].a);
+            s[o].a = _mm256_fmadd_ps(load_half(format, at, 1), hi, s[o].a);
         }
         return;
     }
-    if (k + BLOCK <= columns) {
-        dot_block(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, sums);
-        k += BLOCK;
-    }
-    if (k < columns)
-        dot_tail(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, columns - k, sums);
+    b = _mm256_loadu_ps(xb);
+    if (R > 2) c = _mm256_loadu_ps(xc);
+    HOLD(a, b, c);
     UNROLL
-    for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int o = 0; o < O; o++) y[(size_t)r * stride + (size_t)o] = fold(sums[r][o]);
+    for (int o = 0; o < O; o++)
+        s[o] = add_products(R, s[o], load_half(format, w + (size_t)o * row_bytes, 0), a, b, c);
+    a = _mm256_loadu_ps(xa + 8);
+    b = _mm256_loadu_ps(xb + 8);
+    if (R > 2) c = _mm256_loadu_ps(xc + 8);
+    HOLD(a, b, c);
+    UNROLL
+    for (int o = 0; o < O; o++)
+        s[o] = add_products(R, s[o], load_half(format, w + (size_t)o * row_bytes, 1), a, b, c);
+}
+
+/* The whole blocks of a span, for R rows of x and O rows of w. The sums go on from partial[R][GROUP]
+ * and return there. */
+INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                       const float *const *x, const struct span *span, __m256 *partial)
+{
+    int k = span->begin, turn = span->turn;
+    const float *xa = x[0] + k, *xb = R > 1 ? x[1] + k : xa, *xc = R > 2 ? x[2] + k : xa;
+    struct sums s[8];
+
+    w += (size_t)k * weight_bytes(format);
+    UNROLL
+    for (int o = 0; o < O; o++) {
+        s[o].a = partial[o];
+        if (R > 1) s[o].b = partial[GROUP + o];
+        if (R > 2) s[o].c = partial[2 * GROUP + o];
+    }
+    for (; k + BLOCK <= span->end; k += BLOCK) {
+        if (turn-- == 0) {
+            const char *next = w + (k < span->wrap ? span->near : span->far);
+
+            turn = span->turns - 1;
+            UNROLL
+            for (int o = 0; o < O; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
+        }
+        dot_block(format, R, O, w, row_bytes, xa, xb, xc, s);
+        w += BLOCK * weight_bytes(format);
+        xa += BLOCK;
+        xb += BLOCK;
+        xc += BLOCK;
+    }
+    UNROLL
+    for (int o = 0; o < O; o++) {
+        partial[o] = s[o].a;
+        if (R > 1) partial[GROUP + o] = s[o].b;
+        if (R > 2) partial[2 * GROUP + o] = s[o].c;
     }
 }
 
-/* Few rows: a group of O outputs from the first column to the last. */
-INLINE void dot_few(enum weight_format format, int O, const char *w, int columns,
+/* The shapes of tiles: 3 x 4, 2 x 4, 1 x 8, 1 x 1. Whoever inlines this must do nothing else, or
+ * sums are spilled. */
+INLINE void dot_shapes(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                       const float *const *x, const struct span *span, __m256 *partial)
+{
+    if (R == 3)
+        dot_blocks(format, 3, 4, w, row_bytes, x, span, partial);
+    else if (R == 2)
+        dot_blocks(format, 2, 4, w, row_bytes, x, span, partial);
+    else if (O == 8)
+        dot_blocks(format, 1, 8, w, row_bytes, x, span, partial);
+    else
+        dot_blocks(format, 1, 1, w, row_bytes, x, span, partial);
+}
+
+typedef void dot_function(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+                          const struct span *span, __m256 *partial);
+
+static void dot_tile_f32(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+                         const struct span *span, __m256 *partial)
+{
+    dot_shapes(WEIGHT_F32, R, O, w, row_bytes, x, span, partial);
+}
+
+static void dot_tile_f16(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+                         const struct span *span, __m256 *partial)
+{
+    dot_shapes(WEIGHT_F16, R, O, w, row_bytes, x, span, partial);
+}
+
+static void dot_tile_bf16(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+                          const struct span *span, __m256 *partial)
+{
+    dot_shapes(WEIGHT_BF16, R, O, w, row_bytes, x, span, partial);
+}
+
+static dot_function *const dot_tiles[WEIGHT_FORMATS] = {dot_tile_f32, dot_tile_f16, dot_tile_bf16};
+
+/* The last `left` < BLOCK columns, k and on. Weights are not read past the row's end; activations of
+ * f32 neither, the others are padded. */
+static void dot_tail(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                     const float *const *x, int k, int left, __m256 *partial)
+{
+    int n = format == WEIGHT_F32 ? left : BLOCK;
+
+    for (int o = 0; o < O; o++) {
+        _Alignas(32) char block[BLOCK * 4] = {0};
+
+        memcpy(block, w + (size_t)o * row_bytes + (size_t)k * weight_bytes(format),
+               (size_t)left * weight_bytes(format));
+        for (int half = 0; half < 2; half++) {
+            __m256 b = format == WEIGHT_F32   ? load_half(WEIGHT_F32, block, half)
+                       : format == WEIGHT_F16 ? load_half(WEIGHT_F16, block, half)
+                                              : load_half(WEIGHT_BF16, block, half);
+
+            for (int r = 0; r < R; r++)
+                partial[r * GROUP + o] =
+                    _mm256_fmadd_ps(b, load_some(x[r] + k + 8 * half, n - 8 * half),
+                                    partial[r * GROUP + o]);
+        }
+    }
+}
+
+static void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
+                     const float *const *x, const struct span *span, __m256 *partial, float *y,
+                     size_t stride)
+{
+    size_t row_bytes = (size_t)columns * weight_bytes(format);
+    int left = columns % BLOCK;
+
+    if (span->begin == 0)
+        for (int r = 0; r < R; r++)
+            for (int o = 0; o < O; o++) partial[r * GROUP + o] = _mm256_setzero_ps();
+    dot_tiles[format](R, O, w, row_bytes, x, span, partial);
+    if (span->end < columns) return;
+    if (left) dot_tail(format, R, O, w, row_bytes, x, columns - left, left, partial);
+    for (int r = 0; r < R; r++)
+        for (int o = 0; o < O; o++)
+            y[(size_t)r * stride + (size_t)o] = fold(partial[r * GROUP + o]);
+}
+
+/* Blocks in a cache line. */
+INLINE int line_blocks(enum weight_format format)
+{
+    return 64 / (BLOCK * (int)weight_bytes(format));
+}
+
+/* Up to three rows: a group of O outputs from the first column to the last. */
+static void dot_few(enum weight_format format, int O, const char *w, int columns,
                     const float *const *x, int rows, float *y, size_t stride)
 {
     int bytes = (int)weight_bytes(format);
     struct span span = {.end = columns, .near = AHEAD, .wrap = columns - AHEAD / bytes,
                         .far = AHEAD + (size_t)(O - 1) * (size_t)columns * (size_t)bytes,
-                        .tiles = 1};
+                        .turns = line_blocks(format)};
+    __m256 partial[3 * GROUP];
 
-    if (rows == 3)
-        dot_tile(format, 3, O, w, columns, x, span, NULL, y, stride);
-    else if (rows == 2)
-        dot_tile(format, 2, O, w, columns, x, span, NULL, y, stride);
-    else
-        dot_tile(format, 1, O, w, columns, x, span, NULL, y, stride);
+    dot_tile(format, rows, O, w, columns, x, &span, partial, y, stride);
 }
 
 /* Where tile t of `tiles` begins, all nearly equal in height. */
@@ -257,63 +337,55 @@ INLINE int tile_start(int rows, int tiles, int t)
     return rows * t / tiles;
 }
 
-/* Many rows, up to MANY, and up to GROUP outputs: the columns in spans, so that a span of all
+/* More rows, and 4 to GROUP outputs, by four: the columns in spans, so that a span of all
  * activations stays in the first cache while the weights pass; while they do, their next span is
  * fetched. */
-INLINE void dot_many(enum weight_format format, const char *w, int columns, int outputs,
+static void dot_many(enum weight_format format, const char *w, int columns, int outputs,
                      const float *const *x, int rows, float *y, size_t stride)
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
-    int tiles = (rows + 2) / 3;
-    __m256 partial[MANY * GROUP];
+    int tiles = (rows + 2) / 3, line = line_blocks(format);
+    __m256 partial[ROWS_MAX * GROUP];
 
     for (int begin = 0; begin < columns; begin += SPAN) {
-        int end = columns - begin < SPAN ? columns : begin + SPAN, o = 0;
+        int end = columns - begin < SPAN ? columns : begin + SPAN;
         size_t next = end < columns ? SPAN * bytes : GROUP * row_bytes - (size_t)begin * bytes;
-        struct span span = {.begin = begin, .end = end, .near = next, .far = next, .tiles = tiles};
+        struct span span = {.begin = begin, .end = end, .near = next, .far = next,
+                            .turns = tiles * line};
 
-        while (o < outputs) {
-            int four = o + 4 <= outputs;
-
+        for (int o = 0; o < outputs; o += 4) {
             for (int t = 0; t < tiles; t++) {
-                int r = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - r;
-                const char *from = w + (size_t)o * row_bytes;
-                float *to = y + (size_t)r * stride + o;
-                __m256 *rest = partial + r * GROUP + o;
+                int r = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - r;
 
-                span.tile = t;
-                if (four && n == 3)
-                    dot_tile(format, 3, 4, from, columns, x + r, span, rest, to, stride);
-                else if (four)
-                    dot_tile(format, 2, 4, from, columns, x + r, span, rest, to, stride);
-                else if (n == 3)
-                    dot_tile(format, 3, 1, from, columns, x + r, span, rest, to, stride);
-                else
-                    dot_tile(format, 2, 1, from, columns, x + r, span, rest, to, stride);
+                span.turn = t * line;
+                dot_tile(format, height, 4, w + (size_t)o * row_bytes, columns, x + r, &span,
+                         partial + r * GROUP + o, y + (size_t)r * stride + o, stride);
             }
-            o += four ? 4 : 1;
         }
     }
 }
 
-INLINE void dot(enum weight_format format, const void *weights, int columns, int outputs,
+static void dot(enum weight_format format, const void *weights, int columns, int outputs,
                 const float *const *x, int rows, float *y, size_t stride)
 {
     const char *w = weights;
     size_t row_bytes = (size_t)columns * weight_bytes(format);
     int o = 0;
 
-    for (; rows > MANY; rows -= MANY, x += MANY, y += MANY * stride)
-        dot(format, weights, columns, outputs, x, MANY, y, stride);
-    for (; rows > 3 && o < outputs; o += GROUP)
-        dot_many(format, w + (size_t)o * row_bytes, columns,
-                 outputs - o < GROUP ? outputs - o : GROUP, x, rows, y + o, stride);
-    for (; rows == 1 && o + 8 <= outputs; o += 8)
-        dot_few(format, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
-    for (; o + 4 <= outputs; o += 4)
-        dot_few(format, 4, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+    if (rows == 1) {
+        for (; o + 8 <= outputs; o += 8)
+            dot_few(format, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
+    } else if (rows <= 3) {
+        for (; o + 4 <= outputs; o += 4)
+            dot_few(format, 4, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+    } else {
+        for (int n; (n = (outputs - o < GROUP ? outputs - o : GROUP) / 4 * 4) > 0; o += n)
+            dot_many(format, w + (size_t)o * row_bytes, columns, n, x, rows, y + o, stride);
+    }
     for (; o < outputs; o++)
-        dot_few(format, 1, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+        for (int r = 0; r < rows; r++)
+            dot_few(format, 1, w + (size_t)o * row_bytes, columns, x + r, 1,
+                    y + (size_t)r * stride + o, stride);
 }
 
 static void dot_f32_avx2(const void *w, int columns, int outputs, const float *const *x, int rows,
@@ -379,7 +451,7 @@ INLINE void panel_tile(int R, int P, const float *w, int columns, const float *c
     }
 }
 
-/* One or two rows alone make too few sums to hide the latency of an addition, so they take several
+/* Up to three rows alone make too few sums to hide the latency of an addition, so they take several
  * panels at once. */
 static void panels_f32_avx2(const float *w, int columns, int panels, const float *const *x,
                             int rows, float *y, size_t stride)
@@ -391,6 +463,8 @@ static void panels_f32_avx2(const float *w, int columns, int panels, const float
         panel_tile(1, 4, w + (size_t)p * panel, columns, x, y + p * PANEL, stride);
     for (; rows == 2 && p + 2 <= panels; p += 2)
         panel_tile(2, 2, w + (size_t)p * panel, columns, x, y + p * PANEL, stride);
+    for (; rows == 3 && p + 2 <= panels; p += 2)
+        panel_tile(3, 2, w + (size_t)p * panel, columns, x, y + p * PANEL, stride);
     for (; p < panels; p++) {
         const float *at = w + (size_t)p * panel;
 

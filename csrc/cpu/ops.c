@@ -176,38 +176,46 @@ static void visible(const struct op_attend *op, int i, int t, int64_t *begin, in
     }
 }
 
-/* One query of one head: scores of all keys, softmax, weighted sum of the values; position by
- * position within the runs that lie together in a page. */
-static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
-                       int head, float *scratch)
+/* Queries of up to HEADS_TOGETHER heads of one step: scores of all keys, softmax, weighted sum of
+ * the values; position by position within the runs that lie together in a page. The heads of a page
+ * lie one behind the other, so taking them together makes long reads. */
+static void attend_heads(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
+                         int head, int heads, float *scratch)
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
     enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i];
-    int kv_head = head / (op->heads / cache->kv_heads);
+    int dim = cache->head_dim, lane = op->rows.lane[i], shared = op->heads / cache->kv_heads;
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)op->heads + (size_t)head;
-    float *y = op->y + row * (size_t)dim, *query = scratch, *scores = scratch + padded(dim);
-    const float *queries[1] = {query};
+    const float *q = op->q + row * (size_t)dim;
+    float *y = op->y + row * (size_t)dim;
     int64_t begin, end;
 
-    memset(y, 0, (size_t)dim * sizeof *y);
+    memset(y, 0, (size_t)(heads * dim) * sizeof *y);
     visible(op, i, t, &begin, &end);
     if (begin >= end) return;
-    kernels->arrange[format](op->q + row * (size_t)dim, dim, query);
+    for (int h = 0; h < heads; h++)
+        kernels->arrange[format](q + h * dim, dim, scratch + (size_t)h * cpu->keys);
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t j = begin; j < end;) {
             int run = cache->page_positions - (int)(j % cache->page_positions);
-            const char *at = kv_address(cache, lane, op->layer, pass, kv_head, j);
 
             if (run > end - j) run = (int)(end - j);
-            if (pass == 0)
-                kernels->dot[format](at, dim, run, queries, 1, scores + (j - begin), 0);
-            else
-                kernels->mix[format](scores + (j - begin), at, run, dim, y);
+            for (int h = 0; h < heads; h++) {
+                const char *at = kv_address(cache, lane, op->layer, pass, (head + h) / shared, j);
+                const float *query = scratch + (size_t)h * cpu->keys;
+                float *scores = scratch + (size_t)h * cpu->keys + padded(dim) + (j - begin);
+
+                if (pass == 0)
+                    kernels->dot[format](at, dim, run, &query, 1, scores, 0);
+                else
+                    kernels->mix[format](scores, at, run, dim, y + h * dim);
+            }
             j += run;
         }
-        if (pass == 0) kernels->softmax(scores, (int)(end - begin), 1.0f / sqrtf((float)dim));
+        for (int h = 0; pass == 0 && h < heads; h++)
+            kernels->softmax(scratch + (size_t)h * cpu->keys + padded(dim), (int)(end - begin),
+                             1.0f / sqrtf((float)dim));
     }
 }
 
@@ -215,13 +223,16 @@ static void attend_task(void *arg, int part, int first, int last)
 {
     const struct row_job *job = arg;
     const struct op_attend *op = job->op;
-    float *scratch = job->cpu->scores + (size_t)part * job->cpu->keys;
+    float *scratch = job->cpu->scores + (size_t)part * HEADS_TOGETHER * job->cpu->keys;
 
-    for (int task = first; task < last; task++) {
-        int head = task % op->heads, t = task / op->heads % op->steps;
-        int i = task / op->heads / op->steps;
+    while (first < last) {
+        int head = first % op->heads, t = first / op->heads % op->steps;
+        int i = first / op->heads / op->steps, heads = HEADS_TOGETHER;
 
-        if (op->rows.active[i]) attend_one(job->cpu, op, i, t, head, scratch);
+        if (heads > op->heads - head) heads = op->heads - head;
+        if (heads > last - first) heads = last - first;
+        if (op->rows.active[i]) attend_heads(job->cpu, op, i, t, head, heads, scratch);
+        first += heads;
     }
 }
 

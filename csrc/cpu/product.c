@@ -8,12 +8,11 @@
 
 #include "backend_cpu.h"
 
-#define BLOCK_ROWS 48
 #define BLOCK_OUTPUTS 64
 #define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
 
 struct block {
-    _Alignas(64) float sums[BLOCK_ROWS * BLOCK_STRIDE];
+    _Alignas(64) float sums[ROWS_MAX * BLOCK_STRIDE];
 };
 
 static int active(const struct product *p, int row)
@@ -48,8 +47,8 @@ static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w
 static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
 {
     const struct matrix *w = p->weight;
-    const float *rows[BLOCK_ROWS];
-    int index[BLOCK_ROWS], n = 0;
+    const float *rows[ROWS_MAX];
+    int index[ROWS_MAX], n = 0;
     struct block block, other;
 
     for (; row < row_end; row++) {
@@ -84,8 +83,8 @@ static void multiply_task(void *arg, int part, int first, int last)
     while (first < last) {
         int chunk = first / units, unit = first % units;
         int end = last - first < units - unit ? unit + last - first : units;
-        int row = chunk * BLOCK_ROWS;
-        int row_end = rows - row < BLOCK_ROWS ? rows : row + BLOCK_ROWS;
+        int row = chunk * ROWS_MAX;
+        int row_end = rows - row < ROWS_MAX ? rows : row + ROWS_MAX;
 
         multiply_range(p, row, row_end, unit * PANEL,
                        end * PANEL < outputs ? end * PANEL : outputs);
@@ -115,7 +114,7 @@ static void prepare_task(void *arg, int part, int first, int last)
 
 void product_run(struct cpu_backend *cpu, struct product *p)
 {
-    int rows = p->n * p->steps, chunks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int rows = p->n * p->steps, chunks = (rows + ROWS_MAX - 1) / ROWS_MAX;
     size_t stride = padded(p->weight->cols);
     double work = (double)rows * p->weight->cols;
 

@@ -47,22 +47,24 @@ int raise_from_current(PyObject *type, const char *format, ...)
         PyErr_Restore(cause_type, cause, traceback);
         return -1;
     }
+    if (cause_type) {
+        PyErr_NormalizeException(&cause_type, &cause, &traceback);
+        if (traceback) PyException_SetTraceback(cause, traceback);
+        Py_DECREF(cause_type);
+        Py_XDECREF(traceback);
+    }
     va_list args;
     va_start(args, format);
     PyObject *message = PyUnicode_FromFormatV(format, args);
     va_end(args);
     if (message) PyErr_SetObject(type, message);
     Py_XDECREF(message);
-    if (!cause_type) return -1;
+    if (!cause) return -1;
 
-    PyErr_NormalizeException(&cause_type, &cause, &traceback);
     PyObject *new_type, *new_value, *new_traceback;
     PyErr_Fetch(&new_type, &new_value, &new_traceback);
     PyErr_NormalizeException(&new_type, &new_value, &new_traceback);
-    if (traceback) PyException_SetTraceback(cause, traceback);
     PyException_SetCause(new_value, cause); /* takes our reference */
-    Py_DECREF(cause_type);
-    Py_XDECREF(traceback);
     PyErr_Restore(new_type, new_value, new_traceback);
     return -1;
 }
