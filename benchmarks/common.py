@@ -32,11 +32,11 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    fields = dict(
-        (key.strip(), value.strip())
+    fields = {
+        key.strip(): value.strip()
         for key, _, value in (line.partition(":") for line in text.splitlines())
         if key.strip() in ("model name", "model", "flags")
-    )
+    }
     flags = [f for f in ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16") if f in fields["flags"]]
     return f"{fields['model name']} model {fields['model']} ({' '.join(flags)})"
 

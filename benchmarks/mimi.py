@@ -14,13 +14,13 @@ import common
 
 os.environ["MOSHI_C_THREADS"] = "1"
 
-import checkpoints  # noqa: E402
-import numpy as np  # noqa: E402
-import sound  # noqa: E402
-import torch  # noqa: E402
-import upstream  # noqa: E402
+import checkpoints
+import numpy as np
+import sound
+import torch
+import upstream
 
-import moshi_c  # noqa: E402
+import moshi_c
 
 FRAME = 1920
 

@@ -1,7 +1,7 @@
 """Opening a 7B-shaped folder: seconds, and private memory beside the codec's.
 
-The language model is a sparse file with the published tensors of the 7B and holes for data, the codec
-is at its real size. Each opening happens in a process of its own.
+The language model is a sparse file with the published tensors of the 7B and holes for data, the
+codec is at its real size. Each opening happens in a process of its own.
 """
 
 from __future__ import annotations

@@ -68,39 +68,39 @@ struct kv_cache {
 /* A streaming convolution over channels-last rows. */
 struct conv {
     int in, out, kernel, stride;
-    int depthwise;        /* transposed only: in == out, weight[kernel][in] f32 in depthwise_weight */
+    int depthwise; /* transposed only: in == out, weight[kernel][in] f32 in depthwise_weight */
     struct matrix weight; /* conv: [out][kernel*in], column j*in + c is tap j, channel c.
                              transposed (kernel = 2*stride): [stride*out][2*in], row p*out + o is
                              output phase p, channel o; columns: in of x[t-1], then in of x[t] */
     const float *depthwise_weight;
     const float *bias; /* [out] or NULL */
-    int replicate;     /* first call of a lane: history is filled with x[0] instead of zeros */
+    int replicate; /* first call of a lane: history is filled with x[0] instead of zeros */
 };
 
 /* One residual vector quantiser: levels of `bins` entries of width `dim`. */
 struct rvq {
     int levels, bins, dim;
-    struct matrix in_proj;   /* [dim][D] */
-    struct matrix out_proj;  /* [D][dim] */
-    const float *codebooks;  /* [levels][bins][dim] */
+    struct matrix in_proj; /* [dim][D] */
+    struct matrix out_proj; /* [D][dim] */
+    const float *codebooks; /* [levels][bins][dim] */
     const float *half_norms; /* [levels][bins]: |e|^2 / 2 */
 };
 
 #define TOKEN_FREE INT32_MIN /* "not forced", in slot_params */
-#define TOKEN_ZERO (-1)      /* embeds as zeros */
-#define TOKEN_NONE (-2)      /* no output yet; never an input */
+#define TOKEN_ZERO (-1) /* embeds as zeros */
+#define TOKEN_NONE (-2) /* no output yet; never an input */
 
 /* What a session decides, one per slot; device memory, written by the host between ticks. The
  * policy point between the text sample and the depth pass reads it too. */
 struct slot_params {
     float temperature[2]; /* text, audio; <= 0 is greedy */
-    int32_t top_k[2];     /* <= 0: all */
+    int32_t top_k[2]; /* <= 0: all */
     float cfg_coef;
     int32_t cfg_no_text;
     int32_t cfg_masked_until; /* -1: off */
-    uint32_t seed[2];         /* Philox key, low word first */
-    float pad_bias;           /* added to the text logit of text_padding_id */
-    int32_t forced_text;      /* TOKEN_FREE or the token stored instead of the sample */
+    uint32_t seed[2]; /* Philox key, low word first */
+    float pad_bias; /* added to the text logit of text_padding_id */
+    int32_t forced_text; /* TOKEN_FREE or the token stored instead of the sample */
     int32_t forced_audio[MOSHI_MAX_CODEBOOKS];
     int32_t skip_depth; /* every audio token is forced: the depth pass need not run */
 };
@@ -115,7 +115,7 @@ struct op_embed {
     int n_streams, token_stride; /* tokens[i * token_stride + s] */
     const int32_t *tokens;
     const struct embedding *tables; /* [n_streams], host memory */
-    const float *condition;         /* [lanes][D] or NULL */
+    const float *condition; /* [lanes][D] or NULL */
     int accumulate;
     float *y;
 };
@@ -265,9 +265,9 @@ struct delay_cache {
     int streams, dep_q, columns, max_delay;
     int32_t initial_text, initial_audio;
     const int32_t *delays; /* [streams] */
-    int32_t *tokens;       /* [slots][streams][columns] */
-    uint8_t *provided;     /* same shape; NULL unless the family marks given tokens */
-    int32_t *offset;       /* [slots] frames stepped */
+    int32_t *tokens; /* [slots][streams][columns] */
+    uint8_t *provided; /* same shape; NULL unless the family marks given tokens */
+    int32_t *offset; /* [slots] frames stepped */
 };
 
 /* For slot s of row i, o = offset[s]: writes user[i][j] to column (o + delay) % columns of its
@@ -281,9 +281,9 @@ struct op_delay_input {
     struct rows rows;
     const struct delay_cache *cache;
     const struct slot_params *params; /* [slots] */
-    const int32_t *user;              /* [n][streams - 1 - dep_q] */
-    const int32_t *null_row;          /* [n] */
-    int32_t *tokens;                  /* [rows][streams] */
+    const int32_t *user; /* [n][streams - 1 - dep_q] */
+    const int32_t *null_row; /* [n] */
+    int32_t *tokens; /* [rows][streams] */
 };
 
 /* offset += 1; stores text[i] and audio[i][dep_q] in column offset % columns; out[i][1 + dep_q] =
@@ -351,8 +351,8 @@ struct backend_ops {
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */
     int (*reserve)(struct backend *backend, int rows, int columns, int keys);
     /* Executes a stage. The returned status is that of sync on the CPU, of the launch on CUDA. */
-    int (*run)(struct backend *backend, int stage,
-               void (*stage_function)(struct backend *, void *), void *arg);
+    int (*run)(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
+               void *arg);
     int (*sync)(struct backend *backend); /* waits; reports and clears a sticky failure */
     void (*destroy)(struct backend *backend);
 
@@ -382,10 +382,10 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     const char *device; /* "cpu" */
-    const char *isa;    /* what the kernels use: "generic", "avx2" */
+    const char *isa; /* what the kernels use: "generic", "avx2" */
     int threads;
-    int failure;         /* sticky status, MOSHI_OK if none */
-    char sentence[256];  /* of the failure */
+    int failure; /* sticky status, MOSHI_OK if none */
+    char sentence[256]; /* of the failure */
 };
 
 /* Sticks the first failure of a run to the backend. */

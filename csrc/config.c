@@ -118,9 +118,10 @@ static void refuse(const struct reader *r, const char *key, const char *missing,
 {
     char text[FOUND_BYTES];
     if (!failed(r)) {
-        r->source->status = moshi_fail(
-            MOSHI_ERROR_CHECKPOINT, "%s: key '%s%s' is %s, expected %s", r->source->what,
-            r->section, key, found_text(json_get(r->object, key), missing, text), expected);
+        r->source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: key '%s%s' is %s, expected %s",
+                                       r->source->what, r->section, key,
+                                       found_text(json_get(r->object, key), missing, text),
+                                       expected);
     }
 }
 
@@ -128,8 +129,8 @@ static void refuse(const struct reader *r, const char *key, const char *missing,
 static void refuse_because(const struct reader *r, const char *key, const char *text)
 {
     if (!failed(r)) {
-        r->source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: key '%s%s' %s",
-                                       r->source->what, r->section, key, text);
+        r->source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: key '%s%s' %s", r->source->what,
+                                       r->section, key, text);
     }
 }
 
@@ -271,8 +272,8 @@ static int read_list(const struct reader *r, const char *key, int *values, int l
         (void)snprintf(expected, sizeof expected, "a list of %d whole numbers in %d..%d", least,
                        low, high);
     } else {
-        (void)snprintf(expected, sizeof expected, "a list of %d..%d whole numbers in %d..%d",
-                       least, most, low, high);
+        (void)snprintf(expected, sizeof expected, "a list of %d..%d whole numbers in %d..%d", least,
+                       most, low, high);
     }
     if (node == NULL || node->type != JSON_ARRAY || node->count < least || node->count > most) {
         refuse(r, key, "", expected);
@@ -475,7 +476,7 @@ static int read_depth_feedforward(const struct reader *r, double hidden_scale, i
     int count = read_list(r, key, values, sets, sets, 2, MAX_FEEDFORWARD);
     for (int i = 1; i < count; i++) {
         need(r, key, values[i] == values[0],
-                      "is a list of different numbers, expected the same for every step");
+             "is a list of different numbers, expected the same for every step");
     }
     return count > 0 ? values[0] : 2;
 }
@@ -489,8 +490,7 @@ static void read_schedule(const struct reader *r, struct lm_config *c)
     }
     if (given(r, key)) {
         sets = 1;
-        int count =
-            read_list(r, key, c->depth_schedule, c->dep_q, c->dep_q, 0, c->dep_q - 1);
+        int count = read_list(r, key, c->depth_schedule, c->dep_q, c->dep_q, 0, c->dep_q - 1);
         for (int i = 0; i < count; i++) {
             sets = c->depth_schedule[i] + 1 > sets ? c->depth_schedule[i] + 1 : sets;
         }
@@ -526,8 +526,7 @@ static void read_depth(const struct reader *r, double hidden_scale, struct lm_co
     need_flag(r, "depformer_skip_self_attn", 0, 0);
     need_name(r, "depformer_activation", "gelu", "gelu");
     c->depth_multi_linear = read_flag(r, "depformer_multi_linear", 0);
-    c->depth_low_rank =
-        read_optional_int(r, "depformer_low_rank_embeddings", 0, 1, MAX_DIM);
+    c->depth_low_rank = read_optional_int(r, "depformer_low_rank_embeddings", 0, 1, MAX_DIM);
     if (given(r, "depformer_norm")) {
         read_norm(r, "depformer_norm", "", &c->depth_norm, &c->depth_norm_eps);
     }
@@ -538,8 +537,8 @@ static void read_depth(const struct reader *r, double hidden_scale, struct lm_co
 static void fail_memory(const struct reader *r)
 {
     if (!failed(r)) {
-        r->source->status =
-            moshi_fail(MOSHI_ERROR_MEMORY, "%s: no memory for the conditions", r->source->what);
+        r->source->status = moshi_fail(MOSHI_ERROR_MEMORY, "%s: no memory for the conditions",
+                                       r->source->what);
     }
 }
 
@@ -584,7 +583,7 @@ static void read_values(const struct reader *r, struct condition_config *conditi
     qsort(sorted, count, sizeof *sorted, compare_texts);
     for (size_t i = 1; i < count; i++) {
         need(r, key, strcmp(sorted[i - 1], sorted[i]) != 0,
-                      "has the same text twice, expected each once");
+             "has the same text twice, expected each once");
     }
 }
 
@@ -641,7 +640,8 @@ static void read_fused(const struct reader *fuser, const struct reader *conditio
             strlen(text) >= sizeof c->conditions->name) {
             (void)snprintf(message, sizeof message,
                            "names the condition '%.60s', expected one of 'conditioners', with a "
-                           "name of at most %zu bytes", text, sizeof c->conditions->name - 1);
+                           "name of at most %zu bytes",
+                           text, sizeof c->conditions->name - 1);
             refuse_because(fuser, list, message);
         }
         if (failed(fuser)) {
@@ -698,8 +698,8 @@ static void read_generation(const struct reader *r, struct lm_config *c)
     c->audio_top_k = read_int(&gen, "top_k", 250, 0, MAX_CARD);
     struct reader stt = open_section(r, "stt_config", "stt_config.", 0);
     c->audio_delay_seconds = read_number(&stt, "audio_delay_seconds", 0, 0, 1, 3600);
-    c->audio_silence_prefix_seconds =
-        read_number(&stt, "audio_silence_prefix_seconds", 0, 0, 1, 3600);
+    c->audio_silence_prefix_seconds = read_number(&stt, "audio_silence_prefix_seconds", 0, 0, 1,
+                                                  3600);
 }
 
 /* Opens the text as a reader of its root object; the caller frees *document. */
@@ -710,8 +710,8 @@ static int open_text(const char *text, size_t bytes, struct source *source,
     if (source->status == MOSHI_OK) {
         *reader = (struct reader){.source = source, .section = "", .object = json_root(*document)};
         if (reader->object->type != JSON_OBJECT) {
-            source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                                        "%s: the file holds no JSON object", source->what);
+            source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the file holds no JSON object",
+                                        source->what);
         }
     }
     return source->status;
@@ -778,13 +778,14 @@ static void read_seanet(const struct reader *r, struct mimi_config *c)
     for (int i = 0; i < c->n_ratios && hop <= MAX_FRAME; i++) {
         hop *= c->ratios[i];
     }
-    need(r, "ratios", hop <= MAX_FRAME, "multiply to more than 2^20 samples, expected "
-                  "at most that");
+    need(r, "ratios", hop <= MAX_FRAME,
+         "multiply to more than 2^20 samples, expected "
+         "at most that");
     c->hop = hop <= MAX_FRAME ? (int)hop : 1;
     need(r, "n_filters", (int64_t)c->n_filters << c->n_ratios <= MAX_DIM,
-                  "doubled for each ratio is more than 65536, expected at most that");
+         "doubled for each ratio is more than 65536, expected at most that");
     need(r, "compress", c->compress <= c->n_filters,
-                  "is greater than n_filters, expected at most that");
+         "is greater than n_filters, expected at most that");
 
     (void)read_int(r, "channels", 1, 1, 1);
     (void)read_int(r, "n_residual_layers", 3, 1, 1);
@@ -810,9 +811,9 @@ static void read_quantizer(const struct reader *r, struct mimi_config *c)
     int input = read_optional_int(r, "input_dimension", c->quantizer_dim, 1, MAX_DIM);
     int output = read_optional_int(r, "output_dimension", c->quantizer_dim, 1, MAX_DIM);
     need(r, "input_dimension", input == c->dimension,
-                  "differs from seanet.dimension, expected the same");
+         "differs from seanet.dimension, expected the same");
     need(r, "output_dimension", output == c->dimension,
-                  "differs from seanet.dimension, expected the same");
+         "differs from seanet.dimension, expected the same");
 }
 
 static void read_codec_transformer(const struct reader *r, struct mimi_config *c)
@@ -837,12 +838,9 @@ static void read_codec_transformer(const struct reader *r, struct mimi_config *c
     /* Equal widths: upstream has no projections then, and neither have we. */
     int input = read_int(r, "input_dimension", REQUIRED, 1, MAX_DIM), output = 0;
     (void)read_list(r, "output_dimensions", &output, 1, 1, 1, MAX_DIM);
-    need(r, "d_model", t->dim == c->dimension,
-                  "differs from seanet.dimension, expected the same");
-    need(r, "input_dimension", input == t->dim,
-                  "differs from d_model, expected the same");
-    need(r, "output_dimensions", output == t->dim,
-                  "differs from d_model, expected the same");
+    need(r, "d_model", t->dim == c->dimension, "differs from seanet.dimension, expected the same");
+    need(r, "input_dimension", input == t->dim, "differs from d_model, expected the same");
+    need(r, "output_dimensions", output == t->dim, "differs from d_model, expected the same");
 }
 
 static void read_rates(const struct reader *r, struct mimi_config *c)
@@ -852,7 +850,8 @@ static void read_rates(const struct reader *r, struct mimi_config *c)
     c->frame_rate = read_number(r, "frame_rate", NAN, 0, 0, MAX_FRAME);
     double frame = c->sample_rate / c->frame_rate;
     if (!(frame >= 1 && frame <= MAX_FRAME && frame == floor(frame))) {
-        refuse(r, "frame_rate", "", "one that divides the sample rate into frames of 1..2^20 "
+        refuse(r, "frame_rate", "",
+               "one that divides the sample rate into frames of 1..2^20 "
                "whole samples");
         frame = 1;
     }

@@ -19,7 +19,8 @@ void load_embedding(struct weight_loader *loader, const char *prefix, int vocabu
     if (norm) {
         char name[200];
         snprintf(name, sizeof name, "%s.norm", prefix);
-        transformer_load_norm(loader, NORM_LAYER, 1e-5f, rank ? rank : width, name, &embedding->norm);
+        transformer_load_norm(loader, NORM_LAYER, 1e-5f, rank ? rank : width, name,
+                              &embedding->norm);
     }
 }
 
@@ -33,8 +34,8 @@ int depth_load(struct depth *depth, const struct lm_config *config, struct weigh
     for (int i = 0; i < inputs; ++i)
         weights_matrix(loader, weights_need(loader, "depformer_in.%d.weight", i), dim,
                        config->temporal.dim, &depth->input[i]);
-    load_embedding(loader, "depformer_text_emb", config->text_card + 1, dim, rank,
-                   config->norm_emb, &depth->text_embedding);
+    load_embedding(loader, "depformer_text_emb", config->text_card + 1, dim, rank, config->norm_emb,
+                   &depth->text_embedding);
     for (int k = 0; k + 1 < config->dep_q; ++k) {
         snprintf(name, sizeof name, "depformer_emb.%d", k);
         load_embedding(loader, name, config->card + 1, dim, rank, config->norm_emb,
@@ -47,8 +48,8 @@ int depth_load(struct depth *depth, const struct lm_config *config, struct weigh
         weights_matrix(loader, weights_need(loader, "linears.%d.weight", k), config->card, dim,
                        &depth->head[k]);
         if (config->bias_proj)
-            depth->head_bias[k] =
-                weights_vector(loader, weights_need(loader, "linears.%d.bias", k), config->card);
+            depth->head_bias[k] = weights_vector(loader, weights_need(loader, "linears.%d.bias", k),
+                                                 config->card);
     }
     transformer_load(&depth->stack, &config->depth, loader, "depformer", "depth");
     return loader->status;
@@ -113,11 +114,10 @@ void depth_work_destroy(struct depth_work *work)
     struct {
         void *memory;
         size_t bytes;
-    } const blocks[] = {
-        {work->cache.pages, work->cache_bytes}, {work->table, work->table_bytes},
-        {work->positions, work->position_bytes}, {work->x, work->row_bytes},
-        {work->query, work->row_bytes},         {work->attended, work->row_bytes},
-        {work->hidden, work->hidden_bytes}};
+    } const blocks[] = {{work->cache.pages, work->cache_bytes},  {work->table, work->table_bytes},
+                        {work->positions, work->position_bytes}, {work->x, work->row_bytes},
+                        {work->query, work->row_bytes},          {work->attended, work->row_bytes},
+                        {work->hidden, work->hidden_bytes}};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; ++i)
         if (blocks[i].memory)
             work->backend->ops->release(work->backend, blocks[i].memory, blocks[i].bytes);
@@ -133,35 +133,34 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
     for (int k = 0; k < config->dep_q; ++k) {
         const int set = config->depth_schedule[k];
         float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
-        ops->linear(backend,
-                    &(struct op_linear){.name = "depth.input",
-                                        .n = n,
-                                        .x = run->z,
-                                        .weight = depth->input[config->depth_multi_linear ? set : 0],
-                                        .y = work->x});
-        ops->embed(backend,
-                   &(struct op_embed){.name = "depth.embedding",
-                                      .rows = run->rows,
-                                      .n_streams = 1,
-                                      .token_stride = k == 0 ? 1 : config->dep_q,
-                                      .tokens = k == 0 ? run->text : run->audio + (k - 1),
-                                      .tables = k == 0 ? &depth->text_embedding
-                                                       : &depth->embedding[k - 1],
-                                      .accumulate = 1,
-                                      .y = work->x});
-        transformer_forward(
-            &depth->stack, backend,
-            &(struct transformer_run){.rows = run->rows,
-                                      .steps = 1,
-                                      .weight_set = set,
-                                      .context = config->dep_q,
-                                      .capacity = config->dep_q,
-                                      .x = work->x,
-                                      .position = work->positions + (size_t)k * (size_t)work->lanes,
-                                      .cache = &work->cache,
-                                      .query = work->query,
-                                      .attended = work->attended,
-                                      .hidden = work->hidden});
+        ops->linear(backend, &(struct op_linear){
+                                 .name = "depth.input",
+                                 .n = n,
+                                 .x = run->z,
+                                 .weight = depth->input[config->depth_multi_linear ? set : 0],
+                                 .y = work->x});
+        ops->embed(backend, &(struct op_embed){.name = "depth.embedding",
+                                               .rows = run->rows,
+                                               .n_streams = 1,
+                                               .token_stride = k == 0 ? 1 : config->dep_q,
+                                               .tokens = k == 0 ? run->text : run->audio + (k - 1),
+                                               .tables = k == 0 ? &depth->text_embedding
+                                                                : &depth->embedding[k - 1],
+                                               .accumulate = 1,
+                                               .y = work->x});
+        transformer_forward(&depth->stack, backend,
+                            &(struct transformer_run){.rows = run->rows,
+                                                      .steps = 1,
+                                                      .weight_set = set,
+                                                      .context = config->dep_q,
+                                                      .capacity = config->dep_q,
+                                                      .x = work->x,
+                                                      .position = work->positions +
+                                                                  (size_t)k * (size_t)work->lanes,
+                                                      .cache = &work->cache,
+                                                      .query = work->query,
+                                                      .attended = work->attended,
+                                                      .hidden = work->hidden});
         ops->linear(backend, &(struct op_linear){.name = "depth.head",
                                                  .n = n,
                                                  .x = work->x,

@@ -37,7 +37,8 @@ static void engine_loop(void *arg)
     for (int slot = 0; slot < engine->max_sessions; ++slot) {
         struct moshi_session *session = engine->slots[slot];
         if (session && session->phase == SESSION_SUBMITTED) {
-            session->status = moshi_fail(MOSHI_ERROR_SESSION, "the engine was closed during a step");
+            session->status = moshi_fail(MOSHI_ERROR_SESSION,
+                                         "the engine was closed during a step");
             snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
             session->phase = SESSION_DONE;
         }
@@ -145,8 +146,7 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     const size_t n = (size_t)engine->max_sessions;
     if (engine->row_lane) ops->release(engine->backend, engine->row_lane, n * 4);
     if (engine->row_active) ops->release(engine->backend, engine->row_active, n);
-    if (engine->pcm)
-        ops->release(engine->backend, engine->pcm, n * (size_t)engine->frame_size * 4);
+    if (engine->pcm) ops->release(engine->backend, engine->pcm, n * (size_t)engine->frame_size * 4);
     if (engine->device_codes)
         ops->release(engine->backend, engine->device_codes, n * MOSHI_MAX_CODEBOOKS * 4);
     free(engine->slots);
@@ -170,15 +170,15 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     memory->free_bytes = os_memory_free();
     if (engine->lm.backend) {
         memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
-        memory->session_used_bytes =
-            (int64_t)kv_pages_used(&engine->lm.kv) * (int64_t)engine->lm.kv.cache.page_bytes;
+        memory->session_used_bytes = (int64_t)kv_pages_used(&engine->lm.kv) *
+                                     (int64_t)engine->lm.kv.cache.page_bytes;
     }
     if (engine->mimi.backend) {
         const struct mimi_state *mimi = &engine->mimi;
         memory->session_bytes += (int64_t)mimi_state_lane_bytes(mimi);
-        memory->session_used_bytes +=
-            (int64_t)(kv_pages_used(&mimi->encoder_kv) + kv_pages_used(&mimi->decoder_kv)) *
-            (int64_t)mimi->encoder_kv.cache.page_bytes;
+        memory->session_used_bytes += (int64_t)(kv_pages_used(&mimi->encoder_kv) +
+                                                kv_pages_used(&mimi->decoder_kv)) *
+                                      (int64_t)mimi->encoder_kv.cache.page_bytes;
     }
     return MOSHI_OK;
 }
@@ -291,13 +291,14 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
     return status;
 }
 
-static void keep_logits(struct moshi_engine *engine, struct moshi_session *session, int row, int rows)
+static void keep_logits(struct moshi_engine *engine, struct moshi_session *session, int row,
+                        int rows)
 {
     const struct moshi_model_info *info = &engine->model->info;
     const struct backend_ops *ops = engine->backend->ops;
     const size_t text = (size_t)info->text_card, card = (size_t)info->card;
-    ops->download(engine->backend, session->logits,
-                  engine->lm.text_logits + (size_t)row * text, text * sizeof(float));
+    ops->download(engine->backend, session->logits, engine->lm.text_logits + (size_t)row * text,
+                  text * sizeof(float));
     for (size_t k = 0; k < (size_t)engine->dep_q; ++k)
         ops->download(engine->backend, session->logits + text + k * card,
                       engine->lm.audio_logits + (k * (size_t)rows + (size_t)row) * card,

@@ -146,8 +146,9 @@ int lm_condition_sum(const struct lm *lm, const struct moshi_condition *given, i
         for (int i = 0; i < config->n_conditions; ++i)
             known |= strcmp(config->conditions[i].name, given[g].name) == 0;
         if (!known)
-            return moshi_fail(MOSHI_ERROR_ARGUMENT, "condition \"%s\" is not one of this model's%s%s",
-                              given[g].name, config->n_conditions ? ", e.g. " : "; it has none",
+            return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                              "condition \"%s\" is not one of this model's%s%s", given[g].name,
+                              config->n_conditions ? ", e.g. " : "; it has none",
                               config->n_conditions ? config->conditions[0].name : "");
     }
     for (int d = 0; d < width; ++d) sum[d] = 0;
@@ -211,9 +212,9 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
                                         .max_delay = config->max_delay,
                                         .initial_text = config->text_card,
                                         .initial_audio = config->card};
-    state->delay.tokens =
-        state_add(&state->slot_table, FIELD_I32, (size_t)streams * (size_t)state->delay.columns,
-                  TOKEN_NONE, "lm.delay.tokens");
+    state->delay.tokens = state_add(&state->slot_table, FIELD_I32,
+                                    (size_t)streams * (size_t)state->delay.columns, TOKEN_NONE,
+                                    "lm.delay.tokens");
     state->delay.offset = state_add(&state->slot_table, FIELD_I32, 1, 0, "lm.offset");
     state->position = state_add(&state->lane_table, FIELD_I32, 1, 0, "lm.position");
     int status = state->delay.tokens && state->delay.offset && state->position ? MOSHI_OK
@@ -402,21 +403,22 @@ static void temporal_stage(struct backend *backend, void *arg)
                                              .max_period = stack->max_period,
                                              .position = state->position,
                                              .cos_sin = state->cos_sin});
-    transformer_forward(
-        &lm->temporal, backend,
-        &(struct transformer_run){.rows = rows,
-                                  .steps = 1,
-                                  .context = state->context,
-                                  .capacity = state->context,
-                                  .x = state->x,
-                                  .position = state->position,
-                                  .cos_sin = stack->position == POSITION_ROPE ? state->cos_sin : NULL,
-                                  .cache = &state->kv.cache,
-                                  .query = state->query,
-                                  .attended = state->attended,
-                                  .hidden = state->hidden});
-    ops->advance(backend, &(struct op_advance){
-                              .name = "advance", .rows = rows, .steps = 1, .position = state->position});
+    transformer_forward(&lm->temporal, backend,
+                        &(struct transformer_run){
+                            .rows = rows,
+                            .steps = 1,
+                            .context = state->context,
+                            .capacity = state->context,
+                            .x = state->x,
+                            .position = state->position,
+                            .cos_sin = stack->position == POSITION_ROPE ? state->cos_sin : NULL,
+                            .cache = &state->kv.cache,
+                            .query = state->query,
+                            .attended = state->attended,
+                            .hidden = state->hidden});
+    ops->advance(backend,
+                 &(struct op_advance){
+                     .name = "advance", .rows = rows, .steps = 1, .position = state->position});
     ops->norm(backend, &(struct op_norm){.name = "out_norm",
                                          .n = rows.n,
                                          .width = stack->dim,
@@ -441,7 +443,8 @@ static void temporal_stage(struct backend *backend, void *arg)
                                              .token = state->text,
                                              .token_stride = 1});
     if (config->heads) {
-        float *raw = state->heads + (size_t)state->slots * (size_t)(config->heads * config->head_dim);
+        float *raw = state->heads +
+                     (size_t)state->slots * (size_t)(config->heads * config->head_dim);
         for (int i = 0; i < config->heads; ++i)
             ops->linear(backend, &(struct op_linear){.name = "extra_head",
                                                      .n = slots.n,
@@ -485,7 +488,8 @@ static void depth_stage(struct backend *backend, void *arg)
 
 int lm_step_temporal(struct lm_state *state, const struct lm_step *step)
 {
-    return state->backend->ops->run(state->backend, 1, temporal_stage, &(struct stage){state, step});
+    return state->backend->ops->run(state->backend, 1, temporal_stage,
+                                    &(struct stage){state, step});
 }
 
 int lm_step_depth(struct lm_state *state, const struct lm_step *step)

@@ -72,8 +72,8 @@ static struct tensor *codebook_tensor(struct weight_loader *loader, const char *
                                       const char *const *names)
 {
     for (; names[1]; ++names) {
-        struct tensor *tensor =
-            weights_find(loader, "%s.vq.layers.%d._codebook.%s", prefix, level, names[0]);
+        struct tensor *tensor = weights_find(loader, "%s.vq.layers.%d._codebook.%s", prefix, level,
+                                             names[0]);
         if (tensor) return tensor;
     }
     return weights_need(loader, "%s.vq.layers.%d._codebook.%s", prefix, level, names[0]);
@@ -137,10 +137,11 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
     const int n = config->n_ratios, top = config->n_filters << n;
     char name[160];
     if (config->stride < 2) /* upstream has no resampling layers then */
-        return loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                                           "%s: the ratios multiply to a whole frame of %d samples, "
-                                           "expected two or more steps a frame",
-                                           tensor_file_path(loader->file), config->frame_size);
+        return loader->status =
+                   moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: the ratios multiply to a whole frame of %d samples, "
+                              "expected two or more steps a frame",
+                              tensor_file_path(loader->file), config->frame_size);
 
     /* SEANet numbers its layers with the ELUs between them: 0 in, then 1+3j residual, 3+3j conv. */
     load_conv(loader, &mimi->encoder_in, 1, config->n_filters, config->kernel, 1, 1,
@@ -150,7 +151,8 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
         snprintf(name, sizeof name, "encoder.model.%d", 1 + 3 * j);
         load_residual(loader, &mimi->encoder_residual[j], config, channels, name);
         snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 3 + 3 * j);
-        load_conv(loader, &mimi->encoder_down[j], channels, 2 * channels, 2 * ratio, ratio, 1, name);
+        load_conv(loader, &mimi->encoder_down[j], channels, 2 * channels, 2 * ratio, ratio, 1,
+                  name);
     }
     snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 2 + 3 * n);
     load_conv(loader, &mimi->encoder_out, top, config->dimension, config->last_kernel, 1, 1, name);
@@ -210,8 +212,8 @@ static int list_convs(const struct mimi *mimi, int decoder, const struct conv **
     int count = 0;
     list[count++] = decoder ? &mimi->decoder_in : &mimi->encoder_in;
     for (int j = 0; j < mimi->config.n_ratios; ++j) {
-        const struct mimi_residual *residual =
-            decoder ? &mimi->decoder_residual[j] : &mimi->encoder_residual[j];
+        const struct mimi_residual *residual = decoder ? &mimi->decoder_residual[j]
+                                                       : &mimi->encoder_residual[j];
         if (decoder) list[count++] = &mimi->decoder_up[j];
         list[count++] = &residual->conv1;
         list[count++] = &residual->conv2;
@@ -226,8 +228,8 @@ static int list_convs(const struct mimi *mimi, int decoder, const struct conv **
 
 static int is_transposed(const struct mimi *mimi, const struct conv *conv)
 {
-    return conv == &mimi->upsample || (conv >= mimi->decoder_up &&
-                                       conv < mimi->decoder_up + CONFIG_MAX_RATIOS);
+    return conv == &mimi->upsample ||
+           (conv >= mimi->decoder_up && conv < mimi->decoder_up + CONFIG_MAX_RATIOS);
 }
 
 static int create_side(struct mimi_state *state, int decoder)
@@ -242,8 +244,8 @@ static int create_side(struct mimi_state *state, int decoder)
     for (int i = 0; i < count; ++i) {
         const struct conv *conv = convs[i];
         size_t columns = is_transposed(mimi, conv) ? 1 : (size_t)(conv->kernel - conv->stride);
-        history[i] =
-            state_add(table, FIELD_F32, columns * (size_t)conv->in, 0, "mimi.%s.conv.%d", side, i);
+        history[i] = state_add(table, FIELD_F32, columns * (size_t)conv->in, 0, "mimi.%s.conv.%d",
+                               side, i);
         if (!history[i]) return MOSHI_ERROR_MEMORY;
     }
     int32_t *position = state_add(table, FIELD_I32, 1, 0, "mimi.%s.position", side);
@@ -312,7 +314,8 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     if (!status && (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
                     !state->query || !state->attended || !state->cos_sin || !state->hidden ||
                     !state->encoder_offset || !state->decoder_offset))
-        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals", lanes);
+        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals",
+                            lanes);
     if (!status) {
         int columns = stack->feedforward;
         for (int decoder = 0; decoder < 2; ++decoder) {
@@ -385,18 +388,17 @@ static void convolve(struct mimi_state *state, struct rows rows, int steps, cons
                      const float *residual, float *y)
 {
     state->backend->ops->conv(
-        state->backend,
-        &(struct op_conv){.name = name,
-                          .rows = rows,
-                          .steps = steps,
-                          .conv = conv,
-                          .elu = elu,
-                          .x = x,
-                          .residual = residual,
-                          .history = history,
-                          .first = conv->replicate ? state->downsample_first : NULL,
-                          .work = state->work,
-                          .y = y});
+        state->backend, &(struct op_conv){.name = name,
+                                          .rows = rows,
+                                          .steps = steps,
+                                          .conv = conv,
+                                          .elu = elu,
+                                          .x = x,
+                                          .residual = residual,
+                                          .history = history,
+                                          .first = conv->replicate ? state->downsample_first : NULL,
+                                          .work = state->work,
+                                          .y = y});
 }
 
 static void convolve_transposed(struct mimi_state *state, struct rows rows, int steps,
@@ -442,23 +444,21 @@ static void run_transformer(struct mimi_state *state, const struct transformer *
                                                   .query = state->query,
                                                   .attended = state->attended,
                                                   .hidden = state->hidden});
-    ops->advance(state->backend, &(struct op_advance){.name = "mimi.advance",
-                                                      .rows = rows,
-                                                      .steps = steps,
-                                                      .position = position});
+    ops->advance(state->backend,
+                 &(struct op_advance){
+                     .name = "mimi.advance", .rows = rows, .steps = steps, .position = position});
 }
 
 /* Names for traces. */
-static const char *const residual1_names[] = {"residual.0.conv1", "residual.1.conv1",
-                                              "residual.2.conv1", "residual.3.conv1",
-                                              "residual.4.conv1", "residual.5.conv1",
-                                              "residual.6.conv1", "residual.7.conv1"};
-static const char *const residual2_names[] = {"residual.0.conv2", "residual.1.conv2",
-                                              "residual.2.conv2", "residual.3.conv2",
-                                              "residual.4.conv2", "residual.5.conv2",
-                                              "residual.6.conv2", "residual.7.conv2"};
-static const char *const resample_names[] = {"resample.0", "resample.1", "resample.2", "resample.3",
-                                             "resample.4", "resample.5", "resample.6", "resample.7"};
+static const char *const residual1_names[] = {
+    "residual.0.conv1", "residual.1.conv1", "residual.2.conv1", "residual.3.conv1",
+    "residual.4.conv1", "residual.5.conv1", "residual.6.conv1", "residual.7.conv1"};
+static const char *const residual2_names[] = {
+    "residual.0.conv2", "residual.1.conv2", "residual.2.conv2", "residual.3.conv2",
+    "residual.4.conv2", "residual.5.conv2", "residual.6.conv2", "residual.7.conv2"};
+static const char *const resample_names[] = {"resample.0", "resample.1", "resample.2",
+                                             "resample.3", "resample.4", "resample.5",
+                                             "resample.6", "resample.7"};
 
 void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
                  int levels, int32_t *codes)
@@ -473,8 +473,8 @@ void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const f
         const struct mimi_residual *residual = &mimi->encoder_residual[j];
         convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
                  inner);
-        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner, x,
-                 y);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner,
+                 x, y);
         convolve(state, rows, steps, &mimi->encoder_down[j], resample_names[j], 1, history[h++], y,
                  NULL, x);
         steps /= mimi->encoder_down[j].stride;
@@ -542,8 +542,8 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
         steps *= mimi->decoder_up[j].stride;
         convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
                  inner);
-        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner, x,
-                 y);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner,
+                 x, y);
     }
     convolve(state, rows, steps, &mimi->decoder_out, "decoder.out", 1, history[h++], y, NULL, pcm);
 }

@@ -22,13 +22,14 @@ static int named_file(const char *folder, const char *name, const char *key, cha
                       size_t capacity)
 {
     if (strstr(name, "://"))
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                          "%s names \"%s\": references are resolved by the Python package; give the "
-                          "file's path instead",
-                          key, name);
+        return moshi_fail(
+            MOSHI_ERROR_CHECKPOINT,
+            "%s names \"%s\": references are resolved by the Python package; give the "
+            "file's path instead",
+            key, name);
     if (name[0] == '/' || strstr(name, ".."))
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s names \"%s\", expected a file inside the folder",
-                          key, name);
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "%s names \"%s\", expected a file inside the folder", key, name);
     if (!folder)
         return moshi_fail(MOSHI_ERROR_CHECKPOINT, "no folder and no path for \"%s\" (%s) was given",
                           name, key);
@@ -107,7 +108,8 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
         status = mimi_config_parse((const char *)text.data, text.bytes, config_path, &config);
         os_file_close(&text);
     }
-    if (!status) status = tensor_file_open(model->mimi_path, options->copy_weights, &model->mimi_file);
+    if (!status)
+        status = tensor_file_open(model->mimi_path, options->copy_weights, &model->mimi_file);
     if (status) return status;
     weight_store_init(&model->mimi_store, model->backend);
     struct weight_loader loader = {
@@ -125,12 +127,14 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
     }
     if (codebooks == 0) codebooks = config.n_q < 8 ? config.n_q : 8;
     if (codebooks < 1 || codebooks > config.n_q)
-        return moshi_fail(MOSHI_ERROR_ARGUMENT, "%d codebooks wanted, expected 1 to %d, which %s holds",
-                          codebooks, config.n_q, model->mimi_path);
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "%d codebooks wanted, expected 1 to %d, which %s holds", codebooks,
+                          config.n_q, model->mimi_path);
     if (lm_config && lm_config->card != config.bins)
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                          "%s has codebooks of %d entries, but the language model expects card = %d",
-                          model->mimi_path, config.bins, lm_config->card);
+        return moshi_fail(
+            MOSHI_ERROR_CHECKPOINT,
+            "%s has codebooks of %d entries, but the language model expects card = %d",
+            model->mimi_path, config.bins, lm_config->card);
     model->info.has_mimi = 1;
     model->info.codebooks = codebooks;
     model->info.codebook_size = config.bins;
@@ -189,9 +193,9 @@ static int open_backend(struct moshi_model *model, const struct moshi_model_opti
 {
     const char *device = options->device ? options->device : "auto";
     if (strcmp(device, "auto") != 0 && strcmp(device, "cpu") != 0)
-        return moshi_fail(MOSHI_ERROR_DEVICE,
-                          "device \"%s\" is not available: this build runs on \"cpu\" (or \"auto\")",
-                          device);
+        return moshi_fail(
+            MOSHI_ERROR_DEVICE,
+            "device \"%s\" is not available: this build runs on \"cpu\" (or \"auto\")", device);
     int threads = options->threads;
     const char *environment = os_environment("MOSHI_C_THREADS");
     if (threads == 0 && environment) {
@@ -268,7 +272,8 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
             if (codec.mimi_codebooks == 0) codec.mimi_codebooks = 8;
             char path[4096], config_file[4096];
             if (named) {
-                status = named_file(options->folder, config.mimi_name, "mimi_name", path, sizeof path);
+                status = named_file(options->folder, config.mimi_name, "mimi_name", path,
+                                    sizeof path);
                 codec.mimi_path = path;
                 if (!status && config.mimi_config_name[0] && !codec.mimi_config_path) {
                     status = named_file(options->folder, config.mimi_config_name,
@@ -338,8 +343,8 @@ int moshi_devices(struct moshi_device *devices, int capacity)
                  os_cpu_count(), backend->isa);
         backend->ops->destroy(backend);
     } else {
-        snprintf(devices->reason, sizeof devices->reason, "%.*s",
-                 (int)sizeof devices->reason - 1, moshi_error_detail());
+        snprintf(devices->reason, sizeof devices->reason, "%.*s", (int)sizeof devices->reason - 1,
+                 moshi_error_detail());
     }
     return 1;
 }

@@ -76,47 +76,47 @@ struct moshi_model;
 
 /* Zero-initialise, then set what differs. Paths are UTF-8 and copied. */
 struct moshi_model_options {
-    const char *folder;           /* laid out like a published repository; NULL if all paths given */
-    const char *config_path;      /* default: folder/config.json; without it the built-in 7B config */
-    const char *lm_path;          /* .safetensors or .safetensors.index.json; default: by config */
-    const char *mimi_path;        /* default: by config (mimi_name) */
+    const char *folder; /* laid out like a published repository; NULL if all paths given */
+    const char *config_path; /* default: folder/config.json; without it the built-in 7B config */
+    const char *lm_path; /* .safetensors or .safetensors.index.json; default: by config */
+    const char *mimi_path; /* default: by config (mimi_name) */
     const char *mimi_config_path; /* default: by config (mimi_config_name), else the built-in one */
-    const char *device;           /* "auto", "cpu"; NULL is "auto" */
-    enum moshi_dtype dtype;       /* of the language model's matrices; MOSHI_AUTO: as stored */
-    enum moshi_dtype mimi_dtype;  /* of the codec's matrices; only MOSHI_AUTO and MOSHI_F32 today */
-    int mimi_codebooks;           /* 1..32; 0: as many as the language model's larger side, else 8 */
-    int threads;                  /* 0: MOSHI_C_THREADS, else one per core */
-    int codec_only;               /* open Mimi alone; lm_path and config_path are ignored */
-    int copy_weights;             /* read the files instead of mapping them */
+    const char *device; /* "auto", "cpu"; NULL is "auto" */
+    enum moshi_dtype dtype; /* of the language model's matrices; MOSHI_AUTO: as stored */
+    enum moshi_dtype mimi_dtype; /* of the codec's matrices; only MOSHI_AUTO and MOSHI_F32 today */
+    int mimi_codebooks; /* 1..32; 0: as many as the language model's larger side, else 8 */
+    int threads; /* 0: MOSHI_C_THREADS, else one per core */
+    int codec_only; /* open Mimi alone; lm_path and config_path are ignored */
+    int copy_weights; /* read the files instead of mapping them */
 };
 
 /* What a caller needs to know about an open model. Strings live as long as the model. */
 struct moshi_model_info {
-    const char *family;     /* "moshi", "hibiki", "stt", "tts", "personaplex"; "mimi" without an LM */
-    const char *device;     /* "cpu" */
-    const char *dtype;      /* of the LM's matrices: "f32", "f16", "bf16"; "" without an LM */
+    const char *family; /* "moshi", "hibiki", "stt", "tts", "personaplex"; "mimi" without an LM */
+    const char *device; /* "cpu" */
+    const char *dtype; /* of the LM's matrices: "f32", "f16", "bf16"; "" without an LM */
     const char *mimi_dtype; /* "f32"; "" without a codec */
     const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
     int has_lm, has_mimi;
-    int sample_rate;   /* Hz */
-    int frame_size;    /* samples of one frame (1920) */
+    int sample_rate; /* Hz */
+    int frame_size; /* samples of one frame (1920) */
     double frame_rate; /* frames a second (12.5) */
-    int codebooks;     /* of the codec as opened */
+    int codebooks; /* of the codec as opened */
     int codebook_size; /* entries of one codebook */
-    int n_q, dep_q;    /* audio streams read; audio streams written */
-    int user_q;        /* audio streams of the user, n_q - dep_q */
-    int card;          /* audio vocabulary, without the initial token */
+    int n_q, dep_q; /* audio streams read; audio streams written */
+    int user_q; /* audio streams of the user, n_q - dep_q */
+    int card; /* audio vocabulary, without the initial token */
     int text_card_in, text_card; /* text vocabulary read and written, without the initial token */
-    int max_delay;     /* frames before the first output */
-    int context;       /* frames remembered by default */
+    int max_delay; /* frames before the first output */
+    int context; /* frames remembered by default */
     int text_padding_id, text_end_padding_id;
     int heads, head_dim; /* extra heads */
     int has_conditions, needs_conditions; /* condition tables exist; the model must be given some */
     float text_temperature, audio_temperature; /* the checkpoint's defaults, else upstream's */
     int text_top_k, audio_top_k;
-    int64_t parameters;         /* of LM and codec */
-    int64_t weight_bytes;       /* in the format they are read in each frame */
-    int64_t mapped_bytes;       /* of these, pages shared with the files */
+    int64_t parameters; /* of LM and codec */
+    int64_t weight_bytes; /* in the format they are read in each frame */
+    int64_t mapped_bytes; /* of these, pages shared with the files */
 };
 
 MOSHI_API int moshi_model_open(const struct moshi_model_options *options,
@@ -134,9 +134,9 @@ MOSHI_API const char *moshi_model_condition_value(const struct moshi_model *mode
 struct moshi_engine;
 
 struct moshi_engine_options {
-    int max_sessions;          /* 0: 8 */
+    int max_sessions; /* 0: 8 */
     enum moshi_dtype kv_dtype; /* MOSHI_AUTO: f32 for f32 weights, else bf16 */
-    int context;               /* frames remembered; 0: the checkpoint's */
+    int context; /* frames remembered; 0: the checkpoint's */
 };
 
 MOSHI_API int moshi_engine_create(struct moshi_model *model,
@@ -146,10 +146,10 @@ MOSHI_API int moshi_engine_create(struct moshi_model *model,
 MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 
 struct moshi_memory {
-    int64_t weights_bytes;     /* mapped or private */
-    int64_t session_bytes;     /* one session with its context full */
+    int64_t weights_bytes; /* mapped or private */
+    int64_t session_bytes; /* one session with its context full */
     int64_t session_used_bytes; /* committed by all open sessions now */
-    int64_t free_bytes;        /* available on the device */
+    int64_t free_bytes; /* available on the device */
 };
 MOSHI_API int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory);
 
@@ -165,7 +165,7 @@ MOSHI_API int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_e
 struct moshi_session;
 
 struct moshi_condition {
-    const char *name;  /* e.g. "description" */
+    const char *name; /* e.g. "description" */
     const char *value; /* one of the model's values; NULL: the learnt padding */
 };
 
@@ -181,11 +181,11 @@ enum moshi_start {
 struct moshi_session_options {
     uint64_t seed;
     float text_temperature, audio_temperature; /* <= 0 is greedy */
-    int text_top_k, audio_top_k;               /* <= 0: the whole vocabulary */
-    float cfg_coef;        /* guidance: null + (cond - null) * cfg_coef; 1 is off */
-    int cfg_masked_until;  /* null half reads zeros while offset <= delay + this; -1: off */
-    int cfg_no_text;       /* null half never reads text; text logits come from the cond half */
-    const struct moshi_condition *conditions;      /* what is not named gets the learnt padding */
+    int text_top_k, audio_top_k; /* <= 0: the whole vocabulary */
+    float cfg_coef; /* guidance: null + (cond - null) * cfg_coef; 1 is off */
+    int cfg_masked_until; /* null half reads zeros while offset <= delay + this; -1: off */
+    int cfg_no_text; /* null half never reads text; text logits come from the cond half */
+    const struct moshi_condition *conditions; /* what is not named gets the learnt padding */
     int n_conditions;
     const struct moshi_condition *null_conditions; /* of the null half */
     int n_null_conditions;
@@ -204,17 +204,17 @@ MOSHI_API void moshi_session_destroy(struct moshi_session *session);
  * rest is filled in. */
 struct moshi_frame {
     float *pcm;
-    int64_t index;      /* frames stepped before this one */
-    int has_output;     /* 0 for the first max_delay frames: text_token -1, n_codes 0, pcm silent */
+    int64_t index; /* frames stepped before this one */
+    int has_output; /* 0 for the first max_delay frames: text_token -1, n_codes 0, pcm silent */
     int32_t text_token; /* -1 before the first output */
-    int n_codes;        /* dep_q once there is output */
+    int n_codes; /* dep_q once there is output */
     int32_t codes[MOSHI_MAX_CODEBOOKS];
     int n_user_codes;
     int32_t user_codes[MOSHI_MAX_CODEBOOKS];
     float level_db; /* RMS of the user's frame in dBFS, floor -120; -120 when stepped by codes */
-    int n_heads;    /* extra heads; each is a softmax over head_dim classes */
+    int n_heads; /* extra heads; each is a softmax over head_dim classes */
     float heads[MOSHI_MAX_HEADS][MOSHI_MAX_HEAD_DIM];
-    double step_s;  /* from submit to done */
+    double step_s; /* from submit to done */
 };
 
 /* pcm: frame_size floats. Not-finite samples give MOSHI_ERROR_AUDIO and change nothing. */

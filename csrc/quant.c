@@ -7,7 +7,10 @@
 float f16_to_f32(uint16_t h)
 {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ffu;
-    union { uint32_t u; float f; } v;
+    union {
+        uint32_t u;
+        float f;
+    } v;
 
     if (exponent == 0) {
         v.f = (float)fraction * 0x1p-24f; /* exact; covers zero and subnormals */
@@ -22,7 +25,10 @@ float f16_to_f32(uint16_t h)
 
 uint16_t f32_to_f16(float f)
 {
-    union { float f; uint32_t u; } v = {.f = f};
+    union {
+        float f;
+        uint32_t u;
+    } v = {.f = f};
     uint32_t sign = v.u >> 16 & 0x8000u, magnitude = v.u & 0x7fffffffu, half, rest, shift;
 
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));

@@ -117,7 +117,8 @@ static int read_dtype(const char *path, const struct json *node, struct tensor *
     }
     return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                       "%s: tensor '%.100s' has the unknown dtype '%.40s', expected one like F32 "
-                      "or BF16", path, node->key, dtype->string);
+                      "or BF16",
+                      path, node->key, dtype->string);
 }
 
 static int read_shape(const char *path, const struct json *node, struct tensor *tensor)
@@ -142,7 +143,8 @@ static int read_shape(const char *path, const struct json *node, struct tensor *
         if (!json_integer(dim, &size) || size < 0) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' has a size in its shape that is not a whole "
-                              "number, expected 0 or more", path, node->key);
+                              "number, expected 0 or more",
+                              path, node->key);
         }
         tensor->dims[tensor->n_dims++] = size;
         empty |= size == 0;
@@ -170,13 +172,14 @@ static int read_offsets(const char *path, const struct json *node, const uint8_t
         begin < 0 || end < begin) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: tensor '%.100s' has no valid data_offsets, expected [begin, end] "
-                          "with 0 <= begin <= end", path, node->key);
+                          "with 0 <= begin <= end",
+                          path, node->key);
     }
     if ((uint64_t)end > data_bytes) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: tensor '%.100s' ends at byte %lld of the data, but the file has "
-                          "only %zu (is it complete?)", path, node->key, (long long)end,
-                          data_bytes);
+                          "only %zu (is it complete?)",
+                          path, node->key, (long long)end, data_bytes);
     }
     if ((uint64_t)(end - begin) != tensor->bytes) {
         char text[256];
@@ -196,7 +199,8 @@ static int read_tensor(const char *path, const struct json *node, const uint8_t 
     if (node->type != JSON_OBJECT) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: tensor '%.100s' is not described by an object with dtype, shape "
-                          "and data_offsets", path, node->key);
+                          "and data_offsets",
+                          path, node->key);
     }
     int status = read_dtype(path, node, tensor);
     if (status == MOSHI_OK) {
@@ -234,21 +238,22 @@ static int check_tiling(const char *path, struct entry *entries, int count, cons
         if (begin < at) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' begins at byte %zu of the data and overlaps "
-                              "tensor '%.100s', which ends at %zu", path, tensor->name, begin,
-                              entries[i - 1].tensor.name, at);
+                              "tensor '%.100s', which ends at %zu",
+                              path, tensor->name, begin, entries[i - 1].tensor.name, at);
         }
         if (begin > at) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' begins at byte %zu of the data, expected %zu: "
-                              "the bytes between belong to no tensor", path, tensor->name, begin,
-                              at);
+                              "the bytes between belong to no tensor",
+                              path, tensor->name, begin, at);
         }
         at = begin + tensor->bytes;
     }
     if (at != data_bytes) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: the tensors end at byte %zu of the data, expected %zu: the bytes "
-                          "behind belong to no tensor", path, at, data_bytes);
+                          "behind belong to no tensor",
+                          path, at, data_bytes);
     }
     return MOSHI_OK;
 }
@@ -315,7 +320,8 @@ static int open_shard(struct tensor_file *file, struct shard *shard, char *path,
     if (rest < 8) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: %zu bytes are too few for a safetensors file, expected the 8-byte "
-                          "length of its header first", path, rest);
+                          "length of its header first",
+                          path, rest);
     }
     rest -= 8;
     uint64_t header = 0;
@@ -325,13 +331,14 @@ static int open_shard(struct tensor_file *file, struct shard *shard, char *path,
     if (header > MAX_HEADER_BYTES) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: the header claims %llu bytes, expected at most %d (is this a "
-                          "safetensors file?)", path, (unsigned long long)header,
-                          MAX_HEADER_BYTES);
+                          "safetensors file?)",
+                          path, (unsigned long long)header, MAX_HEADER_BYTES);
     }
     if (header > rest) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: the header claims %llu bytes, but only %zu follow (is the file "
-                          "complete?)", path, (unsigned long long)header, rest);
+                          "complete?)",
+                          path, (unsigned long long)header, rest);
     }
     struct json_document *document;
     status = json_parse((const char *)bytes + 8, (size_t)header, path, &document);
@@ -368,8 +375,9 @@ static int sort_table(struct tensor_file *file)
         if (strcmp(a->tensor.name, b->tensor.name) == 0) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' stands in two shards, '%.100s' and '%.100s', "
-                              "expected one", file->path, a->tensor.name,
-                              file->shards[a->shard].name, file->shards[b->shard].name);
+                              "expected one",
+                              file->path, a->tensor.name, file->shards[a->shard].name,
+                              file->shards[b->shard].name);
         }
     }
     return MOSHI_OK;
@@ -397,7 +405,8 @@ static int list_shards(const char *path, const struct json *map, const char **na
         if (node->type != JSON_STRING || !is_plain_name(node->string)) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' is placed in '%.100s', expected the name of a "
-                              "file beside the index, without folders", path, node->key,
+                              "file beside the index, without folders",
+                              path, node->key,
                               node->type == JSON_STRING ? node->string : "(not a string)");
         }
         names[n++] = node->string;
@@ -411,8 +420,8 @@ static int list_shards(const char *path, const struct json *map, const char **na
         }
     }
     if (count > MAX_SHARDS) {
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: %d shards, expected at most %d", path,
-                          count, MAX_SHARDS);
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: %d shards, expected at most %d", path, count,
+                          MAX_SHARDS);
     }
     return count;
 }
@@ -438,9 +447,9 @@ static int check_places(struct tensor_file *file, const struct json *map)
         if (found == NULL || strcmp(found, node->string) != 0) {
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: tensor '%.100s' is expected in shard '%.100s', but found in "
-                              "%s%.100s%s", file->path, node->key, node->string,
-                              found != NULL ? "'" : "", found != NULL ? found : "no shard",
-                              found != NULL ? "'" : "");
+                              "%s%.100s%s",
+                              file->path, node->key, node->string, found != NULL ? "'" : "",
+                              found != NULL ? found : "no shard", found != NULL ? "'" : "");
         }
     }
     return MOSHI_OK;

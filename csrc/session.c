@@ -169,10 +169,11 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
     if (session->slot < 0) {
         int slots = engine->max_sessions;
         free_session(session);
-        return moshi_fail(MOSHI_ERROR_SESSION,
-                          "all %d sessions of this model are open: close one, or open the model with "
-                          "a larger max_sessions",
-                          slots);
+        return moshi_fail(
+            MOSHI_ERROR_SESSION,
+            "all %d sessions of this model are open: close one, or open the model with "
+            "a larger max_sessions",
+            slots);
     }
     *result = session;
     return MOSHI_OK;
@@ -221,8 +222,9 @@ static int take_pcm(struct moshi_session *session, const float *pcm, struct mosh
 {
     const struct moshi_model_info *info = &session->engine->model->info;
     if (!info->has_mimi)
-        return moshi_fail(MOSHI_ERROR_SESSION,
-                          "the model was opened without a codec: step by codes, or name a Mimi file");
+        return moshi_fail(
+            MOSHI_ERROR_SESSION,
+            "the model was opened without a codec: step by codes, or name a Mimi file");
     double energy = 0;
     for (int i = 0; i < info->frame_size; ++i) {
         if (!isfinite(pcm[i]))
@@ -288,7 +290,8 @@ int moshi_sessions_step(struct moshi_session *const *sessions, int count, const 
         }
     }
     for (int i = 0; i < count && !status; ++i)
-        status = take_input(sessions[i], pcms ? pcms[i] : NULL, codes ? codes[i] : NULL, &frames[i]);
+        status = take_input(sessions[i], pcms ? pcms[i] : NULL, codes ? codes[i] : NULL,
+                            &frames[i]);
     if (status) {
         for (int i = 0; i < entered; ++i) leave(sessions[i]);
         return status;
@@ -420,11 +423,12 @@ int moshi_session_force_next(struct moshi_session *session, int32_t text, const 
     if (text >= 0) status = check_text(session, text);
     for (int k = 0; audio && k < info->dep_q && !status; ++k)
         if (audio[k] < 0 || audio[k] >= info->card)
-            status = moshi_fail(MOSHI_ERROR_ARGUMENT, "code %d is %d, expected 0 to %d", k, audio[k],
-                                info->card - 1);
+            status = moshi_fail(MOSHI_ERROR_ARGUMENT, "code %d is %d, expected 0 to %d", k,
+                                audio[k], info->card - 1);
     if (!status) {
         session->next_text = text >= 0 ? text : TOKEN_FREE;
-        for (int k = 0; k < info->dep_q; ++k) session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
+        for (int k = 0; k < info->dep_q; ++k)
+            session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
     }
     leave(session);
     return status;

@@ -51,8 +51,9 @@ void *state_add(struct state_table *table, enum field_type type, size_t elements
     size_t bytes = field_bytes(field) * (size_t)table->lanes;
     field->data = table->backend->ops->allocate(table->backend, bytes ? bytes : 1);
     if (!field->data) {
-        moshi_fail(MOSHI_ERROR_MEMORY, "state field %s: %zu bytes for %d lanes could not be reserved",
-                   field->name, bytes, table->lanes);
+        moshi_fail(MOSHI_ERROR_MEMORY,
+                   "state field %s: %zu bytes for %d lanes could not be reserved", field->name,
+                   bytes, table->lanes);
         return NULL;
     }
     ++table->n_fields;

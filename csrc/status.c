@@ -139,6 +139,8 @@ int moshi_dtype_parse(const char *name, enum moshi_dtype *dtype)
             return MOSHI_OK;
         }
     }
-    return moshi_fail(MOSHI_ERROR_ARGUMENT, "dtype '%.40s' is not supported, expected auto, f32, "
-                      "f16 or bf16", name != NULL ? name : "(none)");
+    return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                      "dtype '%.40s' is not supported, expected auto, f32, "
+                      "f16 or bf16",
+                      name != NULL ? name : "(none)");
 }

@@ -134,8 +134,8 @@ static void floats(struct trace *trace, const char *operation, const char *name,
     write_line(trace, operation, name, rows, width, &f);
 }
 
-static void integers(struct trace *trace, const char *operation, const char *name,
-                     const int32_t *x, int rows, int width, int stride)
+static void integers(struct trace *trace, const char *operation, const char *name, const int32_t *x,
+                     int rows, int width, int stride)
 {
     struct figures f = NEW_FIGURES;
     const int32_t *host;

@@ -84,9 +84,8 @@ struct tensor *weights_need(struct weight_loader *loader, const char *format, ..
     va_end(arguments);
     struct tensor *tensor = find(loader, name);
     if (!tensor)
-        loader->status =
-            moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: tensor %s is missing",
-                       tensor_file_path(loader->file), name);
+        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: tensor %s is missing",
+                                    tensor_file_path(loader->file), name);
     return tensor;
 }
 
@@ -132,9 +131,15 @@ float tensor_element(const struct tensor *tensor, int64_t i)
     uint16_t half;
     float single;
     switch (tensor->dtype) {
-    case TENSOR_F16: memcpy(&half, at, 2); return f16_to_f32(half);
-    case TENSOR_BF16: memcpy(&half, at, 2); return bf16_to_f32(half);
-    default: memcpy(&single, at, 4); return single;
+    case TENSOR_F16:
+        memcpy(&half, at, 2);
+        return f16_to_f32(half);
+    case TENSOR_BF16:
+        memcpy(&half, at, 2);
+        return bf16_to_f32(half);
+    default:
+        memcpy(&single, at, 4);
+        return single;
     }
 }
 
@@ -164,10 +169,14 @@ static enum weight_format wanted_format(const struct weight_loader *loader,
                                         const struct tensor *tensor)
 {
     switch (loader->dtype) {
-    case MOSHI_F32: return WEIGHT_F32;
-    case MOSHI_F16: return WEIGHT_F16;
-    case MOSHI_BF16: return WEIGHT_BF16;
-    default: return format_of(tensor);
+    case MOSHI_F32:
+        return WEIGHT_F32;
+    case MOSHI_F16:
+        return WEIGHT_F16;
+    case MOSHI_BF16:
+        return WEIGHT_BF16;
+    default:
+        return format_of(tensor);
     }
 }
 
@@ -184,8 +193,8 @@ static void prepare(struct weight_loader *loader, struct matrix *matrix, int pac
     if (loader->status) return;
     if (matrix->packed) matrix->data = NULL; /* the file may be closed */
     store->matrices[store->n_matrices++] = *matrix;
-    store->matrix_bytes +=
-        (int64_t)matrix->rows * matrix->cols * (int64_t)weight_bytes(matrix->format);
+    store->matrix_bytes += (int64_t)matrix->rows * matrix->cols *
+                           (int64_t)weight_bytes(matrix->format);
 }
 
 void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
@@ -236,8 +245,10 @@ void weights_matrix_from(struct weight_loader *loader, float *values, int rows, 
     void *memory = NULL;
     if (!loader->status && !loader->pack) {
         memory = weight_store_allocate(loader->store, bytes);
-        if (memory) loader->store->backend->ops->upload(loader->store->backend, memory, values, bytes);
-        else loader->status = MOSHI_ERROR_MEMORY;
+        if (memory)
+            loader->store->backend->ops->upload(loader->store->backend, memory, values, bytes);
+        else
+            loader->status = MOSHI_ERROR_MEMORY;
     }
     matrix->data = memory ? memory : values;
     prepare(loader, matrix, loader->pack);
@@ -251,7 +262,8 @@ const float *weights_vector(struct weight_loader *loader, struct tensor *tensor,
     if (tensor->elements != count) {
         char found[128];
         loader->status = moshi_fail(
-            MOSHI_ERROR_CHECKPOINT, "%s: tensor %s has shape %s, expected %lld elements by the config",
+            MOSHI_ERROR_CHECKPOINT,
+            "%s: tensor %s has shape %s, expected %lld elements by the config",
             tensor_file_path(loader->file), tensor->name,
             tensor_shape_text(tensor->dims, tensor->n_dims, found, sizeof found), (long long)count);
         return NULL;
@@ -278,10 +290,10 @@ void weights_finish(struct weight_loader *loader)
     for (int i = 0; i < tensor_file_count(loader->file); ++i) {
         const struct tensor *tensor = tensor_file_at(loader->file, i);
         if (!tensor->used) {
-            loader->status = moshi_fail(
-                MOSHI_ERROR_CHECKPOINT,
-                "%s: tensor %s is not part of the model that the config describes",
-                tensor_file_path(loader->file), tensor->name);
+            loader->status =
+                moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                           "%s: tensor %s is not part of the model that the config describes",
+                           tensor_file_path(loader->file), tensor->name);
             return;
         }
     }

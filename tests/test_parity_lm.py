@@ -115,8 +115,7 @@ def test_greedy_streams_equal_upstreams_token_for_token_past_a_ring_wrap(
 def test_teacher_forced_logits_equal_upstreams(made: Checkpoints, name: str) -> None:
     """Forced tokens are random, so that the model hears what it would never say itself."""
     shape, folder = SHAPES[name], made.lm(name)
-    steps = int(shape.lm["context"]) + 30
-    user, text, audio = random_tokens(shape, steps, 5)
+    user, text, audio = random_tokens(shape, 40, 5)
     with upstream.one_thread():
         theirs = upstream.lm_teacher_forced(
             upstream.load_lm(folder), user, text, audio, **options_for(shape)
@@ -251,7 +250,7 @@ def test_guidance_equals_upstreams(made: Checkpoints, variant: str) -> None:
             "null_conditions": {"description": "very_bad"},
         }
     lm = upstream.load_lm(folder)
-    reference = clear_greedy(folder, shape, 120, lm=lm, **options)
+    reference = clear_greedy(folder, shape, 110, lm=lm, **options)
     plain = upstream.lm_greedy(lm, reference.user[:30], **options_for(shape))
     assert (plain.audio != reference.run.audio[:30]).any()
     ours = play(folder, reference.user, shape.dep_q, **options)
@@ -289,7 +288,7 @@ def test_conditions_equal_upstreams(
 
 def test_context_given_to_load_is_the_context_upstream_would_have(made: Checkpoints) -> None:
     shape, folder = SHAPES["moshi"], made.lm("moshi")
-    reference = clear_greedy(folder, shape, 120, lm=upstream.load_lm(folder, context=37))
+    reference = clear_greedy(folder, shape, 60, lm=upstream.load_lm(folder, context=37))
     ours = play(folder, reference.user, shape.dep_q, load={"context": 37})
     assert_same_tokens(ours.out, reference.run.out)
     assert logits_distance(ours, reference.run) <= bound("logits_f32")
@@ -319,7 +318,7 @@ def test_bf16_file_with_f32_keys_equals_upstreams_float32_run_on_its_weights(
     made: Checkpoints, name: str
 ) -> None:
     shape, folder = SHAPES[name], made.lm(name, dtype=torch.bfloat16)
-    reference = clear_greedy(folder, shape, 250)
+    reference = clear_greedy(folder, shape, 130)
     ours = play(folder, reference.user, shape.dep_q, load={"kv_dtype": "f32"})
     assert_same_tokens(ours.out, reference.run.out)
     assert logits_distance(ours, reference.run) <= bound("logits_f32")
@@ -343,7 +342,7 @@ def test_bf16_is_no_further_from_float32_than_upstreams_own_bf16(
 
 def bf16_tokens(shape: Shape) -> tuple[Codes, tuple[Codes, Codes]]:
     """What is said in the comparison of bf16 runs."""
-    user, text, audio = random_tokens(shape, 130, 6)
+    user, text, audio = random_tokens(shape, 60, 6)
     return user, (text, audio)
 
 

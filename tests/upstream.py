@@ -297,12 +297,13 @@ class Quantizers:
         for projection, books, squares in self.parts:
             residual = (projection @ torch.from_numpy(latents).double()).T
             for chosen, book, square in zip(given[first:], books, squares, strict=False):
-                # the product form of the distance is exact enough in float64
-                distances = residual.pow(2).sum(1)[:, None] + square - 2 * residual @ book.T
-                distances = distances.clamp_(min=0).sqrt_()
+                # squared distances as a product: exact enough in float64
+                distances = torch.addmm(square, residual, book.T, alpha=-2)  # less |residual|^2
                 own = distances.gather(1, chosen[:, None])[:, 0]
-                distances.scatter_(1, chosen[:, None], torch.inf)
-                found.append((distances.amin(1) / own.clamp(min=1e-300) - 1).numpy())
+                other = distances.scatter_(1, chosen[:, None], torch.inf).amin(1)
+                length = residual.pow(2).sum(1)
+                ratio = (other + length).clamp(min=0) / (own + length).clamp(min=1e-300)
+                found.append((ratio.sqrt() - 1).numpy())
                 residual = residual - book[chosen]
             first += len(books)
         return np.stack(found)

@@ -75,8 +75,8 @@ static void pack_task(void *arg, int part, int first, int last)
         float *to = pack->panels + (size_t)panel * cols * PANEL;
 
         for (size_t j = 0; j < PANEL && (size_t)panel * PANEL + j < (size_t)w->rows; j++) {
-            const char *from = (const char *)w->data + ((size_t)panel * PANEL + j) * cols *
-                                                           weight_bytes(w->format);
+            const char *from = (const char *)w->data +
+                               ((size_t)panel * PANEL + j) * cols * weight_bytes(w->format);
 
             for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
                 size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
@@ -141,11 +141,12 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
                   sizeof(float));
     cpu->activations = activations;
     if (status == MOSHI_OK) {
-        size_t each = threads * HEADS_TOGETHER, capacity = cpu->keys * each;
+        size_t capacity = cpu->keys * threads;
 
-        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * each, sizeof(float));
+        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * threads,
+                      sizeof(float));
         cpu->scores = scores;
-        cpu->keys = capacity / each;
+        cpu->keys = capacity / threads;
     }
     if (status == MOSHI_OK) {
         size_t capacity = cpu->rows * threads;
@@ -187,7 +188,7 @@ static void cpu_destroy(struct backend *backend)
     threads = (size_t)backend->threads;
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
-    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * HEADS_TOGETHER * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
     free(cpu);
 }

@@ -9,8 +9,6 @@
 /* Jobs of fewer multiply-adds than this are not worth waking a thread for. */
 #define PARALLEL_WORK 16384
 
-#define HEADS_TOGETHER 4 /* that a thread attends with at a time */
-
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -18,7 +16,7 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
-    float *scores; /* [threads][HEADS_TOGETHER][keys]: a query, then its scores */
+    float *scores; /* [threads][keys]: a query, then its scores */
     size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;

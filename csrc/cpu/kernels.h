@@ -55,8 +55,8 @@ struct cpu_kernels {
     /* y[width] += sum over j of p[j] * values[j][width]; f32 and bf16 only */
     void (*mix[WEIGHT_FORMATS])(const float *p, const void *values, int n, int width, float *y);
     /* The entry e of [n][width] with the least half_norms[e] - x.e, the first one on a tie. */
-    void (*nearest)(const float *entries, const float *half_norms, int n, int width,
-                    const float *x, float *least, int *index);
+    void (*nearest)(const float *entries, const float *half_norms, int n, int width, const float *x,
+                    float *least, int *index);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -58,6 +58,19 @@ INLINE float fold(__m256 v)
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
+/* Eight of them, each in the same order: first the halves, then 0 + 2 and 1 + 3, then these. */
+INLINE __m256 fold8(__m256 a, __m256 b, __m256 c, __m256 d, __m256 e, __m256 f, __m256 g, __m256 h)
+{
+    __m256 ae = _mm256_add_ps(_mm256_permute2f128_ps(a, e, 0x20), _mm256_permute2f128_ps(a, e, 0x31));
+    __m256 bf = _mm256_add_ps(_mm256_permute2f128_ps(b, f, 0x20), _mm256_permute2f128_ps(b, f, 0x31));
+    __m256 cg = _mm256_add_ps(_mm256_permute2f128_ps(c, g, 0x20), _mm256_permute2f128_ps(c, g, 0x31));
+    __m256 dh = _mm256_add_ps(_mm256_permute2f128_ps(d, h, 0x20), _mm256_permute2f128_ps(d, h, 0x31));
+    __m256 ab = _mm256_add_ps(_mm256_shuffle_ps(ae, bf, 0x44), _mm256_shuffle_ps(ae, bf, 0xee));
+    __m256 cd = _mm256_add_ps(_mm256_shuffle_ps(cg, dh, 0x44), _mm256_shuffle_ps(cg, dh, 0xee));
+
+    return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
+}
+
 /* ---- formats ---------------------------------------------------------------------------- */
 
 static const _Alignas(32) uint32_t high_halves[8] = {
@@ -142,6 +155,72 @@ struct span {
                         blocks, and several tiles may share the weights and so the work */
 };
 
+/* The last `left` < BLOCK columns, k and on. Weights are not read past the row's end; activations of
+ * f32 neither, the others are padded. */
+static void dot_tail(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                     const float *const *x, int k, int left, __m256 *partial)
+{
+    int n = format == WEIGHT_F32 ? left : BLOCK;
+
+    for (int o = 0; o < O; o++) {
+        _Alignas(32) char block[BLOCK * 4] = {0};
+
+        memcpy(block, w + (size_t)o * row_bytes + (size_t)k * weight_bytes(format),
+               (size_t)left * weight_bytes(format));
+        for (int half = 0; half < 2; half++) {
+            __m256 b = format == WEIGHT_F32   ? load_half(WEIGHT_F32, block, half)
+                       : format == WEIGHT_F16 ? load_half(WEIGHT_F16, block, half)
+                                              : load_half(WEIGHT_BF16, block, half);
+
+            for (int r = 0; r < R; r++)
+                partial[r * GROUP + o] =
+                    _mm256_fmadd_ps(b, load_some(x[r] + k + 8 * half, n - 8 * half),
+                                    partial[r * GROUP + o]);
+        }
+    }
+}
+
+/* One row of activations: bound by memory, so eight rows of weights are read side by side, and
+ * fetched AHEAD bytes before their use, from the next eight when these end. */
+INLINE void dot_eight(enum weight_format format, const char *w, int columns, const float *x,
+                      float *y)
+{
+    size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
+    int wrap = columns - AHEAD / (int)bytes, k = 0;
+    __m256 s[8];
+
+    UNROLL
+    for (int o = 0; o < 8; o++) s[o] = _mm256_setzero_ps();
+    for (; k + BLOCK <= columns; k += BLOCK) {
+        const char *at = w + (size_t)k * bytes;
+        __m256 lo = _mm256_loadu_ps(x + k), hi = _mm256_loadu_ps(x + k + 8);
+
+        if (bytes == 4 || k % (2 * BLOCK) == 0) { /* once for a cache line */
+            const char *next = at + AHEAD + (k < wrap ? 0 : 7 * row_bytes);
+
+            UNROLL
+            for (int o = 0; o < 8; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
+        }
+        UNROLL
+        for (int o = 0; o < 8; o++) {
+            const char *row = at + (size_t)o * row_bytes;
+
+            s[o] = _mm256_fmadd_ps(load_half(format, row, 0), lo, s[o]);
+            s[o] = _mm256_fmadd_ps(load_half(format, row, 1), hi, s[o]);
+        }
+    }
+    if (k < columns) {
+        __m256 partial[8];
+
+        UNROLL
+        for (int o = 0; o < 8; o++) partial[o] = s[o];
+        dot_tail(format, 1, 8, w, row_bytes, &x, k, columns - k, partial);
+        UNROLL
+        for (int o = 0; o < 8; o++) s[o] = partial[o];
+    }
+    _mm256_storeu_ps(y, fold8(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]));
+}
+
 /* Compilers would rather spill sums than read weights twice, and read activations anew than keep
  * them. This ends what is known about memory, and holds three vectors in registers. */
 #define HOLD(a, b, c) __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c) : : "memory")
@@ -159,38 +238,23 @@ INLINE struct sums add_products(int R, struct sums s, __m256 w, __m256 a, __m256
     return s;
 }
 
-/* One step of a tile: block k of R rows of activations and O rows of weights. Several rows take one
- * half after the other, because 3 x 4 sums leave four registers; 1 x 8 sums leave more. */
+/* One step of a tile: a block of R rows of activations and O rows of weights, one half after the
+ * other, because 3 x 4 sums leave four registers. */
 INLINE void dot_block(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
-                      const float *xa, const float *xb, const float *xc, struct sums s[8])
+                      const float *xa, const float *xb, const float *xc, struct sums s[4])
 {
-    __m256 a = _mm256_loadu_ps(xa), b = a, c = a;
+    UNROLL
+    for (int half = 0; half < 2; half++) {
+        __m256 a = _mm256_loadu_ps(xa + 8 * half), b = a, c = a;
 
-    if (R == 1) {
-        __m256 hi = _mm256_loadu_ps(xa + 8);
-
+        if (R > 1) b = _mm256_loadu_ps(xb + 8 * half);
+        if (R > 2) c = _mm256_loadu_ps(xc + 8 * half);
+        HOLD(a, b, c);
         UNROLL
-        for (int o = 0; o < O; o++) {
-            const char *at = w + (size_t)o * row_bytes;
-
-            s[o].a = _mm256_fmadd_ps(load_half(format, at, 0), a, s[o].a);
-            s[o].a = _mm256_fmadd_ps(load_half(format, at, 1), hi, s[o].a);
-        }
-        return;
+        for (int o = 0; o < O; o++)
+            s[o] = add_products(R, s[o], load_half(format, w + (size_t)o * row_bytes, half), a, b,
+                                c);
     }
-    b = _mm256_loadu_ps(xb);
-    if (R > 2) c = _mm256_loadu_ps(xc);
-    HOLD(a, b, c);
-    UNROLL
-    for (int o = 0; o < O; o++)
-        s[o] = add_products(R, s[o], load_half(format, w + (size_t)o * row_bytes, 0), a, b, c);
-    a = _mm256_loadu_ps(xa + 8);
-    b = _mm256_loadu_ps(xb + 8);
-    if (R > 2) c = _mm256_loadu_ps(xc + 8);
-    HOLD(a, b, c);
-    UNROLL
-    for (int o = 0; o < O; o++)
-        s[o] = add_products(R, s[o], load_half(format, w + (size_t)o * row_bytes, 1), a, b, c);
 }
 
 /* The whole blocks of a span, for R rows of x and O rows of w. The sums go on from partial[R][GROUP]
@@ -200,7 +264,7 @@ INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, s
 {
     int k = span->begin, turn = span->turn;
     const float *xa = x[0] + k, *xb = R > 1 ? x[1] + k : xa, *xc = R > 2 ? x[2] + k : xa;
-    struct sums s[8];
+    struct sums s[4];
 
     w += (size_t)k * weight_bytes(format);
     UNROLL
@@ -231,68 +295,41 @@ INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, s
     }
 }
 
-/* The shapes of tiles: 3 x 4, 2 x 4, 1 x 8, 1 x 1. Whoever inlines this must do nothing else, or
+/* The shapes of tiles: 3 x 4, 2 x 4, 1 x 1. Whoever inlines this must do nothing else, or
  * sums are spilled. */
-INLINE void dot_shapes(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+INLINE void dot_shapes(enum weight_format format, int R, const char *w, size_t row_bytes,
                        const float *const *x, const struct span *span, __m256 *partial)
 {
     if (R == 3)
         dot_blocks(format, 3, 4, w, row_bytes, x, span, partial);
     else if (R == 2)
         dot_blocks(format, 2, 4, w, row_bytes, x, span, partial);
-    else if (O == 8)
-        dot_blocks(format, 1, 8, w, row_bytes, x, span, partial);
     else
         dot_blocks(format, 1, 1, w, row_bytes, x, span, partial);
 }
 
-typedef void dot_function(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+typedef void dot_function(int R, const char *w, size_t row_bytes, const float *const *x,
                           const struct span *span, __m256 *partial);
 
-static void dot_tile_f32(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+static void dot_tile_f32(int R, const char *w, size_t row_bytes, const float *const *x,
                          const struct span *span, __m256 *partial)
 {
-    dot_shapes(WEIGHT_F32, R, O, w, row_bytes, x, span, partial);
+    dot_shapes(WEIGHT_F32, R, w, row_bytes, x, span, partial);
 }
 
-static void dot_tile_f16(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+static void dot_tile_f16(int R, const char *w, size_t row_bytes, const float *const *x,
                          const struct span *span, __m256 *partial)
 {
-    dot_shapes(WEIGHT_F16, R, O, w, row_bytes, x, span, partial);
+    dot_shapes(WEIGHT_F16, R, w, row_bytes, x, span, partial);
 }
 
-static void dot_tile_bf16(int R, int O, const char *w, size_t row_bytes, const float *const *x,
+static void dot_tile_bf16(int R, const char *w, size_t row_bytes, const float *const *x,
                           const struct span *span, __m256 *partial)
 {
-    dot_shapes(WEIGHT_BF16, R, O, w, row_bytes, x, span, partial);
+    dot_shapes(WEIGHT_BF16, R, w, row_bytes, x, span, partial);
 }
 
 static dot_function *const dot_tiles[WEIGHT_FORMATS] = {dot_tile_f32, dot_tile_f16, dot_tile_bf16};
-
-/* The last `left` < BLOCK columns, k and on. Weights are not read past the row's end; activations of
- * f32 neither, the others are padded. */
-static void dot_tail(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
-                     const float *const *x, int k, int left, __m256 *partial)
-{
-    int n = format == WEIGHT_F32 ? left : BLOCK;
-
-    for (int o = 0; o < O; o++) {
-        _Alignas(32) char block[BLOCK * 4] = {0};
-
-        memcpy(block, w + (size_t)o * row_bytes + (size_t)k * weight_bytes(format),
-               (size_t)left * weight_bytes(format));
-        for (int half = 0; half < 2; half++) {
-            __m256 b = format == WEIGHT_F32   ? load_half(WEIGHT_F32, block, half)
-                       : format == WEIGHT_F16 ? load_half(WEIGHT_F16, block, half)
-                                              : load_half(WEIGHT_BF16, block, half);
-
-            for (int r = 0; r < R; r++)
-                partial[r * GROUP + o] =
-                    _mm256_fmadd_ps(b, load_some(x[r] + k + 8 * half, n - 8 * half),
-                                    partial[r * GROUP + o]);
-        }
-    }
-}
 
 static void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
                      const float *const *x, const struct span *span, __m256 *partial, float *y,
@@ -304,7 +341,7 @@ static void dot_tile(enum weight_format format, int R, int O, const char *w, int
     if (span->begin == 0)
         for (int r = 0; r < R; r++)
             for (int o = 0; o < O; o++) partial[r * GROUP + o] = _mm256_setzero_ps();
-    dot_tiles[format](R, O, w, row_bytes, x, span, partial);
+    dot_tiles[format](R, w, row_bytes, x, span, partial);
     if (span->end < columns) return;
     if (left) dot_tail(format, R, O, w, row_bytes, x, columns - left, left, partial);
     for (int r = 0; r < R; r++)
@@ -318,11 +355,11 @@ INLINE int line_blocks(enum weight_format format)
     return 64 / (BLOCK * (int)weight_bytes(format));
 }
 
-/* Up to three rows: a group of O outputs from the first column to the last. */
-static void dot_few(enum weight_format format, int O, const char *w, int columns,
-                    const float *const *x, int rows, float *y, size_t stride)
+/* One row of weights; two or three rows of activations take four. */
+static void dot_few(enum weight_format format, const char *w, int columns, const float *const *x,
+                    int rows, float *y, size_t stride)
 {
-    int bytes = (int)weight_bytes(format);
+    int bytes = (int)weight_bytes(format), O = rows == 1 ? 1 : 4;
     struct span span = {.end = columns, .near = AHEAD, .wrap = columns - AHEAD / bytes,
                         .far = AHEAD + (size_t)(O - 1) * (size_t)columns * (size_t)bytes,
                         .turns = line_blocks(format)};
@@ -365,26 +402,25 @@ static void dot_many(enum weight_format format, const char *w, int columns, int 
     }
 }
 
-static void dot(enum weight_format format, const void *weights, int columns, int outputs,
+INLINE void dot(enum weight_format format, const char *w, int columns, int outputs,
                 const float *const *x, int rows, float *y, size_t stride)
 {
-    const char *w = weights;
     size_t row_bytes = (size_t)columns * weight_bytes(format);
     int o = 0;
 
     if (rows == 1) {
         for (; o + 8 <= outputs; o += 8)
-            dot_few(format, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
+            dot_eight(format, w + (size_t)o * row_bytes, columns, x[0], y + o);
     } else if (rows <= 3) {
         for (; o + 4 <= outputs; o += 4)
-            dot_few(format, 4, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
+            dot_few(format, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
     } else {
         for (int n; (n = (outputs - o < GROUP ? outputs - o : GROUP) / 4 * 4) > 0; o += n)
             dot_many(format, w + (size_t)o * row_bytes, columns, n, x, rows, y + o, stride);
     }
     for (; o < outputs; o++)
         for (int r = 0; r < rows; r++)
-            dot_few(format, 1, w + (size_t)o * row_bytes, columns, x + r, 1,
+            dot_few(format, w + (size_t)o * row_bytes, columns, x + r, 1,
                     y + (size_t)r * stride + o, stride);
 }
 
@@ -701,53 +737,57 @@ static void softmax_avx2(float *x, int n, float scale)
 
 /* ---- attention and search --------------------------------------------------------------- */
 
-/* y[8 * V] += sum of p[j] * values[j], one vector of y in each accumulator. */
-INLINE void mix_columns(enum weight_format format, int V, const float *p, const char *values,
-                        int n, size_t row_bytes, float *y)
+INLINE __m256 load_values(enum weight_format format, const char *from)
 {
-    __m256 sums[8];
-
-    UNROLL
-    for (int v = 0; v < V; v++) sums[v] = _mm256_loadu_ps(y + 8 * v);
-    for (int j = 0; j < n; j++, values += row_bytes) {
-        __m256 weight = _mm256_broadcast_ss(p + j);
-
-        UNROLL
-        for (int line = 0; line < V * 8 * (int)weight_bytes(format); line += 64)
-            _mm_prefetch(values + AHEAD + line, _MM_HINT_T0);
-        UNROLL
-        for (int v = 0; v < V; v++) {
-            __m256 value = format == WEIGHT_F32
-                               ? _mm256_loadu_ps((const float *)values + 8 * v)
-                               : widen_bf16((const uint16_t *)values + 8 * v);
-
-            sums[v] = _mm256_fmadd_ps(weight, value, sums[v]);
-        }
-    }
-    UNROLL
-    for (int v = 0; v < V; v++) _mm256_storeu_ps(y + 8 * v, sums[v]);
+    return format == WEIGHT_F32 ? _mm256_loadu_ps((const float *)(const void *)from)
+                                : widen_bf16((const uint16_t *)(const void *)from);
 }
 
-INLINE void mix(enum weight_format format, const float *p, const void *values, int n, int width,
-                float *y)
+/* y += the sum of J rows, which are read as they lie. y goes through memory once for all of them;
+ * keeping it in registers would cut the rows in two, and that took twice as long. */
+INLINE void mix_rows(enum weight_format format, int J, const float *p, const char *values, int width,
+                     float *y)
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)width * bytes;
-    const char *from = values;
+    __m256 weights[8];
     int d = 0;
 
-    for (; d + 64 <= width; d += 64)
-        mix_columns(format, 8, p, from + (size_t)d * bytes, n, row_bytes, y + d);
-    for (; d + 8 <= width; d += 8)
-        mix_columns(format, 1, p, from + (size_t)d * bytes, n, row_bytes, y + d);
+    UNROLL
+    for (int j = 0; j < J; j++) weights[j] = _mm256_broadcast_ss(p + j);
+    for (; d + 8 <= width; d += 8) {
+        const char *at = values + (size_t)d * bytes;
+        __m256 sum = _mm256_loadu_ps(y + d);
+
+        if ((size_t)d * bytes % 64 == 0) {
+            UNROLL
+            for (int j = 0; j < J; j++)
+                _mm_prefetch(at + (size_t)j * row_bytes + AHEAD, _MM_HINT_T0);
+        }
+        UNROLL
+        for (int j = 0; j < J; j++)
+            sum = _mm256_fmadd_ps(weights[j], load_values(format, at + (size_t)j * row_bytes), sum);
+        _mm256_storeu_ps(y + d, sum);
+    }
     for (; d < width; d++) {
-        for (int j = 0; j < n; j++) {
-            const char *at = from + (size_t)j * row_bytes + (size_t)d * bytes;
+        for (int j = 0; j < J; j++) {
+            const char *at = values + (size_t)j * row_bytes + (size_t)d * bytes;
             float value = format == WEIGHT_F32 ? *(const float *)(const void *)at
                                                : bf16_to_f32(*(const uint16_t *)(const void *)at);
 
             y[d] = fmaf(p[j], value, y[d]);
         }
     }
+}
+
+INLINE void mix(enum weight_format format, const float *p, const void *values, int n, int width,
+                float *y)
+{
+    size_t row_bytes = (size_t)width * weight_bytes(format);
+    const char *from = values;
+    int j = 0;
+
+    for (; j + 8 <= n; j += 8) mix_rows(format, 8, p + j, from + (size_t)j * row_bytes, width, y);
+    for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
 }
 
 static void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)

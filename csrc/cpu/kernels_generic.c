@@ -60,9 +60,8 @@ static void dot_f32_generic(const void *w, int columns, int outputs, const float
 
 #define CHUNK 512 /* weights widened at a time; a multiple of LANES */
 
-static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint16_t *w,
-                       int columns, int outputs, const float *const *x, int rows, float *y,
-                       size_t stride)
+static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint16_t *w, int columns,
+                       int outputs, const float *const *x, int rows, float *y, size_t stride)
 {
     float wide[CHUNK];
 

@@ -25,8 +25,8 @@ static void embed_token(struct cpu_backend *cpu, const struct op_embed *op,
         return;
     }
     if (token < 0 || token >= table->rows) {
-        backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
-                     "%s: token %d, expected one below %d", op->name, token, table->rows);
+        backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL, "%s: token %d, expected one below %d",
+                     op->name, token, table->rows);
         return;
     }
     assert(columns == (e->low_rank.rows ? e->low_rank.cols : width));
@@ -43,7 +43,8 @@ static void embed_token(struct cpu_backend *cpu, const struct op_embed *op,
 void cpu_embed(struct backend *backend, const struct op_embed *op)
 {
     struct cpu_backend *cpu = cpu_backend(backend);
-    int width = op->tables[0].low_rank.rows ? op->tables[0].low_rank.rows : op->tables[0].table.cols;
+    int width = op->tables[0].low_rank.rows ? op->tables[0].low_rank.rows
+                                            : op->tables[0].table.cols;
 
     for (int i = 0; i < op->rows.n; i++) {
         const int32_t *tokens = op->tokens + (size_t)i * (size_t)op->token_stride;
@@ -52,8 +53,7 @@ void cpu_embed(struct backend *backend, const struct op_embed *op)
         if (!op->accumulate) memset(y, 0, (size_t)width * sizeof *y);
         if (!op->rows.active[i]) continue;
         for (int s = 0; s < op->n_streams; s++)
-            if (tokens[s] != TOKEN_ZERO)
-                embed_token(cpu, op, &op->tables[s], tokens[s], width, y);
+            if (tokens[s] != TOKEN_ZERO) embed_token(cpu, op, &op->tables[s], tokens[s], width, y);
         if (op->condition)
             cpu->kernels->add(op->condition + (size_t)op->rows.lane[i] * (size_t)width,
                               (size_t)width, y);
@@ -176,46 +176,38 @@ static void visible(const struct op_attend *op, int i, int t, int64_t *begin, in
     }
 }
 
-/* Queries of up to HEADS_TOGETHER heads of one step: scores of all keys, softmax, weighted sum of
- * the values; position by position within the runs that lie together in a page. The heads of a page
- * lie one behind the other, so taking them together makes long reads. */
-static void attend_heads(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
-                         int head, int heads, float *scratch)
+/* One query of one head: scores of all keys, softmax, weighted sum of the values; position by
+ * position within the runs that lie together in a page. */
+static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
+                       int head, float *scratch)
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
     enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i], shared = op->heads / cache->kv_heads;
+    int dim = cache->head_dim, lane = op->rows.lane[i];
+    int kv_head = head / (op->heads / cache->kv_heads);
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)op->heads + (size_t)head;
-    const float *q = op->q + row * (size_t)dim;
-    float *y = op->y + row * (size_t)dim;
+    float *y = op->y + row * (size_t)dim, *scores = scratch + padded(dim);
+    const float *query = scratch;
     int64_t begin, end;
 
-    memset(y, 0, (size_t)(heads * dim) * sizeof *y);
+    memset(y, 0, (size_t)dim * sizeof *y);
     visible(op, i, t, &begin, &end);
     if (begin >= end) return;
-    for (int h = 0; h < heads; h++)
-        kernels->arrange[format](q + h * dim, dim, scratch + (size_t)h * cpu->keys);
-    for (int pass = 0; pass < 2; pass++) {
+    kernels->arrange[format](op->q + row * (size_t)dim, dim, scratch);
+    for (int value = 0; value < 2; value++) {
         for (int64_t j = begin; j < end;) {
             int run = cache->page_positions - (int)(j % cache->page_positions);
+            const char *at = kv_address(cache, lane, op->layer, value, kv_head, j);
 
             if (run > end - j) run = (int)(end - j);
-            for (int h = 0; h < heads; h++) {
-                const char *at = kv_address(cache, lane, op->layer, pass, (head + h) / shared, j);
-                const float *query = scratch + (size_t)h * cpu->keys;
-                float *scores = scratch + (size_t)h * cpu->keys + padded(dim) + (j - begin);
-
-                if (pass == 0)
-                    kernels->dot[format](at, dim, run, &query, 1, scores, 0);
-                else
-                    kernels->mix[format](scores, at, run, dim, y + h * dim);
-            }
+            if (!value)
+                kernels->dot[format](at, dim, run, &query, 1, scores + (j - begin), 0);
+            else
+                kernels->mix[format](scores + (j - begin), at, run, dim, y);
             j += run;
         }
-        for (int h = 0; pass == 0 && h < heads; h++)
-            kernels->softmax(scratch + (size_t)h * cpu->keys + padded(dim), (int)(end - begin),
-                             1.0f / sqrtf((float)dim));
+        if (!value) kernels->softmax(scores, (int)(end - begin), 1.0f / sqrtf((float)dim));
     }
 }
 
@@ -223,16 +215,13 @@ static void attend_task(void *arg, int part, int first, int last)
 {
     const struct row_job *job = arg;
     const struct op_attend *op = job->op;
-    float *scratch = job->cpu->scores + (size_t)part * HEADS_TOGETHER * job->cpu->keys;
+    float *scratch = job->cpu->scores + (size_t)part * job->cpu->keys;
 
-    while (first < last) {
-        int head = first % op->heads, t = first / op->heads % op->steps;
-        int i = first / op->heads / op->steps, heads = HEADS_TOGETHER;
+    for (int task = first; task < last; task++) {
+        int head = task % op->heads, t = task / op->heads % op->steps;
+        int i = task / op->heads / op->steps;
 
-        if (heads > op->heads - head) heads = op->heads - head;
-        if (heads > last - first) heads = last - first;
-        if (op->rows.active[i]) attend_heads(job->cpu, op, i, t, head, heads, scratch);
-        first += heads;
+        if (op->rows.active[i]) attend_one(job->cpu, op, i, t, head, scratch);
     }
 }
 
@@ -292,8 +281,7 @@ static void delay_input_row(const struct op_delay_input *op, int i, int32_t *tok
     for (int s = 0; s < cache->streams; s++) {
         int32_t delay = cache->delays[s];
         int is_initial = offset <= delay;
-        int32_t token =
-            is_initial ? initial_token(cache, s) : *delay_cell(cache, slot, s, offset);
+        int32_t token = is_initial ? initial_token(cache, s) : *delay_cell(cache, slot, s, offset);
 
         tokens[s] = token;
         if (!null_tokens) continue;
@@ -312,8 +300,8 @@ void cpu_delay_input(struct backend *backend, const struct op_delay_input *op)
     (void)backend;
     for (int i = 0; i < op->rows.n; i++) {
         int32_t *tokens = op->tokens + (size_t)i * streams;
-        int32_t *null_tokens =
-            op->null_row[i] >= 0 ? op->tokens + (size_t)op->null_row[i] * streams : NULL;
+        int32_t *null_tokens = op->null_row[i] >= 0 ? op->tokens + (size_t)op->null_row[i] * streams
+                                                    : NULL;
 
         if (op->rows.active[i]) {
             delay_input_row(op, i, tokens, null_tokens);
@@ -340,8 +328,8 @@ void cpu_delay_output(struct backend *backend, const struct op_delay_output *op)
             offset = ++cache->offset[slot];
             *delay_cell(cache, slot, 0, offset) = op->text[i];
             for (int k = 0; k < dep_q; k++)
-                *delay_cell(cache, slot, 1 + k, offset) =
-                    op->audio[(size_t)i * (size_t)dep_q + (size_t)k];
+                *delay_cell(cache, slot, 1 + k,
+                            offset) = op->audio[(size_t)i * (size_t)dep_q + (size_t)k];
         }
         for (int s = 0; s <= dep_q; s++)
             out[s] = offset > cache->max_delay

@@ -100,14 +100,24 @@ void cpu_conv(struct backend *backend, const struct op_conv *op)
 {
     const struct conv *conv = op->conv;
     size_t width = (size_t)conv->in;
-    struct fill fill = {.cpu = cpu_backend(backend), .rows = &op->rows, .steps = op->steps,
-                        .width = conv->in, .past = conv->kernel - conv->stride, .elu = op->elu,
-                        .x = op->x, .history = op->history,
-                        .first = conv->replicate ? op->first : NULL, .work = op->work};
-    struct product p = {.weight = &conv->weight, .n = op->rows.n,
-                        .steps = op->steps / conv->stride, .active = op->rows.active,
-                        .a = op->work, .row_stride = (size_t)(fill.past + op->steps) * width,
-                        .step_stride = (size_t)conv->stride * width, .finish = finish_conv,
+    struct fill fill = {.cpu = cpu_backend(backend),
+                        .rows = &op->rows,
+                        .steps = op->steps,
+                        .width = conv->in,
+                        .past = conv->kernel - conv->stride,
+                        .elu = op->elu,
+                        .x = op->x,
+                        .history = op->history,
+                        .first = conv->replicate ? op->first : NULL,
+                        .work = op->work};
+    struct product p = {.weight = &conv->weight,
+                        .n = op->rows.n,
+                        .steps = op->steps / conv->stride,
+                        .active = op->rows.active,
+                        .a = op->work,
+                        .row_stride = (size_t)(fill.past + op->steps) * width,
+                        .step_stride = (size_t)conv->stride * width,
+                        .finish = finish_conv,
                         .op = op};
 
     assert(op->steps % conv->stride == 0 && conv->weight.cols == conv->kernel * conv->in &&
@@ -149,15 +159,16 @@ static void transpose_depthwise(const struct op_conv_transposed *op, int i)
     int width = conv->in, stride = conv->stride;
 
     for (int t = 0; t < op->steps; t++) {
-        const float *past = op->work + ((size_t)i * (size_t)(1 + op->steps) + (size_t)t) *
-                                           (size_t)width;
+        const float *past = op->work +
+                            ((size_t)i * (size_t)(1 + op->steps) + (size_t)t) * (size_t)width;
         const float *now = past + width;
 
         for (int phase = 0; phase < stride; phase++) {
             const float *w = conv->depthwise_weight + (size_t)phase * (size_t)width;
             const float *tail = w + (size_t)stride * (size_t)width;
             float *y = op->y + (((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)stride +
-                                (size_t)phase) * (size_t)width;
+                                (size_t)phase) *
+                                   (size_t)width;
 
             for (int c = 0; c < width; c++)
                 y[c] = (w[c] * now[c] + tail[c] * past[c]) + (conv->bias ? conv->bias[c] : 0.0f);
@@ -169,9 +180,15 @@ void cpu_conv_transposed(struct backend *backend, const struct op_conv_transpose
 {
     const struct conv *conv = op->conv;
     size_t width = (size_t)conv->in;
-    struct fill fill = {.cpu = cpu_backend(backend), .rows = &op->rows, .steps = op->steps,
-                        .width = conv->in, .past = 1, .elu = op->elu, .x = op->x,
-                        .history = op->history, .work = op->work};
+    struct fill fill = {.cpu = cpu_backend(backend),
+                        .rows = &op->rows,
+                        .steps = op->steps,
+                        .width = conv->in,
+                        .past = 1,
+                        .elu = op->elu,
+                        .x = op->x,
+                        .history = op->history,
+                        .work = op->work};
 
     assert(conv->kernel == 2 * conv->stride);
     fill_run(&fill);
@@ -179,10 +196,15 @@ void cpu_conv_transposed(struct backend *backend, const struct op_conv_transpose
         for (int i = 0; i < op->rows.n; i++)
             if (op->rows.active[i]) transpose_depthwise(op, i);
     } else {
-        struct product p = {.weight = &conv->weight, .n = op->rows.n, .steps = op->steps,
-                            .active = op->rows.active, .a = op->work,
-                            .row_stride = (size_t)(1 + op->steps) * width, .step_stride = width,
-                            .finish = finish_transposed, .op = op};
+        struct product p = {.weight = &conv->weight,
+                            .n = op->rows.n,
+                            .steps = op->steps,
+                            .active = op->rows.active,
+                            .a = op->work,
+                            .row_stride = (size_t)(1 + op->steps) * width,
+                            .step_stride = width,
+                            .finish = finish_transposed,
+                            .op = op};
 
         assert(conv->weight.cols == 2 * conv->in && conv->weight.rows == conv->stride * conv->out);
         product_run(fill.cpu, &p);
@@ -244,8 +266,12 @@ void cpu_rvq_encode(struct backend *backend, const struct op_rvq_encode *op)
     const struct rvq *rvq = op->rvq;
     size_t dim = (size_t)rvq->dim, level_floats = (size_t)rvq->bins * dim;
     struct project project = {op->work, 2 * dim};
-    struct product p = {.weight = &rvq->in_proj, .n = op->n, .steps = 1, .a = op->x,
-                        .row_stride = (size_t)rvq->in_proj.cols, .finish = finish_project,
+    struct product p = {.weight = &rvq->in_proj,
+                        .n = op->n,
+                        .steps = 1,
+                        .a = op->x,
+                        .row_stride = (size_t)rvq->in_proj.cols,
+                        .finish = finish_project,
                         .op = &project};
 
     if ((size_t)op->n > cpu->rows) {
@@ -255,9 +281,13 @@ void cpu_rvq_encode(struct backend *backend, const struct op_rvq_encode *op)
     }
     product_run(cpu, &p);
     for (int level = 0; level < op->levels; level++) {
-        struct search search = {cpu, rvq->codebooks + (size_t)level * level_floats,
-                                rvq->half_norms + (size_t)level * (size_t)rvq->bins, rvq->bins,
-                                rvq->dim, op->n, op->work};
+        struct search search = {cpu,
+                                rvq->codebooks + (size_t)level * level_floats,
+                                rvq->half_norms + (size_t)level * (size_t)rvq->bins,
+                                rvq->bins,
+                                rvq->dim,
+                                op->n,
+                                op->work};
 
         for (int part = 0; part < backend->threads; part++)
             for (int i = 0; i < op->n; i++)
@@ -299,8 +329,13 @@ void cpu_rvq_decode(struct backend *backend, const struct op_rvq_decode *op)
     struct cpu_backend *cpu = cpu_backend(backend);
     const struct rvq *rvq = op->rvq;
     size_t dim = (size_t)rvq->dim;
-    struct product p = {.weight = &rvq->out_proj, .n = op->n, .steps = 1, .a = op->work,
-                        .row_stride = dim, .finish = finish_decode, .op = op};
+    struct product p = {.weight = &rvq->out_proj,
+                        .n = op->n,
+                        .steps = 1,
+                        .a = op->work,
+                        .row_stride = dim,
+                        .finish = finish_decode,
+                        .op = op};
 
     for (int i = 0; i < op->n; i++) {
         float *sum = op->work + (size_t)i * dim;
@@ -310,8 +345,9 @@ void cpu_rvq_decode(struct backend *backend, const struct op_rvq_decode *op)
             int code = op->codes[(size_t)i * (size_t)op->code_stride + (size_t)level];
 
             if (code < 0 || code >= rvq->bins) code = 0;
-            cpu->kernels->add(rvq->codebooks + ((size_t)level * (size_t)rvq->bins + (size_t)code) *
-                                                   dim, dim, sum);
+            cpu->kernels->add(rvq->codebooks +
+                                  ((size_t)level * (size_t)rvq->bins + (size_t)code) * dim,
+                              dim, sum);
         }
     }
     product_run(cpu, &p);

@@ -34,8 +34,8 @@ static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w
     if (w->packed) {
         int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 
-        kernels->panels((const float *)w->packed + (size_t)panel * (size_t)w->cols * PANEL,
-                        w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
+        kernels->panels((const float *)w->packed + (size_t)panel * (size_t)w->cols * PANEL, w->cols,
+                        end - panel, rows, n, block->sums, BLOCK_STRIDE);
         return block->sums + first % PANEL;
     }
     kernels->dot[w->format]((const char *)w->data +
@@ -153,8 +153,8 @@ static void finish_add(const struct product *p, int row, int first, int count, f
 void product_add(struct cpu_backend *cpu, const struct matrix *weight, const float *x, float *y)
 {
     struct add_op op = {y};
-    struct product p = {.weight = weight, .n = 1, .steps = 1, .a = x, .finish = finish_add,
-                        .op = &op};
+    struct product p = {
+        .weight = weight, .n = 1, .steps = 1, .a = x, .finish = finish_add, .op = &op};
 
     product_run(cpu, &p);
 }
@@ -179,9 +179,14 @@ static void finish_linear(const struct product *p, int row, int first, int count
 
 void cpu_linear(struct backend *backend, const struct op_linear *op)
 {
-    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->x,
-                        .row_stride = (size_t)op->weight.cols, .norm = &op->norm,
-                        .finish = finish_linear, .op = op};
+    struct product p = {.weight = &op->weight,
+                        .n = op->n,
+                        .steps = 1,
+                        .a = op->x,
+                        .row_stride = (size_t)op->weight.cols,
+                        .norm = &op->norm,
+                        .finish = finish_linear,
+                        .op = op};
 
     product_run(cpu_backend(backend), &p);
 }
@@ -201,8 +206,12 @@ static void finish_residual(const struct product *p, int row, int first, int cou
 
 void cpu_linear_residual(struct backend *backend, const struct op_linear_residual *op)
 {
-    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->u,
-                        .row_stride = (size_t)op->weight.cols, .finish = finish_residual,
+    struct product p = {.weight = &op->weight,
+                        .n = op->n,
+                        .steps = 1,
+                        .a = op->u,
+                        .row_stride = (size_t)op->weight.cols,
+                        .finish = finish_residual,
                         .op = op};
 
     product_run(cpu_backend(backend), &p);
@@ -219,9 +228,15 @@ static void finish_gated(const struct product *p, int row, int first, int count,
 
 void cpu_linear_gated(struct backend *backend, const struct op_linear_gated *op)
 {
-    struct product p = {.weight = &op->weight, .n = op->n, .steps = 1, .a = op->x,
-                        .row_stride = (size_t)op->weight.cols, .norm = &op->norm, .halves = 2,
-                        .finish = finish_gated, .op = op};
+    struct product p = {.weight = &op->weight,
+                        .n = op->n,
+                        .steps = 1,
+                        .a = op->x,
+                        .row_stride = (size_t)op->weight.cols,
+                        .norm = &op->norm,
+                        .halves = 2,
+                        .finish = finish_gated,
+                        .op = op};
 
     assert(op->weight.rows % 2 == 0);
     product_run(cpu_backend(backend), &p);
@@ -277,10 +292,16 @@ static void finish_qkv(const struct product *p, int row, int first, int count, f
 void cpu_qkv(struct backend *backend, const struct op_qkv *op)
 {
     size_t width = (size_t)op->weight.cols;
-    struct product p = {.weight = &op->weight, .n = op->rows.n, .steps = op->steps,
-                        .active = op->rows.active, .a = op->x,
-                        .row_stride = width * (size_t)op->steps, .step_stride = width,
-                        .norm = &op->norm, .finish = finish_qkv, .op = op};
+    struct product p = {.weight = &op->weight,
+                        .n = op->rows.n,
+                        .steps = op->steps,
+                        .active = op->rows.active,
+                        .a = op->x,
+                        .row_stride = width * (size_t)op->steps,
+                        .step_stride = width,
+                        .norm = &op->norm,
+                        .finish = finish_qkv,
+                        .op = op};
 
     assert(op->weight.rows == (op->heads + 2 * op->cache->kv_heads) * op->cache->head_dim);
     assert(!op->cos_sin || op->cache->head_dim % 2 == 0);

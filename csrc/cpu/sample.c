@@ -33,7 +33,10 @@ static uint32_t philox_word(const uint32_t seed[2], uint32_t c0, uint32_t c1, ui
 /* An integer that sorts like the float; both zeros are the same. */
 static uint32_t sort_key(float value)
 {
-    union { float f; uint32_t u; } v = {.f = value + 0.0f};
+    union {
+        float f;
+        uint32_t u;
+    } v = {.f = value + 0.0f};
 
     return v.u & 0x80000000u ? ~v.u : v.u | 0x80000000u;
 }
@@ -145,8 +148,7 @@ static void sample_task(void *arg, int part, int first, int last)
         int32_t *token = op->token + (size_t)i * (size_t)op->token_stride;
 
         *token = 0; /* also what an inactive row says: it must be safe to embed */
-        if (op->rows.active[i] && !sample_row(op, i, token) && failed->index < 0)
-            failed->index = i;
+        if (op->rows.active[i] && !sample_row(op, i, token) && failed->index < 0) failed->index = i;
         if (op->null_row[i] >= 0)
             op->token[(size_t)op->null_row[i] * (size_t)op->token_stride] = *token;
     }

@@ -37,38 +37,38 @@ static void report(int line, const char *format, ...)
 }
 
 /* The first problem of a test ends it. */
-#define CHECK(condition)                                 \
-    do {                                                 \
-        if (!(condition)) {                              \
-            report(__LINE__, "expected %s", #condition); \
-            return;                                      \
-        }                                                \
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            report(__LINE__, "expected %s", #condition);                                           \
+            return;                                                                                \
+        }                                                                                          \
     } while (0)
-#define CHECK_OK(call)                                                             \
-    do {                                                                           \
-        int status_ = (call);                                                      \
-        if (status_ != MOSHI_OK) {                                                 \
-            report(__LINE__, "%s gave %d: %s", #call, status_, moshi_error_detail()); \
-            return;                                                                \
-        }                                                                          \
+#define CHECK_OK(call)                                                                             \
+    do {                                                                                           \
+        int status_ = (call);                                                                      \
+        if (status_ != MOSHI_OK) {                                                                 \
+            report(__LINE__, "%s gave %d: %s", #call, status_, moshi_error_detail());              \
+            return;                                                                                \
+        }                                                                                          \
     } while (0)
-#define CHECK_FAILS(call, status, piece)                                                    \
-    do {                                                                                    \
-        int status_ = (call);                                                               \
-        if (status_ != (status) || strstr(moshi_error_detail(), (piece)) == NULL) {         \
-            report(__LINE__, "%s gave %d '%s', expected %s with '%s'", #call, status_,      \
-                   moshi_error_detail(), #status, (piece));                                 \
-            return;                                                                         \
-        }                                                                                   \
+#define CHECK_FAILS(call, status, piece)                                                           \
+    do {                                                                                           \
+        int status_ = (call);                                                                      \
+        if (status_ != (status) || strstr(moshi_error_detail(), (piece)) == NULL) {                \
+            report(__LINE__, "%s gave %d '%s', expected %s with '%s'", #call, status_,             \
+                   moshi_error_detail(), #status, (piece));                                        \
+            return;                                                                                \
+        }                                                                                          \
     } while (0)
-#define CHECK_TEXT(found, wanted)                                                     \
-    do {                                                                              \
-        const char *found_ = (found);                                                 \
-        if (found_ == NULL || strcmp(found_, (wanted)) != 0) {                        \
-            report(__LINE__, "%s is '%s', expected '%s'", #found, found_ ? found_ : "NULL", \
-                   (wanted));                                                         \
-            return;                                                                   \
-        }                                                                             \
+#define CHECK_TEXT(found, wanted)                                                                  \
+    do {                                                                                           \
+        const char *found_ = (found);                                                              \
+        if (found_ == NULL || strcmp(found_, (wanted)) != 0) {                                     \
+            report(__LINE__, "%s is '%s', expected '%s'", #found, found_ ? found_ : "NULL",        \
+                   (wanted));                                                                      \
+            return;                                                                                \
+        }                                                                                          \
     } while (0)
 
 static const char *in_folder(const char *name)
@@ -118,21 +118,23 @@ static void a_failure_returns_its_status_and_keeps_its_sentence(void)
     CHECK_TEXT(moshi_error_detail(), "card 3 is gone");
     CHECK(moshi_fail_prefix(MOSHI_ERROR_AUDIO, "slot %d", 1) == MOSHI_ERROR_AUDIO);
     CHECK_TEXT(moshi_error_detail(), "slot 1: card 3 is gone");
-    CHECK(moshi_fail(MOSHI_ERROR_MEMORY, "again: %s", moshi_error_detail()) ==
-          MOSHI_ERROR_MEMORY);
+    CHECK(moshi_fail(MOSHI_ERROR_MEMORY, "again: %s", moshi_error_detail()) == MOSHI_ERROR_MEMORY);
     CHECK_TEXT(moshi_error_detail(), "again: slot 1: card 3 is gone");
 }
 
 static void a_sentence_is_one_line_of_utf8(void)
 {
-    moshi_fail(MOSHI_ERROR_CHECKPOINT, "a\nb\x7f" "c\xFF\xC3\xA9\xC3(\xED\xA0\x80");
+    moshi_fail(MOSHI_ERROR_CHECKPOINT, "a\nb\x7f"
+                                       "c\xFF\xC3\xA9\xC3(\xED\xA0\x80");
     CHECK_TEXT(moshi_error_detail(), "a?b?c?\xC3\xA9?(???");
     for (int length = 0; length < 1200; length++) {
         char text[4096];
         int bytes = 0;
         for (int i = 0; i < length; i++) {
             bytes += snprintf(text + bytes, sizeof text - (size_t)bytes, "%s",
-                              i % 3 == 0 ? "\xE2\x82\xAC" : i % 3 == 1 ? "x" : "\xC3\xA9");
+                              i % 3 == 0   ? "\xE2\x82\xAC"
+                              : i % 3 == 1 ? "x"
+                                           : "\xC3\xA9");
         }
         text[bytes] = '\0';
         for (int shift = 0; shift < 6; shift++) { /* both cuts meet every byte of the pattern */
@@ -195,13 +197,25 @@ static void utf8_lengths_are_strict(void)
     static const struct {
         const char *text;
         size_t bytes, length;
-    } cases[] = {{"", 0, 0},         {"a", 1, 1},           {"\xC3\xA9", 2, 2},
-                 {"\xC3", 1, 0},     {"\xC0\x80", 2, 0},    {"\xC1\xBF", 2, 0},
-                 {"\x80", 1, 0},     {"\xE2\x82\xAC", 3, 3}, {"\xE0\x9F\xBF", 3, 0},
-                 {"\xED\x9F\xBF", 3, 3}, {"\xED\xA0\x80", 3, 0}, {"\xEE\x80\x80", 3, 3},
-                 {"\xF0\x9F\x98\x80", 4, 4}, {"\xF0\x8F\xBF\xBF", 4, 0},
-                 {"\xF4\x8F\xBF\xBF", 4, 4}, {"\xF4\x90\x80\x80", 4, 0},
-                 {"\xF0\x9F\x98", 3, 0}, {"\xF8\x88\x80\x80\x80", 5, 0}, {"\xC3(", 2, 0}};
+    } cases[] = {{"", 0, 0},
+                 {"a", 1, 1},
+                 {"\xC3\xA9", 2, 2},
+                 {"\xC3", 1, 0},
+                 {"\xC0\x80", 2, 0},
+                 {"\xC1\xBF", 2, 0},
+                 {"\x80", 1, 0},
+                 {"\xE2\x82\xAC", 3, 3},
+                 {"\xE0\x9F\xBF", 3, 0},
+                 {"\xED\x9F\xBF", 3, 3},
+                 {"\xED\xA0\x80", 3, 0},
+                 {"\xEE\x80\x80", 3, 3},
+                 {"\xF0\x9F\x98\x80", 4, 4},
+                 {"\xF0\x8F\xBF\xBF", 4, 0},
+                 {"\xF4\x8F\xBF\xBF", 4, 4},
+                 {"\xF4\x90\x80\x80", 4, 0},
+                 {"\xF0\x9F\x98", 3, 0},
+                 {"\xF8\x88\x80\x80\x80", 5, 0},
+                 {"\xC3(", 2, 0}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         if (moshi_utf8_bytes(cases[i].text, cases[i].bytes) != cases[i].length) {
             report(__LINE__, "case %zu", i);
@@ -721,7 +735,7 @@ static void a_file_without_tensors_is_fine(void)
     tensor_file_close(file);
 }
 
-#define T(dtype, shape, offsets) \
+#define T(dtype, shape, offsets)                                                                   \
     "{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 static void each_lie_of_a_header_has_its_sentence(void)
@@ -765,10 +779,8 @@ static void each_lie_of_a_header_has_its_sentence(void)
          "'u' begins at byte 5 of the data, expected 4"},
         {"{\"t\":" T("F32", "[2]", "[0,8]") ",\"u\":" T("F32", "[1]", "[4,8]") "}", 8,
          "'u' begins at byte 4 of the data and overlaps tensor 't', which ends at 8"},
-        {"{\"t\":" T("F32", "[1]", "[0,4]") ",\"u\":" T("F32", "[1]", "[0,4]") "}", 4,
-         "overlaps"},
-        {"{\"t\":" T("F32", "[2]", "[0,8]") ",\"u\":" T("F32", "[0]", "[4,4]") "}", 8,
-         "overlaps"},
+        {"{\"t\":" T("F32", "[1]", "[0,4]") ",\"u\":" T("F32", "[1]", "[0,4]") "}", 4, "overlaps"},
+        {"{\"t\":" T("F32", "[2]", "[0,8]") ",\"u\":" T("F32", "[0]", "[4,4]") "}", 8, "overlaps"},
         {"{\"t\":" T("F32", "[1]", "[0,4]") "}", 5, "end at byte 4 of the data, expected 5"},
         {"{}", 5, "end at byte 0 of the data, expected 5"},
         {"{\"t\":" T("F32", "[1]", "[0,4]") ",\"t\":" T("F32", "[1]", "[4,8]") "}", 8,
@@ -991,33 +1003,32 @@ static size_t put_object(char *out, const struct pair *base, const struct pair *
     return at + (size_t)sprintf(out + at, "}");
 }
 
-static const struct pair lm_base[] = {
-    {"dim", "256"},
-    {"text_card", "320"},
-    {"n_q", "16"},
-    {"dep_q", "8"},
-    {"card", "512"},
-    {"num_heads", "4"},
-    {"num_layers", "4"},
-    {"hidden_scale", "4.125"},
-    {"causal", "true"},
-    {"layer_scale", "null"},
-    {"context", "250"},
-    {"max_period", "10000"},
-    {"gating", "\"silu\""},
-    {"norm", "\"rms_norm_f32\""},
-    {"positional_embedding", "\"rope\""},
-    {"depformer_dim", "96"},
-    {"depformer_dim_feedforward", "396"},
-    {"depformer_num_heads", "4"},
-    {"depformer_num_layers", "2"},
-    {"depformer_layer_scale", "null"},
-    {"depformer_multi_linear", "true"},
-    {"depformer_gating", "\"silu\""},
-    {"depformer_pos_emb", "\"none\""},
-    {"depformer_weights_per_step", "true"},
-    {"delays", "[0, 0,1,1,1,1,1,1,1, 0,1,1,1,1,1,1,1]"},
-    {NULL, NULL}};
+static const struct pair lm_base[] = {{"dim", "256"},
+                                      {"text_card", "320"},
+                                      {"n_q", "16"},
+                                      {"dep_q", "8"},
+                                      {"card", "512"},
+                                      {"num_heads", "4"},
+                                      {"num_layers", "4"},
+                                      {"hidden_scale", "4.125"},
+                                      {"causal", "true"},
+                                      {"layer_scale", "null"},
+                                      {"context", "250"},
+                                      {"max_period", "10000"},
+                                      {"gating", "\"silu\""},
+                                      {"norm", "\"rms_norm_f32\""},
+                                      {"positional_embedding", "\"rope\""},
+                                      {"depformer_dim", "96"},
+                                      {"depformer_dim_feedforward", "396"},
+                                      {"depformer_num_heads", "4"},
+                                      {"depformer_num_layers", "2"},
+                                      {"depformer_layer_scale", "null"},
+                                      {"depformer_multi_linear", "true"},
+                                      {"depformer_gating", "\"silu\""},
+                                      {"depformer_pos_emb", "\"none\""},
+                                      {"depformer_weights_per_step", "true"},
+                                      {"delays", "[0, 0,1,1,1,1,1,1,1, 0,1,1,1,1,1,1,1]"},
+                                      {NULL, NULL}};
 
 static int parse_lm(const struct pair *changes, struct lm_config *config)
 {
@@ -1032,8 +1043,7 @@ static int parse_lm(const struct pair *changes, struct lm_config *config)
 
 /* Up to three changes. */
 static int parse_lm_with(struct lm_config *config, const char *key, const char *value,
-                         const char *key2, const char *value2, const char *key3,
-                         const char *value3)
+                         const char *key2, const char *value2, const char *key3, const char *value3)
 {
     struct pair changes[] = {{key, value}, {key2, value2}, {key3, value3}, {NULL, NULL}};
     return parse_lm(changes, config);
@@ -1176,20 +1186,18 @@ static void the_depth_transformer_inherits_and_overrides(void)
 static void flags_without_support_yet_are_still_read(void)
 {
     struct lm_config c;
-    CHECK_OK(LM3(&c, "cross_attention", "true", "demux_second_stream", "true", "quantize",
-                 "true"));
+    CHECK_OK(LM3(&c, "cross_attention", "true", "demux_second_stream", "true", "quantize", "true"));
     CHECK(c.cross_attention && c.demux_second_stream && c.quantized);
     lm_config_free(&c);
-    CHECK_OK(LM3(&c, "demux_second_text_stream", "true", "norm_emb", "true", "bias_proj",
-                 "true"));
+    CHECK_OK(LM3(&c, "demux_second_text_stream", "true", "norm_emb", "true", "bias_proj", "true"));
     CHECK(c.demux_second_stream && c.norm_emb && c.bias_proj);
     lm_config_free(&c);
     CHECK_OK(LM3(&c, "extra_heads_num_heads", "4", "extra_heads_dim", "7", "text_card_out", "5"));
     CHECK(c.heads == 4 && c.head_dim == 7 && c.text_card_out == 5 && c.text_card == 320);
     lm_config_free(&c);
     CHECK_OK(LM3(&c, "stt_config",
-                 "{\"audio_delay_seconds\":2.5,\"audio_silence_prefix_seconds\":1.0}",
-                 "lora_name", "\"lora.safetensors\"", "text_card_out", "null"));
+                 "{\"audio_delay_seconds\":2.5,\"audio_silence_prefix_seconds\":1.0}", "lora_name",
+                 "\"lora.safetensors\"", "text_card_out", "null"));
     CHECK(c.audio_delay_seconds == 2.5 && c.audio_silence_prefix_seconds == 1);
     CHECK(c.text_card_out == 320);
     CHECK_TEXT(c.lora_name, "lora.safetensors");
@@ -1357,7 +1365,8 @@ static void a_config_we_cannot_honour_names_its_key(void)
          "not a text"},
         {"fuser", "{\"sum\":[\"d\"]}", "conditioners",
          LUT("\"n_bins\":9,\"dim\":3,\"tokenizer\":\"noop\","
-             "\"possible_values\":[\"a\",\"b\",\"a\"]"), "same text twice"},
+             "\"possible_values\":[\"a\",\"b\",\"a\"]"),
+         "same text twice"},
         {"fuser", "{\"sum\":[\"d\"]}", "conditioners",
          LUT("\"n_bins\":9,\"dim\":3,\"tokenizer\":\"noop\",\"learn_padding\":false"),
          "'conditioners.d.learn_padding'"},
@@ -1409,33 +1418,47 @@ static void without_depth_its_keys_do_not_matter(void)
 
 static const struct pair mimi_top[] = {
     {"sample_rate", "24000"}, {"channels", "1"}, {"frame_rate", "12.5"}, {NULL, NULL}};
-static const struct pair mimi_seanet[] = {
-    {"channels", "1"},      {"dimension", "128"},  {"causal", "true"},
-    {"n_filters", "12"},    {"n_residual_layers", "1"}, {"activation", "\"ELU\""},
-    {"compress", "2"},      {"dilation_base", "2"}, {"kernel_size", "7"},
-    {"residual_kernel_size", "3"}, {"last_kernel_size", "3"}, {"norm", "\"none\""},
-    {"pad_mode", "\"constant\""}, {"ratios", "[8, 6, 5, 4]"}, {"true_skip", "true"},
-    {NULL, NULL}};
-static const struct pair mimi_quantizer[] = {{"dimension", "32"},
-                                             {"n_q", "8"},
-                                             {"bins", "512"},
-                                             {"input_dimension", "128"},
-                                             {"output_dimension", "128"},
-                                             {NULL, NULL}};
-static const struct pair mimi_transformer[] = {
-    {"d_model", "128"},     {"num_heads", "4"},       {"num_layers", "2"},
-    {"causal", "true"},     {"layer_scale", "0.01"},  {"context", "32"},
-    {"conv_layout", "true"}, {"max_period", "10000"}, {"gating", "\"none\""},
-    {"norm", "\"layer_norm\""}, {"positional_embedding", "\"rope\""}, {"dim_feedforward", "256"},
-    {"input_dimension", "128"}, {"output_dimensions", "[128]"}, {NULL, NULL}};
+static const struct pair mimi_seanet[] = {{"channels", "1"},
+                                          {"dimension", "128"},
+                                          {"causal", "true"},
+                                          {"n_filters", "12"},
+                                          {"n_residual_layers", "1"},
+                                          {"activation", "\"ELU\""},
+                                          {"compress", "2"},
+                                          {"dilation_base", "2"},
+                                          {"kernel_size", "7"},
+                                          {"residual_kernel_size", "3"},
+                                          {"last_kernel_size", "3"},
+                                          {"norm", "\"none\""},
+                                          {"pad_mode", "\"constant\""},
+                                          {"ratios", "[8, 6, 5, 4]"},
+                                          {"true_skip", "true"},
+                                          {NULL, NULL}};
+static const struct pair mimi_quantizer[] = {
+    {"dimension", "32"},         {"n_q", "8"}, {"bins", "512"}, {"input_dimension", "128"},
+    {"output_dimension", "128"}, {NULL, NULL}};
+static const struct pair mimi_transformer[] = {{"d_model", "128"},
+                                               {"num_heads", "4"},
+                                               {"num_layers", "2"},
+                                               {"causal", "true"},
+                                               {"layer_scale", "0.01"},
+                                               {"context", "32"},
+                                               {"conv_layout", "true"},
+                                               {"max_period", "10000"},
+                                               {"gating", "\"none\""},
+                                               {"norm", "\"layer_norm\""},
+                                               {"positional_embedding", "\"rope\""},
+                                               {"dim_feedforward", "256"},
+                                               {"input_dimension", "128"},
+                                               {"output_dimensions", "[128]"},
+                                               {NULL, NULL}};
 
 static int parse_mimi(const char *key, const char *value, struct mimi_config *config)
 {
     static char sections[3][2048];
     struct pair changes[] = {{key, value}, {NULL, NULL}};
-    struct pair top[8] = {{"seanet", sections[0]},
-                          {"quantizer", sections[1]},
-                          {"transformer", sections[2]}};
+    struct pair top[8] = {
+        {"seanet", sections[0]}, {"quantizer", sections[1]}, {"transformer", sections[2]}};
     char text[8192];
     put_object(sections[0], mimi_seanet, changes, "seanet.");
     put_object(sections[1], mimi_quantizer, changes, "quantizer.");
@@ -1556,16 +1579,51 @@ static void a_mimi_config_we_cannot_honour_names_its_key(void)
 /* Every key in turn with every odd value: a config within its limits, or a sentence. */
 static void any_value_of_any_key_gives_a_config_or_a_sentence(void)
 {
-    static const char *const values[] = {
-        NULL, "null", "true", "false", "0", "-1", "1", "2", "3", "7.5", "64", "65536", "1e18",
-        "1e-300", "-1e300", "\"\"", "\"rope\"", "\"none\"", "\"silu\"", "\"layer_norm\"", "[]",
-        "[0]", "[1,2,3,4,5,6,7,0]", "[[]]", "{}", "{\"sum\":[\"a\"]}", "{\"a\":{}}",
-        "{\"temp\":[]}"};
-    static const char *const more[] = {
-        "text_card_out", "norm_emb", "fuser", "conditioners", "lm_gen_config", "stt_config",
-        "kv_repeat", "depformer_kv_repeat", "depformer_norm", "depformer_max_period",
-        "depformer_weights_per_step_schedule", "depformer_low_rank_embeddings", "quantize",
-        "cross_attention", "lora_name", "moshi_name", "existing_text_padding_id"};
+    static const char *const values[] = {NULL,
+                                         "null",
+                                         "true",
+                                         "false",
+                                         "0",
+                                         "-1",
+                                         "1",
+                                         "2",
+                                         "3",
+                                         "7.5",
+                                         "64",
+                                         "65536",
+                                         "1e18",
+                                         "1e-300",
+                                         "-1e300",
+                                         "\"\"",
+                                         "\"rope\"",
+                                         "\"none\"",
+                                         "\"silu\"",
+                                         "\"layer_norm\"",
+                                         "[]",
+                                         "[0]",
+                                         "[1,2,3,4,5,6,7,0]",
+                                         "[[]]",
+                                         "{}",
+                                         "{\"sum\":[\"a\"]}",
+                                         "{\"a\":{}}",
+                                         "{\"temp\":[]}"};
+    static const char *const more[] = {"text_card_out",
+                                       "norm_emb",
+                                       "fuser",
+                                       "conditioners",
+                                       "lm_gen_config",
+                                       "stt_config",
+                                       "kv_repeat",
+                                       "depformer_kv_repeat",
+                                       "depformer_norm",
+                                       "depformer_max_period",
+                                       "depformer_weights_per_step_schedule",
+                                       "depformer_low_rank_embeddings",
+                                       "quantize",
+                                       "cross_attention",
+                                       "lora_name",
+                                       "moshi_name",
+                                       "existing_text_padding_id"};
     size_t n_values = sizeof values / sizeof values[0], n_base = 0;
     size_t n_more = sizeof more / sizeof more[0];
     while (lm_base[n_base].key != NULL) {
@@ -1673,11 +1731,22 @@ static const struct {
 
 static void remove_folder(void)
 {
-    static const char *const names[] = {
-        "file", "empty", "pipe", "good.safetensors", "dtype.safetensors", "none.safetensors",
-        "bad.safetensors", "short.safetensors", "cut.safetensors", "changed.safetensors",
-        "one.safetensors", "two.safetensors", "same.safetensors", "name.safetensors",
-        "model.safetensors.index.json", "bad.index.json"};
+    static const char *const names[] = {"file",
+                                        "empty",
+                                        "pipe",
+                                        "good.safetensors",
+                                        "dtype.safetensors",
+                                        "none.safetensors",
+                                        "bad.safetensors",
+                                        "short.safetensors",
+                                        "cut.safetensors",
+                                        "changed.safetensors",
+                                        "one.safetensors",
+                                        "two.safetensors",
+                                        "same.safetensors",
+                                        "name.safetensors",
+                                        "model.safetensors.index.json",
+                                        "bad.index.json"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         (void)unlink(in_folder(names[i]));
     }

@@ -46,13 +46,13 @@ void *realloc(void *memory, size_t bytes)
 static int passed, failed;
 static char why[512];
 
-#define CHECK(condition)                                                                   \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,            \
-                     moshi_error_detail());                                                \
-            return 0;                                                                      \
-        }                                                                                  \
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,                    \
+                     moshi_error_detail());                                                        \
+            return 0;                                                                              \
+        }                                                                                          \
     } while (0)
 
 static void run(const char *name, int (*test)(void))
@@ -343,8 +343,7 @@ static int test_whole_files_and_streams_agree_on_the_first_seconds(void)
 
 int main(int argc, char **argv)
 {
-    struct moshi_model_options options = {.folder =
-                                              argc > 1 ? argv[1] : "moshi_c/data/moshi-tiny",
+    struct moshi_model_options options = {.folder = argc > 1 ? argv[1] : "moshi_c/data/moshi-tiny",
                                           .threads = 2};
     struct moshi_engine_options engine_options = {.max_sessions = CALLERS};
     if (moshi_model_open(&options, &model) ||

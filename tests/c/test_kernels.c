@@ -29,16 +29,13 @@ static const struct bound {
     {"embed", 5e-6, 5e-6},     /* a few additions; low rank: a product */
     {"norm", 2e-6, 2e-6},      /* one reduction, a root, a division */
     {"linear", 5e-6, 5e-6},    /* sums of up to 600 products in f32 */
-    {"residual", 5e-6, 5e-6},
-    {"gated", 5e-6, 5e-6},
+    {"residual", 5e-6, 5e-6},    {"gated", 5e-6, 5e-6},
     {"rope", 2e-6, 0},         /* the same libm calls on every instruction set */
     {"attend", 1e-5, 1e-5},    /* two sums around an exponential */
     {"attend_bf16", 2e-2, 2e-2}, /* a key may round to the other neighbour: 2^-8 each */
-    {"conv", 5e-6, 5e-6},
-    {"transposed", 5e-6, 5e-6},
+    {"conv", 5e-6, 5e-6},        {"transposed", 5e-6, 5e-6},
     {"rvq_encode", 0, 0},      /* codes; the seeds have no near ties */
-    {"rvq_decode", 5e-6, 5e-6},
-    {"softmax", 2e-6, 2e-6},
+    {"rvq_decode", 5e-6, 5e-6},  {"softmax", 2e-6, 2e-6},
 };
 
 static int passed, failed;
@@ -258,14 +255,14 @@ static void must(struct backend *backend, int status)
 }
 
 /* Each operation as a stage of its own. */
-#define STAGE(operation)                                                    \
-    static void stage_##operation(struct backend *backend, void *op)        \
-    {                                                                       \
-        backend->ops->operation(backend, op);                               \
-    }                                                                       \
-    static void run_##operation(struct backend *backend, void *op)          \
-    {                                                                       \
-        must(backend, backend->ops->run(backend, 0, stage_##operation, op)); \
+#define STAGE(operation)                                                                           \
+    static void stage_##operation(struct backend *backend, void *op)                               \
+    {                                                                                              \
+        backend->ops->operation(backend, op);                                                      \
+    }                                                                                              \
+    static void run_##operation(struct backend *backend, void *op)                                 \
+    {                                                                                              \
+        must(backend, backend->ops->run(backend, 0, stage_##operation, op));                       \
     }
 STAGE(embed)
 STAGE(norm)
@@ -299,8 +296,11 @@ static void case_norm(const struct shape *s, struct backend *backend, struct out
     if (backend) {
         size_t at = first_row(s) * width;
 
-        run_norm(backend, &(struct op_norm){.name = "norm", .n = s->only < 0 ? s->n : 1,
-                                            .width = s->in, .x = x + at, .norm = norm,
+        run_norm(backend, &(struct op_norm){.name = "norm",
+                                            .n = s->only < 0 ? s->n : 1,
+                                            .width = s->in,
+                                            .x = x + at,
+                                            .norm = norm,
                                             .y = o->y + at});
         return;
     }
@@ -321,8 +321,10 @@ static void case_softmax(const struct shape *s, struct backend *backend, struct 
         size_t at = first_row(s) * width;
 
         run_softmax(backend, &(struct op_softmax){.name = "softmax",
-                                                  .n = s->only < 0 ? s->n : 1, .width = s->in,
-                                                  .x = x + at, .y = o->y + at});
+                                                  .n = s->only < 0 ? s->n : 1,
+                                                  .width = s->in,
+                                                  .x = x + at,
+                                                  .y = o->y + at});
         return;
     }
     for (size_t i = 0; i < (size_t)s->n; i++) {
@@ -348,11 +350,15 @@ static void case_linear(const struct shape *s, struct backend *backend, struct o
     prepare(backend, &weight, s->packed);
     poison(y, (size_t)s->n * stride * sizeof *y);
     if (backend)
-        run_linear(backend,
-                   &(struct op_linear){.name = "linear", .n = s->only < 0 ? s->n : 1,
-                                       .x = x + first_row(s) * in, .norm = norm, .weight = weight,
-                                       .bias = bias, .activation = activation,
-                                       .y = y + first_row(s) * stride, .y_stride = (int)stride});
+        run_linear(backend, &(struct op_linear){.name = "linear",
+                                                .n = s->only < 0 ? s->n : 1,
+                                                .x = x + first_row(s) * in,
+                                                .norm = norm,
+                                                .weight = weight,
+                                                .bias = bias,
+                                                .activation = activation,
+                                                .y = y + first_row(s) * stride,
+                                                .y_stride = (int)stride});
     for (int i = 0; i < s->n; i++) {
         double *a = naive_norm(&norm, x + (size_t)i * in, s->in);
 
@@ -378,16 +384,18 @@ static void case_residual(const struct shape *s, struct backend *backend, struct
     start_outcome(o, s->n, out, 0);
     prepare(backend, &weight, s->packed);
     if (backend)
-        run_linear_residual(backend, &(struct op_linear_residual){
-                                         .name = "residual", .n = s->only < 0 ? s->n : 1,
-                                         .u = u + first_row(s) * in, .weight = weight,
-                                         .scale = scale, .x = x + first_row(s) * out});
+        run_linear_residual(backend, &(struct op_linear_residual){.name = "residual",
+                                                                  .n = s->only < 0 ? s->n : 1,
+                                                                  .u = u + first_row(s) * in,
+                                                                  .weight = weight,
+                                                                  .scale = scale,
+                                                                  .x = x + first_row(s) * out});
     for (int i = 0; i < s->n && !backend; i++) {
         double *a = naive_norm(&(struct norm){.kind = NORM_NONE}, u + (size_t)i * in, s->in);
 
         for (int r = 0; r < s->out; r++)
-            x[(size_t)i * out + (size_t)r] +=
-                (float)((scale ? scale[r] : 1) * naive_dot(&weight, r, a));
+            x[(size_t)i * out + (size_t)r] += (float)((scale ? scale[r] : 1) *
+                                                      naive_dot(&weight, r, a));
     }
     memcpy(o->y, x, (size_t)s->n * out * sizeof *x);
 }
@@ -402,10 +410,12 @@ static void case_gated(const struct shape *s, struct backend *backend, struct ou
     start_outcome(o, s->n, out, 0);
     prepare(backend, &weight, s->packed);
     if (backend) {
-        run_linear_gated(backend, &(struct op_linear_gated){
-                                      .name = "gated", .n = s->only < 0 ? s->n : 1,
-                                      .x = x + first_row(s) * in, .norm = norm, .weight = weight,
-                                      .y = o->y + first_row(s) * out});
+        run_linear_gated(backend, &(struct op_linear_gated){.name = "gated",
+                                                            .n = s->only < 0 ? s->n : 1,
+                                                            .x = x + first_row(s) * in,
+                                                            .norm = norm,
+                                                            .weight = weight,
+                                                            .y = o->y + first_row(s) * out});
         return;
     }
     for (int i = 0; i < s->n; i++) {
@@ -441,13 +451,15 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
     start_outcome(o, s->n, out, 0);
     if (!(s->variant & 8) && backend) poison(y, (size_t)s->n * out * sizeof *y);
     if (backend)
-        run_embed(backend,
-                  &(struct op_embed){.name = "embed", .rows = call_rows(s, rows),
-                                     .n_streams = STREAMS, .token_stride = STREAMS + 2,
-                                     .tokens = tokens + first_row(s) * (STREAMS + 2),
-                                     .tables = tables, .condition = condition,
-                                     .accumulate = (s->variant & 8) != 0,
-                                     .y = y + first_row(s) * out});
+        run_embed(backend, &(struct op_embed){.name = "embed",
+                                              .rows = call_rows(s, rows),
+                                              .n_streams = STREAMS,
+                                              .token_stride = STREAMS + 2,
+                                              .tokens = tokens + first_row(s) * (STREAMS + 2),
+                                              .tables = tables,
+                                              .condition = condition,
+                                              .accumulate = (s->variant & 8) != 0,
+                                              .y = y + first_row(s) * out});
     for (int i = 0; i < s->n && !backend; i++) {
         for (int d = 0; d < s->out; d++) {
             size_t at = (size_t)i * out + (size_t)d;
@@ -463,7 +475,8 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
                     row[k] = (float)weight_at(&tables[t].table, (size_t)(token * columns + k));
                 a = naive_norm(&tables[t].norm, row, columns);
                 sum += s->variant & 1 ? naive_dot(&tables[t].low_rank, d, a) : a[d];
-                arena_used -= (((size_t)columns * 4 + 127) / 64 + ((size_t)columns * 8 + 127) / 64) * 64;
+                arena_used -=
+                    (((size_t)columns * 4 + 127) / 64 + ((size_t)columns * 8 + 127) / 64) * 64;
             }
             if (condition) sum += condition[(size_t)rows.lane[i] * out + (size_t)d];
             y[at] = (float)sum;
@@ -474,7 +487,15 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
 
 /* ---- attention -------------------------------------------------------------------------- */
 
-enum { PAGE = 8, PAGES = 3, RING = PAGE * PAGES, WIDTH = 24, CONTEXT = 13, CAPACITY = 14, LAYER = 1 };
+enum {
+    PAGE = 8,
+    PAGES = 3,
+    RING = PAGE * PAGES,
+    WIDTH = 24,
+    CONTEXT = 13,
+    CAPACITY = 14,
+    LAYER = 1
+};
 
 /* Several calls of rope, qkv, attend and advance, over the end of the ring. shape.in: head width,
  * shape.out: heads; variant: 1 no rope, 2 keys made from a condition, 4 two heads share keys. */
@@ -512,8 +533,12 @@ static struct attention take_attention(const struct shape *s)
     }
     for (int l = 0; l < lanes; l++) a.position[l] = 2 * l, a.key_count[l] = 3 + l % RING;
     a.cache = (struct kv_cache){.page_bytes = 2 * 2 * a.keys * PAGE * element + 64,
-                                .table = a.table, .pages_per_lane = PAGES, .page_positions = PAGE,
-                                .layers = 2, .kv_heads = a.kv_heads, .head_dim = a.dim,
+                                .table = a.table,
+                                .pages_per_lane = PAGES,
+                                .page_positions = PAGE,
+                                .layers = 2,
+                                .kv_heads = a.kv_heads,
+                                .head_dim = a.dim,
                                 .dtype = s->kv};
     elements = a.cache.page_bytes * (size_t)pages / element;
     a.cache.pages = take(elements * element);
@@ -661,32 +686,50 @@ static void case_attend(const struct shape *s, struct backend *backend, struct o
                    (size_t)(steps * WIDTH) * sizeof *x);
         poison(y, (size_t)n * a.queries * sizeof *y);
         poison(q, (size_t)n * a.queries * sizeof *q);
-        run_rope(backend, &(struct op_rope){.name = "rope", .rows = now, .steps = steps,
-                                            .head_dim = a.dim, .max_period = 10000,
+        run_rope(backend, &(struct op_rope){.name = "rope",
+                                            .rows = now,
+                                            .steps = steps,
+                                            .head_dim = a.dim,
+                                            .max_period = 10000,
                                             .position = a.position,
                                             .cos_sin = cos_sin + at * (size_t)a.dim});
         if (s->variant & 2)
-            run_linear(backend, &(struct op_linear){.name = "q", .n = now.n * steps,
-                                                    .x = x + at * WIDTH, .norm = a.norm,
-                                                    .weight = a.weight, .y = q + at * a.queries});
+            run_linear(backend, &(struct op_linear){.name = "q",
+                                                    .n = now.n * steps,
+                                                    .x = x + at * WIDTH,
+                                                    .norm = a.norm,
+                                                    .weight = a.weight,
+                                                    .y = q + at * a.queries});
         else
-            run_qkv(backend,
-                    &(struct op_qkv){.name = "qkv", .rows = now, .steps = steps,
-                                     .heads = a.heads, .layer = LAYER, .x = x + at * WIDTH,
-                                     .norm = a.norm, .weight = a.weight,
-                                     .cos_sin = s->variant & 1 ? NULL
-                                                               : cos_sin + at * (size_t)a.dim,
-                                     .position = a.position, .cache = &a.cache,
-                                     .q = q + at * a.queries});
-        run_attend(backend,
-                   &(struct op_attend){.name = "attend", .rows = now, .steps = steps,
-                                       .heads = a.heads, .layer = LAYER,
-                                       .causal = !(s->variant & 2), .context = CONTEXT,
-                                       .capacity = CAPACITY, .position = a.position,
-                                       .key_count = a.key_count, .cache = &a.cache,
-                                       .q = q + at * a.queries, .y = y + at * a.queries});
-        run_advance(backend, &(struct op_advance){.name = "advance", .rows = now,
-                                                  .steps = steps, .position = a.position});
+            run_qkv(backend, &(struct op_qkv){
+                                 .name = "qkv",
+                                 .rows = now,
+                                 .steps = steps,
+                                 .heads = a.heads,
+                                 .layer = LAYER,
+                                 .x = x + at * WIDTH,
+                                 .norm = a.norm,
+                                 .weight = a.weight,
+                                 .cos_sin = s->variant & 1 ? NULL : cos_sin + at * (size_t)a.dim,
+                                 .position = a.position,
+                                 .cache = &a.cache,
+                                 .q = q + at * a.queries});
+        run_attend(backend, &(struct op_attend){.name = "attend",
+                                                .rows = now,
+                                                .steps = steps,
+                                                .heads = a.heads,
+                                                .layer = LAYER,
+                                                .causal = !(s->variant & 2),
+                                                .context = CONTEXT,
+                                                .capacity = CAPACITY,
+                                                .position = a.position,
+                                                .key_count = a.key_count,
+                                                .cache = &a.cache,
+                                                .q = q + at * a.queries,
+                                                .y = y + at * a.queries});
+        run_advance(backend,
+                    &(struct op_advance){
+                        .name = "advance", .rows = now, .steps = steps, .position = a.position});
         for (size_t i = 0; i < (size_t)s->n; i++)
             memcpy(o->y + i * o->width + (size_t)call * chunk, y + i * chunk, chunk * sizeof *y);
     }
@@ -702,8 +745,11 @@ static void case_rope(const struct shape *s, struct backend *backend, struct out
     for (int l = 0; l < lanes_of(s->n); l++) position[l] = l * l * 37;
     start_outcome(o, s->n, width, 0);
     if (backend)
-        run_rope(backend, &(struct op_rope){.name = "rope", .rows = now, .steps = s->steps,
-                                            .head_dim = s->in, .max_period = 100000,
+        run_rope(backend, &(struct op_rope){.name = "rope",
+                                            .rows = now,
+                                            .steps = s->steps,
+                                            .head_dim = s->in,
+                                            .max_period = 100000,
                                             .position = position,
                                             .cos_sin = o->y + first_row(s) * width});
     for (int i = 0; i < s->n * s->steps && !backend; i++) {
@@ -741,7 +787,10 @@ static void case_conv(const struct shape *s, struct backend *backend, struct out
     int kernel = s->levels / 100, stride = s->levels % 100, past = kernel - stride;
     int elu = s->variant & 1, total = s->steps * s->calls, steps = s->steps / stride;
     int lanes = lanes_of(s->n);
-    struct conv conv = {.in = s->in, .out = s->out, .kernel = kernel, .stride = stride,
+    struct conv conv = {.in = s->in,
+                        .out = s->out,
+                        .kernel = kernel,
+                        .stride = stride,
                         .weight = take_matrix(s->format, s->out, kernel * s->in),
                         .bias = s->variant & 8 ? NULL : take_random((size_t)s->out, 1),
                         .replicate = (s->variant & 4) != 0};
@@ -752,7 +801,8 @@ static void case_conv(const struct shape *s, struct backend *backend, struct out
     float *history = take((size_t)lanes * history_floats * sizeof *history);
     int32_t *first = take((size_t)lanes * sizeof *first);
     float *xs = take((size_t)(s->n * s->steps * s->in) * sizeof *xs);
-    float *rs = take((size_t)s->n * chunk * sizeof *rs), *y = take((size_t)s->n * chunk * sizeof *y);
+    float *rs = take((size_t)s->n * chunk * sizeof *rs),
+          *y = take((size_t)s->n * chunk * sizeof *y);
     float *work = take((size_t)(s->n * (past + s->steps) * s->in) * sizeof *work);
 
     start_outcome(o, s->n, chunk * (size_t)s->calls, history_floats * 4 + sizeof *first);
@@ -777,10 +827,16 @@ static void case_conv(const struct shape *s, struct backend *backend, struct out
         }
         poison(y, (size_t)s->n * chunk * sizeof *y);
         run_conv(backend,
-                 &(struct op_conv){.name = "conv", .rows = now, .steps = s->steps, .conv = &conv,
-                                   .elu = elu, .x = xs + first_row(s) * in_chunk,
+                 &(struct op_conv){.name = "conv",
+                                   .rows = now,
+                                   .steps = s->steps,
+                                   .conv = &conv,
+                                   .elu = elu,
+                                   .x = xs + first_row(s) * in_chunk,
                                    .residual = s->variant & 2 ? rs + first_row(s) * chunk : NULL,
-                                   .history = history, .first = first, .work = work,
+                                   .history = history,
+                                   .first = first,
+                                   .work = work,
                                    .y = y + first_row(s) * chunk});
         for (size_t i = 0; i < (size_t)s->n; i++)
             memcpy(o->y + i * o->width + (size_t)call * chunk, y + i * chunk, chunk * sizeof *y);
@@ -798,8 +854,9 @@ static void case_conv(const struct shape *s, struct backend *backend, struct out
             for (int k = 0; k < conv.weight.cols; k++) {
                 int at = t * stride - past + k / s->in;
 
-                tap[k] = at >= 0 ? signal[at * s->in + k % s->in]
-                                 : conv.replicate ? signal[k % s->in] : 0;
+                tap[k] = at >= 0          ? signal[at * s->in + k % s->in]
+                         : conv.replicate ? signal[k % s->in]
+                                          : 0;
             }
             for (int c = 0; c < s->out; c++) {
                 size_t to = (size_t)(t * s->out + c);
@@ -825,8 +882,12 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
     float *dense = take(rows_w * cols * sizeof *dense);
     float *thin = take((size_t)(kernel * s->in) * sizeof *thin);
     void *data = take(rows_w * cols * 4);
-    struct conv conv = {.in = s->in, .out = out, .kernel = kernel, .stride = stride,
-                        .depthwise = depthwise != 0, .depthwise_weight = thin,
+    struct conv conv = {.in = s->in,
+                        .out = out,
+                        .kernel = kernel,
+                        .stride = stride,
+                        .depthwise = depthwise != 0,
+                        .depthwise_weight = thin,
                         .bias = s->variant & 8 ? NULL : take_random((size_t)out, 1)};
     struct rows rows = take_rows(s), now = call_rows(s, rows);
     float *x = take_random((size_t)(s->n * total * s->in), 2);
@@ -845,14 +906,14 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
                       (size_t)(k < stride ? s->in + c : c)] = weight[(c * out + d) * kernel + k];
     if (!depthwise) {
         weight_convert(WEIGHT_F32, dense, s->format, data, rows_w * cols);
-        conv.weight = (struct matrix){.format = s->format, .rows = (int)rows_w,
-                                      .cols = (int)cols, .data = data};
+        conv.weight = (struct matrix){
+            .format = s->format, .rows = (int)rows_w, .cols = (int)cols, .data = data};
         for (int c = 0; c < s->in; c++) /* the naive side reads the rounded weights */
             for (int d = 0; d < out; d++)
                 for (int k = 0; k < kernel; k++)
-                    weight[(c * out + d) * kernel + k] = (float)weight_at(
-                        &conv.weight, (size_t)(k % stride * out + d) * cols +
-                                          (size_t)(k < stride ? s->in + c : c));
+                    weight[(c * out + d) * kernel + k] =
+                        (float)weight_at(&conv.weight, (size_t)(k % stride * out + d) * cols +
+                                                           (size_t)(k < stride ? s->in + c : c));
     }
     start_outcome(o, s->n, chunk * (size_t)s->calls, (size_t)s->in * 4);
     for (int i = 0; i < s->n; i++)
@@ -865,12 +926,15 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
             memcpy(xs + i * in_chunk, x + (i * (size_t)s->calls + (size_t)call) * in_chunk,
                    in_chunk * sizeof *x);
         poison(y, (size_t)s->n * chunk * sizeof *y);
-        run_conv_transposed(backend,
-                            &(struct op_conv_transposed){
-                                .name = "transposed", .rows = now, .steps = s->steps,
-                                .conv = &conv, .elu = s->variant & 1,
-                                .x = xs + first_row(s) * in_chunk, .history = history,
-                                .work = work, .y = y + first_row(s) * chunk});
+        run_conv_transposed(backend, &(struct op_conv_transposed){.name = "transposed",
+                                                                  .rows = now,
+                                                                  .steps = s->steps,
+                                                                  .conv = &conv,
+                                                                  .elu = s->variant & 1,
+                                                                  .x = xs + first_row(s) * in_chunk,
+                                                                  .history = history,
+                                                                  .work = work,
+                                                                  .y = y + first_row(s) * chunk});
         for (size_t i = 0; i < (size_t)s->n; i++)
             memcpy(o->y + i * o->width + (size_t)call * chunk, y + i * chunk, chunk * sizeof *y);
     }
@@ -887,8 +951,8 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
                             signal[t * s->in + c] *
                             weight[depthwise ? c * kernel + k : (c * out + d) * kernel + k];
         for (size_t j = 0; j < o->width; j++)
-            o->y[(size_t)i * o->width + j] =
-                (float)(sum[j] + (conv.bias ? conv.bias[j % (size_t)out] : 0));
+            o->y[(size_t)i * o->width + j] = (float)(sum[j] +
+                                                     (conv.bias ? conv.bias[j % (size_t)out] : 0));
         arena_used = mark;
     }
 }
@@ -900,14 +964,17 @@ static struct rvq take_rvq(const struct shape *s)
     size_t dim = (size_t)s->out;
     float *entries = take_random((size_t)s->levels * BINS * dim, 1);
     float *half = take((size_t)s->levels * BINS * sizeof *half);
-    struct rvq rvq = {.levels = s->levels, .bins = BINS, .dim = s->out,
+    struct rvq rvq = {.levels = s->levels,
+                      .bins = BINS,
+                      .dim = s->out,
                       .in_proj = take_matrix(s->format, s->out, s->in),
                       .out_proj = take_matrix(s->format, s->in, s->out)};
 
     for (size_t d = 0; d < dim; d++)
         entries[1 * dim + d] = entries[70 * dim + d] = entries[130 * dim + d] = 0;
     for (size_t e = 0; e < (size_t)s->levels * BINS; e++)
-        for (size_t d = 0; d < dim; d++) half[e] += 0.5f * entries[e * dim + d] * entries[e * dim + d];
+        for (size_t d = 0; d < dim; d++)
+            half[e] += 0.5f * entries[e * dim + d] * entries[e * dim + d];
     rvq.codebooks = entries;
     rvq.half_norms = half;
     return rvq;
@@ -927,12 +994,14 @@ static void case_rvq_encode(const struct shape *s, struct backend *backend, stru
     start_outcome(o, s->n, (size_t)s->levels, 0);
     prepare(backend, &rvq.in_proj, s->packed);
     if (backend)
-        run_rvq_encode(backend,
-                       &(struct op_rvq_encode){.name = "encode", .n = s->only < 0 ? s->n : 1,
-                                               .levels = s->levels, .code_stride = stride,
-                                               .rvq = &rvq, .x = x + first_row(s) * in,
-                                               .codes = codes + (int)first_row(s) * stride,
-                                               .work = work});
+        run_rvq_encode(backend, &(struct op_rvq_encode){.name = "encode",
+                                                        .n = s->only < 0 ? s->n : 1,
+                                                        .levels = s->levels,
+                                                        .code_stride = stride,
+                                                        .rvq = &rvq,
+                                                        .x = x + first_row(s) * in,
+                                                        .codes = codes + (int)first_row(s) * stride,
+                                                        .work = work});
     for (int i = 0; i < s->n; i++) {
         double *r = take(dim * sizeof *r);
         double *a = naive_norm(&(struct norm){.kind = NORM_NONE}, x + (size_t)i * in, s->in);
@@ -973,12 +1042,15 @@ static void case_rvq_decode(const struct shape *s, struct backend *backend, stru
     prepare(backend, &rvq.out_proj, s->packed);
     if (!s->variant && backend) poison(y, (size_t)s->n * in * sizeof *y);
     if (backend)
-        run_rvq_decode(backend,
-                       &(struct op_rvq_decode){.name = "decode", .n = s->only < 0 ? s->n : 1,
-                                               .levels = s->levels, .code_stride = stride,
-                                               .accumulate = s->variant, .rvq = &rvq,
-                                               .codes = codes + (int)first_row(s) * stride,
-                                               .work = work, .y = y + first_row(s) * in});
+        run_rvq_decode(backend, &(struct op_rvq_decode){.name = "decode",
+                                                        .n = s->only < 0 ? s->n : 1,
+                                                        .levels = s->levels,
+                                                        .code_stride = stride,
+                                                        .accumulate = s->variant,
+                                                        .rvq = &rvq,
+                                                        .codes = codes + (int)first_row(s) * stride,
+                                                        .work = work,
+                                                        .y = y + first_row(s) * in});
     for (int i = 0; i < s->n && !backend; i++) {
         double *sum = take(dim * sizeof *sum);
 
@@ -990,7 +1062,8 @@ static void case_rvq_decode(const struct shape *s, struct backend *backend, stru
         }
         for (int r = 0; r < s->in; r++)
             y[(size_t)i * in + (size_t)r] = (float)(naive_dot(&rvq.out_proj, r, sum) +
-                                                    (s->variant ? y[(size_t)i * in + (size_t)r] : 0));
+                                                    (s->variant ? y[(size_t)i * in + (size_t)r]
+                                                                : 0));
     }
     memcpy(o->y, y, (size_t)s->n * in * sizeof *y);
 }
@@ -1163,9 +1236,12 @@ static void check_products(const char *operation, case_function *function, int v
                     /* A residual of one number soon is as small as its rounding: near ties. */
                     if (function == case_rvq_encode && sizes[j][1] == 1) continue;
                     check_shape(function,
-                                (struct shape){.operation = operation, .n = row_counts[i],
-                                               .in = sizes[j][0], .out = sizes[j][1],
-                                               .levels = levels, .packed = packed,
+                                (struct shape){.operation = operation,
+                                               .n = row_counts[i],
+                                               .in = sizes[j][0],
+                                               .out = sizes[j][1],
+                                               .levels = levels,
+                                               .packed = packed,
                                                .format = (enum weight_format)format,
                                                .variant = variant},
                                 &tally);
@@ -1185,8 +1261,11 @@ static void check_rows(const char *operation, case_function *function, int varia
         for (int j = 0; j < COUNT(sizes); j++)
             for (int v = 0; v < variants; v++)
                 check_shape(function,
-                            (struct shape){.operation = operation, .n = row_counts[i],
-                                           .steps = steps, .in = sizes[j][0], .variant = v},
+                            (struct shape){.operation = operation,
+                                           .n = row_counts[i],
+                                           .steps = steps,
+                                           .in = sizes[j][0],
+                                           .variant = v},
                             &tally);
     report(operation, "f32", &tally);
 }
@@ -1203,9 +1282,12 @@ static void check_attention(void)
                 for (int variant = 0; variant < 8; variant++)
                     if ((variant & 3) != 3)
                         check_shape(case_attend,
-                                    (struct shape){.operation = "attend", .n = row_counts[i],
-                                                   .in = heads[j][0], .out = heads[j][1],
-                                                   .steps = heads[j][2], .calls = 9,
+                                    (struct shape){.operation = "attend",
+                                                   .n = row_counts[i],
+                                                   .in = heads[j][0],
+                                                   .out = heads[j][1],
+                                                   .steps = heads[j][2],
+                                                   .calls = 9,
                                                    .format = (enum weight_format)(j % 3),
                                                    .packed = variant % 2,
                                                    .kv = kv ? MOSHI_BF16 : MOSHI_F32,
@@ -1232,10 +1314,14 @@ static void check_codec(void)
                 for (int j = 0; j < COUNT(convs); j++)
                     for (int variant = (i + j) % 3; variant < 16; variant += 3)
                         check_shape(case_conv,
-                                    (struct shape){.operation = "conv", .n = row_counts[i],
-                                                   .in = convs[j][0], .out = convs[j][1],
-                                                   .levels = convs[j][2], .steps = convs[j][3],
-                                                   .calls = 3, .variant = variant,
+                                    (struct shape){.operation = "conv",
+                                                   .n = row_counts[i],
+                                                   .in = convs[j][0],
+                                                   .out = convs[j][1],
+                                                   .levels = convs[j][2],
+                                                   .steps = convs[j][3],
+                                                   .calls = 3,
+                                                   .variant = variant,
                                                    .packed = packed,
                                                    .format = (enum weight_format)format},
                                     &conv);
@@ -1248,8 +1334,10 @@ static void check_codec(void)
                                                        .in = transposed[j][0],
                                                        .out = transposed[j][1],
                                                        .levels = transposed[j][2],
-                                                       .steps = transposed[j][3], .calls = 3,
-                                                       .variant = variant, .packed = packed,
+                                                       .steps = transposed[j][3],
+                                                       .calls = 3,
+                                                       .variant = variant,
+                                                       .packed = packed,
                                                        .format = (enum weight_format)format},
                                         &back);
             }
@@ -1357,7 +1445,8 @@ static void test_sample_draws_as_defined(struct backend *backend)
             params[l].seed[0] = random_bits();
             params[l].seed[1] = random_bits();
             params[l].temperature[0] = params[l].temperature[1] = (float)(l % 4) * 0.4f;
-            params[l].top_k[0] = params[l].top_k[1] = random_below(2) ? 0 : 1 + random_below(card + 3);
+            params[l].top_k[0] = params[l].top_k[1] = random_below(2) ? 0
+                                                                      : 1 + random_below(card + 3);
             params[l].cfg_coef = 1.5f;
             params[l].cfg_no_text = l % 2;
             params[l].pad_bias = uniform();
@@ -1370,16 +1459,24 @@ static void test_sample_draws_as_defined(struct backend *backend)
         expected = take((size_t)(2 * N * card) * sizeof *expected);
         memcpy(expected, logits, (size_t)(2 * N * card) * sizeof *logits);
         poison(token, sizeof token);
-        op = (struct op_sample){.name = "sample", .rows = rows, .stream = stream, .card = card,
-                                .padding_id = card / 2, .logits = logits, .null_row = null_row,
-                                .params = params, .offset = offset, .token = token,
+        op = (struct op_sample){.name = "sample",
+                                .rows = rows,
+                                .stream = stream,
+                                .card = card,
+                                .padding_id = card / 2,
+                                .logits = logits,
+                                .null_row = null_row,
+                                .params = params,
+                                .offset = offset,
+                                .token = token,
                                 .token_stride = 2};
         run_sample(backend, &op);
         for (int i = 0; i < N; i++) {
             int slot = rows.lane[i], side = stream > 0;
             float *row = expected + (size_t)(i * card);
             const float *null_logits = row + (size_t)(N * card);
-            int32_t forced = side ? params[slot].forced_audio[stream - 1] : params[slot].forced_text;
+            int32_t forced = side ? params[slot].forced_audio[stream - 1]
+                                  : params[slot].forced_text;
             int32_t want;
 
             if (!rows.active[i]) {
@@ -1390,9 +1487,8 @@ static void test_sample_draws_as_defined(struct backend *backend)
                 row[id] = null_logits[id] + (row[id] - null_logits[id]) * 1.5f;
             if (!side) row[card / 2] += params[slot].pad_bias;
             in_place &= memcmp(row, logits + i * card, (size_t)card * 4) == 0;
-            want = naive_sample(row, card, params[slot].top_k[side],
-                                params[slot].temperature[side], params[slot].seed, offset[slot],
-                                stream);
+            want = naive_sample(row, card, params[slot].top_k[side], params[slot].temperature[side],
+                                params[slot].seed, offset[slot], stream);
             good &= token[2 * i] == (forced == TOKEN_FREE ? want : forced);
             good &= null_row[i] < 0 || token[2 * null_row[i]] == token[2 * i];
         }
@@ -1415,10 +1511,15 @@ static void test_sample_follows_the_softmax(struct backend *backend)
     for (int i = 0; i < CARD; i++) total += exp((original[i] = uniform()) / 0.7);
     for (offset = 0; offset < DRAWS; offset++) {
         memcpy(logits, original, sizeof logits);
-        run_sample(backend, &(struct op_sample){.name = "sample", .rows = {1, &lane, &active},
-                                                .card = CARD, .padding_id = 3, .logits = logits,
-                                                .null_row = &null_row, .params = &params,
-                                                .offset = &offset, .token = &token,
+        run_sample(backend, &(struct op_sample){.name = "sample",
+                                                .rows = {1, &lane, &active},
+                                                .card = CARD,
+                                                .padding_id = 3,
+                                                .logits = logits,
+                                                .null_row = &null_row,
+                                                .params = &params,
+                                                .offset = &offset,
+                                                .token = &token,
                                                 .token_stride = 1});
         counts[token]++;
     }
@@ -1441,9 +1542,16 @@ static void test_bad_logits_are_an_error(struct backend *backend)
     struct slot_params params = {.forced_text = TOKEN_FREE};
     int32_t lane = 0, null_row = -1, offset = 0, token;
     uint8_t active = 1;
-    struct op_sample op = {.name = "sample", .rows = {1, &lane, &active}, .stream = 0, .card = 3,
-                           .logits = logits, .null_row = &null_row, .params = &params,
-                           .offset = &offset, .token = &token, .token_stride = 1};
+    struct op_sample op = {.name = "sample",
+                           .rows = {1, &lane, &active},
+                           .stream = 0,
+                           .card = 3,
+                           .logits = logits,
+                           .null_row = &null_row,
+                           .params = &params,
+                           .offset = &offset,
+                           .token = &token,
+                           .token_stride = 1};
     int status = backend->ops->run(backend, 0, stage_bad_logits, &op);
     int named = strstr(moshi_error_detail(), "stream 0") != NULL;
 
@@ -1466,8 +1574,11 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
     enum { N = 3, LANES = 5, FRAMES = 40 };
     int users = streams - 1 - dep_q, max_delay = 0, columns, good = 1;
     struct slow_slot slots[LANES];
-    struct delay_cache cache = {.streams = streams, .dep_q = dep_q, .initial_text = 1000,
-                                .initial_audio = 2000, .delays = delays};
+    struct delay_cache cache = {.streams = streams,
+                                .dep_q = dep_q,
+                                .initial_text = 1000,
+                                .initial_audio = 2000,
+                                .delays = delays};
     struct slot_params *params;
     int32_t lane[N] = {4, 0, 2}, null_row[N] = {3, -1, 4};
 
@@ -1492,22 +1603,29 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
         for (int i = 0; i < N; i++) {
             active[i] = random_below(4) > 0;
             text[i] = random_below(900);
-            for (int j = 0; j < 8; j++) user[i][j] = random_below(900), audio[i][j] = random_below(900);
+            for (int j = 0; j < 8; j++)
+                user[i][j] = random_below(900), audio[i][j] = random_below(900);
             for (int j = 0; j < users; j++) flat[i * users + j] = user[i][j];
         }
         poison(shaken, sizeof shaken);
-        run_delay_input(backend,
-                        &(struct op_delay_input){.name = "delay", .rows = rows, .cache = &cache,
-                                                 .params = params, .user = flat,
-                                                 .null_row = null_row, .tokens = shaken});
+        run_delay_input(backend, &(struct op_delay_input){.name = "delay",
+                                                          .rows = rows,
+                                                          .cache = &cache,
+                                                          .params = params,
+                                                          .user = flat,
+                                                          .null_row = null_row,
+                                                          .tokens = shaken});
         for (int i = 0; i < 5; i++)
             for (int s = 0; s < streams; s++) tokens[i][s] = shaken[i * streams + s];
         for (int i = 0; i < N; i++)
             for (int j = 0; j < dep_q; j++) flat[i * dep_q + j] = audio[i][j];
         poison(shaken, sizeof shaken);
-        run_delay_output(backend,
-                         &(struct op_delay_output){.name = "delay", .rows = rows, .cache = &cache,
-                                                   .text = text, .audio = flat, .out = shaken});
+        run_delay_output(backend, &(struct op_delay_output){.name = "delay",
+                                                            .rows = rows,
+                                                            .cache = &cache,
+                                                            .text = text,
+                                                            .audio = flat,
+                                                            .out = shaken});
         for (int i = 0; i < N; i++)
             for (int s = 0; s <= dep_q; s++) out[i][s] = shaken[i * (1 + dep_q) + s];
         for (int i = 0; i < N; i++) {
@@ -1534,10 +1652,9 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
                 for (int k = 0; k < dep_q; k++) slot->cache[1 + k][o % columns] = audio[i][k];
             }
             for (int s = 0; s <= dep_q; s++)
-                good &= out[i][s] ==
-                        (active[i] && o > max_delay
-                             ? slot->cache[s][(o - max_delay + delays[s]) % columns]
-                             : TOKEN_NONE);
+                good &= out[i][s] == (active[i] && o > max_delay
+                                          ? slot->cache[s][(o - max_delay + delays[s]) % columns]
+                                          : TOKEN_NONE);
         }
     }
     verdict(good, "the delay cache follows the pseudo-code (%d streams, largest delay %d)", streams,
@@ -1587,7 +1704,10 @@ static void test_too_little_scratch_is_an_error(void)
 {
     struct backend *backend;
     static float x[64], w[64], y[64];
-    struct op_linear op = {.name = "linear", .n = 64, .x = x, .y = y,
+    struct op_linear op = {.name = "linear",
+                           .n = 64,
+                           .x = x,
+                           .y = y,
                            .weight = {.format = WEIGHT_F32, .rows = 1, .cols = 1, .data = w}};
     int good = cpu_backend_create(1, &backend) == MOSHI_OK;
 
@@ -1628,8 +1748,8 @@ static void test_many_threads_on_few_cores(void)
     start = os_clock();
     for (int i = 0; i < 2000 && good; i++) {
         poison(y, 256 * sizeof *y);
-        run_linear(backend, &(struct op_linear){.name = "linear", .n = 1, .x = x,
-                                                .weight = weight, .y = y});
+        run_linear(backend,
+                   &(struct op_linear){.name = "linear", .n = 1, .x = x, .weight = weight, .y = y});
         for (int r = 0; r < 256; r++) good &= isfinite(y[r]);
     }
     if (backend) backend->ops->destroy(backend);
@@ -1826,9 +1946,9 @@ static double bench_run(const char *name, void (*once)(struct bench_job *), stru
                100 * bytes / seconds[SAMPLES / 2] / rates[SAMPLES / 2],
                100 * bytes / seconds[0] / rates[SAMPLES - 1]);
     if (flops > 0)
-        printf("  %5.1f GFLOP/s, best %5.1f of %5.1f (%.0f%%)",
-               flops / seconds[SAMPLES / 2] / 1e9, flops / seconds[0] / 1e9,
-               peaks[SAMPLES - 1] / 1e9, 100 * flops / seconds[0] / peaks[SAMPLES - 1]);
+        printf("  %5.1f GFLOP/s, best %5.1f of %5.1f (%.0f%%)", flops / seconds[SAMPLES / 2] / 1e9,
+               flops / seconds[0] / 1e9, peaks[SAMPLES - 1] / 1e9,
+               100 * flops / seconds[0] / peaks[SAMPLES - 1]);
     printf("\n");
     return seconds[SAMPLES / 2];
 }
@@ -1843,13 +1963,15 @@ static void once_linear(struct bench_job *job)
 
 static void bench_linear(struct backend *backend, enum weight_format format, int rows)
 {
-    struct bench_job job = {.backend = backend, .rows = rows, .in = 4096, .out = 4096,
-                            .format = format};
+    struct bench_job job = {
+        .backend = backend, .rows = rows, .in = 4096, .out = 4096, .format = format};
     double elements = 4096.0 * 4096;
     char name[64];
 
     start_case(1);
-    job.linear = (struct op_linear){.name = "bench", .n = rows, .x = take_random((size_t)rows * 4096, 1),
+    job.linear = (struct op_linear){.name = "bench",
+                                    .n = rows,
+                                    .x = take_random((size_t)rows * 4096, 1),
                                     .weight = {.format = format, .rows = 4096, .cols = 4096},
                                     .y = take((size_t)rows * 4096 * 4)};
     snprintf(name, sizeof name, "linear %s 4096x4096, %d row%s", format_names[format], rows,
@@ -1869,8 +1991,12 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
     enum { KEYS = 3008, HEADS = 32, DIM = 128 };
     size_t element = dtype == MOSHI_BF16 ? 2 : 4, bytes = (size_t)2 * KEYS * HEADS * DIM * element;
     struct bench_job job = {.backend = backend};
-    struct kv_cache cache = {.pages_per_lane = KEYS / 64, .page_positions = 64, .layers = 1,
-                             .kv_heads = HEADS, .head_dim = DIM, .dtype = dtype,
+    struct kv_cache cache = {.pages_per_lane = KEYS / 64,
+                             .page_positions = 64,
+                             .layers = 1,
+                             .kv_heads = HEADS,
+                             .head_dim = DIM,
+                             .dtype = dtype,
                              .page_bytes = bytes / (KEYS / 64)};
     int32_t lane = 0, position = 2999, *table;
     uint8_t active = 1;
@@ -1880,12 +2006,19 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
     for (int i = 0; i < KEYS / 64; i++) table[i] = i;
     cache.table = table;
     cache.pages = next_piece(bytes);
-    job.attend = (struct op_attend){.name = "bench", .rows = {1, &lane, &active}, .steps = 1,
-                                    .heads = HEADS, .causal = 1, .context = 3000,
-                                    .capacity = 3000, .position = &position, .cache = &cache,
-                                    .q = take_random(HEADS * DIM, 1), .y = take(HEADS * DIM * 4)};
-    bench_run(dtype == MOSHI_BF16 ? "attend bf16, 3000 keys" : "attend f32, 3000 keys",
-              once_attend, &job, (double)bytes, 0);
+    job.attend = (struct op_attend){.name = "bench",
+                                    .rows = {1, &lane, &active},
+                                    .steps = 1,
+                                    .heads = HEADS,
+                                    .causal = 1,
+                                    .context = 3000,
+                                    .capacity = 3000,
+                                    .position = &position,
+                                    .cache = &cache,
+                                    .q = take_random(HEADS * DIM, 1),
+                                    .y = take(HEADS * DIM * 4)};
+    bench_run(dtype == MOSHI_BF16 ? "attend bf16, 3000 keys" : "attend f32, 3000 keys", once_attend,
+              &job, (double)bytes, 0);
 }
 
 static void once_conv(struct bench_job *job)
@@ -1908,10 +2041,16 @@ static float *piece_floats(size_t n)
     return next_piece(n * sizeof(float));
 }
 
-static double bench_conv(struct backend *backend, int in, int out, int kernel, int stride, int steps)
+static double bench_conv(struct backend *backend, int in, int out, int kernel, int stride,
+                         int steps)
 {
-    struct conv conv = {.in = in, .out = out, .kernel = kernel, .stride = stride,
-                        .weight = {.format = WEIGHT_F32, .rows = out, .cols = kernel * in,
+    struct conv conv = {.in = in,
+                        .out = out,
+                        .kernel = kernel,
+                        .stride = stride,
+                        .weight = {.format = WEIGHT_F32,
+                                   .rows = out,
+                                   .cols = kernel * in,
                                    .data = piece_floats((size_t)(kernel * in * out))},
                         .bias = piece_floats((size_t)out)};
     int32_t lane = 0;
@@ -1921,8 +2060,11 @@ static double bench_conv(struct backend *backend, int in, int out, int kernel, i
     double flops = 2.0 * steps / stride * kernel * in * out, seconds;
 
     if (backend->ops->prepare_matrix(backend, &conv.weight, 1)) exit(2);
-    job.conv = (struct op_conv){.name = "bench", .rows = {1, &lane, &active}, .steps = steps,
-                                .conv = &conv, .elu = in > 1,
+    job.conv = (struct op_conv){.name = "bench",
+                                .rows = {1, &lane, &active},
+                                .steps = steps,
+                                .conv = &conv,
+                                .elu = in > 1,
                                 .x = piece_floats((size_t)(steps * in)),
                                 .history = calloc((size_t)(kernel * in), 4),
                                 .work = calloc((size_t)((kernel + steps) * in), 4),
@@ -1936,8 +2078,13 @@ static double bench_conv(struct backend *backend, int in, int out, int kernel, i
 
 static double bench_transposed(struct backend *backend, int in, int out, int stride, int steps)
 {
-    struct conv conv = {.in = in, .out = out, .kernel = 2 * stride, .stride = stride,
-                        .weight = {.format = WEIGHT_F32, .rows = stride * out, .cols = 2 * in,
+    struct conv conv = {.in = in,
+                        .out = out,
+                        .kernel = 2 * stride,
+                        .stride = stride,
+                        .weight = {.format = WEIGHT_F32,
+                                   .rows = stride * out,
+                                   .cols = 2 * in,
                                    .data = piece_floats((size_t)(2 * stride * in * out))},
                         .bias = piece_floats((size_t)out)};
     int32_t lane = 0;
@@ -1947,11 +2094,15 @@ static double bench_transposed(struct backend *backend, int in, int out, int str
     double flops = 4.0 * steps * stride * in * out, seconds;
 
     if (backend->ops->prepare_matrix(backend, &conv.weight, 1)) exit(2);
-    job.transposed = (struct op_conv_transposed){
-        .name = "bench", .rows = {1, &lane, &active}, .steps = steps, .conv = &conv, .elu = 1,
-        .x = piece_floats((size_t)(steps * in)), .history = calloc((size_t)in, 4),
-        .work = calloc((size_t)((1 + steps) * in), 4),
-        .y = calloc((size_t)(steps * stride * out), 4)};
+    job.transposed = (struct op_conv_transposed){.name = "bench",
+                                                 .rows = {1, &lane, &active},
+                                                 .steps = steps,
+                                                 .conv = &conv,
+                                                 .elu = 1,
+                                                 .x = piece_floats((size_t)(steps * in)),
+                                                 .history = calloc((size_t)in, 4),
+                                                 .work = calloc((size_t)((1 + steps) * in), 4),
+                                                 .y = calloc((size_t)(steps * stride * out), 4)};
     snprintf(name, sizeof name, "transposed %d->%d s%d, %d steps", in, out, stride, steps);
     seconds = bench_run(name, once_transposed, &job, 0, flops);
     backend->ops->release_matrix(backend, &conv.weight);
@@ -1962,15 +2113,20 @@ static double bench_transposed(struct backend *backend, int in, int out, int str
 /* `times` such products, weights in turn. */
 static double bench_packed(struct backend *backend, int in, int out, int rows, int times)
 {
-    struct matrix w = {.format = WEIGHT_F32, .rows = out, .cols = in,
+    struct matrix w = {.format = WEIGHT_F32,
+                       .rows = out,
+                       .cols = in,
                        .data = piece_floats((size_t)in * (size_t)out)};
     struct bench_job job = {.backend = backend};
     char name[64];
     double seconds;
 
     if (backend->ops->prepare_matrix(backend, &w, 1)) exit(2);
-    job.linear = (struct op_linear){.name = "bench", .n = rows, .x = piece_floats((size_t)(rows * in)),
-                                    .weight = w, .y = calloc((size_t)(rows * out), 4)};
+    job.linear = (struct op_linear){.name = "bench",
+                                    .n = rows,
+                                    .x = piece_floats((size_t)(rows * in)),
+                                    .weight = w,
+                                    .y = calloc((size_t)(rows * out), 4)};
     snprintf(name, sizeof name, "packed %d->%d, %d rows", in, out, rows);
     seconds = bench_run(name, once_packed, &job, 4.0 * in * out, 2.0 * in * out * rows);
     backend->ops->release_matrix(backend, &w);
