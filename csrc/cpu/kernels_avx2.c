@@ -61,10 +61,14 @@ INLINE float fold(__m256 v)
 /* Eight of them, each in the same order: first the halves, then 0 + 2 and 1 + 3, then these. */
 INLINE __m256 fold8(__m256 a, __m256 b, __m256 c, __m256 d, __m256 e, __m256 f, __m256 g, __m256 h)
 {
-    __m256 ae = _mm256_add_ps(_mm256_permute2f128_ps(a, e, 0x20), _mm256_permute2f128_ps(a, e, 0x31));
-    __m256 bf = _mm256_add_ps(_mm256_permute2f128_ps(b, f, 0x20), _mm256_permute2f128_ps(b, f, 0x31));
-    __m256 cg = _mm256_add_ps(_mm256_permute2f128_ps(c, g, 0x20), _mm256_permute2f128_ps(c, g, 0x31));
-    __m256 dh = _mm256_add_ps(_mm256_permute2f128_ps(d, h, 0x20), _mm256_permute2f128_ps(d, h, 0x31));
+    __m256 ae = _mm256_add_ps(_mm256_permute2f128_ps(a, e, 0x20),
+                              _mm256_permute2f128_ps(a, e, 0x31));
+    __m256 bf = _mm256_add_ps(_mm256_permute2f128_ps(b, f, 0x20),
+                              _mm256_permute2f128_ps(b, f, 0x31));
+    __m256 cg = _mm256_add_ps(_mm256_permute2f128_ps(c, g, 0x20),
+                              _mm256_permute2f128_ps(c, g, 0x31));
+    __m256 dh = _mm256_add_ps(_mm256_permute2f128_ps(d, h, 0x20),
+                              _mm256_permute2f128_ps(d, h, 0x31));
     __m256 ab = _mm256_add_ps(_mm256_shuffle_ps(ae, bf, 0x44), _mm256_shuffle_ps(ae, bf, 0xee));
     __m256 cd = _mm256_add_ps(_mm256_shuffle_ps(cg, dh, 0x44), _mm256_shuffle_ps(cg, dh, 0xee));
 
@@ -73,9 +77,9 @@ INLINE __m256 fold8(__m256 a, __m256 b, __m256 c, __m256 d, __m256 e, __m256 f, 
 
 /* ---- formats ---------------------------------------------------------------------------- */
 
-static const _Alignas(32) uint32_t high_halves[8] = {
-    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
-    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+static const _Alignas(32) uint32_t high_halves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                     0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                     0xffff0000u, 0xffff0000u};
 
 /* One vector of a block of weights: the first or the second eight; for bf16 the even or the odd
  * ones. The mask stays in memory, since a tile has no register left for it. */
@@ -84,8 +88,7 @@ INLINE __m256 load_half(enum weight_format format, const char *w, int second)
     __m256i both;
 
     if (format == WEIGHT_F32) return _mm256_loadu_ps((const float *)w + 8 * second);
-    if (format == WEIGHT_F16)
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + second));
+    if (format == WEIGHT_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + second));
     both = _mm256_loadu_si256((const __m256i *)w);
     if (second)
         __asm__("vpand %1, %0, %0" : "+x"(both) : "m"(high_halves));
@@ -112,7 +115,8 @@ static void widen_f16_avx2(const void *w, size_t n, float *y)
     size_t i = 0;
 
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + i))));
+        _mm256_storeu_ps(y + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + i))));
     for (; i < n; i++) y[i] = _cvtsh_ss(h[i]);
 }
 
@@ -149,9 +153,11 @@ static void arrange_bf16_avx2(const float *x, int columns, float *y)
 /* Which columns a tile works on, and which weights it fetches in advance. */
 struct span {
     int begin, end;
-    size_t near, far; /* bytes from a weight to the one to fetch: below column `wrap`, and from it */
+    size_t near,
+        far; /* bytes from a weight to the one to fetch: below column `wrap`, and from it */
     int wrap;
-    int turn, turns; /* the first block to fetch for, and every how many: a cache line may be several
+    int turn,
+        turns; /* the first block to fetch for, and every how many: a cache line may be several
                         blocks, and several tiles may share the weights and so the work */
 };
 
@@ -173,9 +179,8 @@ static void dot_tail(enum weight_format format, int R, int O, const char *w, siz
                                               : load_half(WEIGHT_BF16, block, half);
 
             for (int r = 0; r < R; r++)
-                partial[r * GROUP + o] =
-                    _mm256_fmadd_ps(b, load_some(x[r] + k + 8 * half, n - 8 * half),
-                                    partial[r * GROUP + o]);
+                partial[r * GROUP + o] = _mm256_fmadd_ps(
+                    b, load_some(x[r] + k + 8 * half, n - 8 * half), partial[r * GROUP + o]);
         }
     }
 }
@@ -360,7 +365,9 @@ static void dot_few(enum weight_format format, const char *w, int columns, const
                     int rows, float *y, size_t stride)
 {
     int bytes = (int)weight_bytes(format), O = rows == 1 ? 1 : 4;
-    struct span span = {.end = columns, .near = AHEAD, .wrap = columns - AHEAD / bytes,
+    struct span span = {.end = columns,
+                        .near = AHEAD,
+                        .wrap = columns - AHEAD / bytes,
                         .far = AHEAD + (size_t)(O - 1) * (size_t)columns * (size_t)bytes,
                         .turns = line_blocks(format)};
     __m256 partial[3 * GROUP];
@@ -387,8 +394,8 @@ static void dot_many(enum weight_format format, const char *w, int columns, int 
     for (int begin = 0; begin < columns; begin += SPAN) {
         int end = columns - begin < SPAN ? columns : begin + SPAN;
         size_t next = end < columns ? SPAN * bytes : GROUP * row_bytes - (size_t)begin * bytes;
-        struct span span = {.begin = begin, .end = end, .near = next, .far = next,
-                            .turns = tiles * line};
+        struct span span = {
+            .begin = begin, .end = end, .near = next, .far = next, .turns = tiles * line};
 
         for (int o = 0; o < outputs; o += 4) {
             for (int t = 0; t < tiles; t++) {
@@ -509,12 +516,24 @@ static void panels_f32_avx2(const float *w, int columns, int panels, const float
             float *to = y + (size_t)r * stride + p * PANEL;
 
             switch (tile_start(rows, tiles, t + 1) - r) {
-            case 1: panel_tile(1, 1, at, columns, x + r, to, stride); break;
-            case 2: panel_tile(2, 1, at, columns, x + r, to, stride); break;
-            case 3: panel_tile(3, 1, at, columns, x + r, to, stride); break;
-            case 4: panel_tile(4, 1, at, columns, x + r, to, stride); break;
-            case 5: panel_tile(5, 1, at, columns, x + r, to, stride); break;
-            case 6: panel_tile(6, 1, at, columns, x + r, to, stride); break;
+            case 1:
+                panel_tile(1, 1, at, columns, x + r, to, stride);
+                break;
+            case 2:
+                panel_tile(2, 1, at, columns, x + r, to, stride);
+                break;
+            case 3:
+                panel_tile(3, 1, at, columns, x + r, to, stride);
+                break;
+            case 4:
+                panel_tile(4, 1, at, columns, x + r, to, stride);
+                break;
+            case 5:
+                panel_tile(5, 1, at, columns, x + r, to, stride);
+                break;
+            case 6:
+                panel_tile(6, 1, at, columns, x + r, to, stride);
+                break;
             }
         }
     }
@@ -540,8 +559,8 @@ INLINE __m256 exp8(__m256 x)
     q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(0.5f));
     q = _mm256_fmadd_ps(_mm256_mul_ps(r, r), q, r);
     q = _mm256_add_ps(q, _mm256_set1_ps(1.0f));
-    return _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(q), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(q),
+                                                _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 
 INLINE __m256 erf8(__m256 x)
@@ -644,8 +663,8 @@ static void add_scaled_avx2(const float *u, const float *scale, size_t n, float 
     size_t i = 0;
 
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_loadu_ps(scale + i),
-                                                _mm256_loadu_ps(u + i), _mm256_loadu_ps(y + i)));
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_loadu_ps(scale + i), _mm256_loadu_ps(u + i),
+                                                _mm256_loadu_ps(y + i)));
     for (; i < n; i++) y[i] = fmaf(scale[i], u[i], y[i]);
 }
 
@@ -702,9 +721,8 @@ static void norm_rms_avx2(const float *x, int n, float eps, const float *weight,
     int i = 0;
 
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i,
-                         _mm256_mul_ps(_mm256_loadu_ps(x + i),
-                                       _mm256_mul_ps(_mm256_loadu_ps(weight + i), scales)));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(x + i),
+                                              _mm256_mul_ps(_mm256_loadu_ps(weight + i), scales)));
     for (; i < n; i++) y[i] = x[i] * (weight[i] * scale);
 }
 
@@ -745,8 +763,8 @@ INLINE __m256 load_values(enum weight_format format, const char *from)
 
 /* y += the sum of J rows, which are read as they lie. y goes through memory once for all of them;
  * keeping it in registers would cut the rows in two, and that took twice as long. */
-INLINE void mix_rows(enum weight_format format, int J, const float *p, const char *values, int width,
-                     float *y)
+INLINE void mix_rows(enum weight_format format, int J, const float *p, const char *values,
+                     int width, float *y)
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)width * bytes;
     __m256 weights[8];
