@@ -185,12 +185,13 @@ SHAPES: dict[str, Shape] = {
         | {"card": 2048, "text_card": 500, "context": 200, "num_layers": 2},
         gen={"temp": 0.0, "temp_text": 0.0},
     ),
-    # The published widths, two layers deep.
+    # The published widths, two layers deep; smaller vocabularies, as tables cost time and prove
+    # nothing more.
     "wide7b": Shape(
         _COMMON
         | {"n_q": 16, "dep_q": 8, "delays": [0, *([0] + [1] * 7) * 2]}
         | {"dim": 4096, "num_heads": 32, "num_layers": 2, "context": 3000}
-        | {"card": 2048, "text_card": 4000}
+        | {"card": 512, "text_card": 1000}
         | {"depformer_dim": 1024, "depformer_num_heads": 16, "depformer_num_layers": 2}
         | {"depformer_dim_feedforward": 4224},
     ),
@@ -198,7 +199,7 @@ SHAPES: dict[str, Shape] = {
         _COMMON
         | {"n_q": 32, "dep_q": 16, "delays": [0, *([0] + [2] * 15) * 2]}
         | {"dim": 2560, "num_heads": 20, "num_layers": 2, "context": 3000, "max_period": 100000}
-        | {"card": 2048, "text_card": 4000}
+        | {"card": 512, "text_card": 1000}
         | {"depformer_dim": 1024, "depformer_num_heads": 16, "depformer_num_layers": 2}
         | {"depformer_dim_feedforward": 3072, "depformer_low_rank_embeddings": 128}
         | {"depformer_weights_per_step_schedule": _SCHEDULE16}

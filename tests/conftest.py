@@ -7,6 +7,7 @@ fails. An absent `moshi_c` or an absent upstream is an error, never a skip.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +155,11 @@ class Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Makes checkpoints, and makes each only once per run."""
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoints]:
+    """Makes checkpoints, and makes each only once per run; gigabytes, so they go at its end."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    yield Checkpoints(root)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_teacher_forced_logits_equal_upstreams(made: Checkpoints, name: str) -> 
 def test_published_widths_equal_upstream(made: Checkpoints, name: str) -> None:
     """Two layers of the 7B and of the 2B; the file is bf16, both sides compute in float32."""
     shape = SHAPES[name]
-    folder = made.lm(name, dtype=torch.bfloat16, mimi="full")
+    folder = made.lm(name, dtype=torch.bfloat16)
     user = upstream.user_codes(40, shape.user_q, shape.card, 1)
     lm = upstream.load_lm(folder)
     theirs = upstream.lm_greedy(lm, user, **options_for(shape))
@@ -313,11 +313,20 @@ def test_packed_split_and_sharded_files_are_the_same_model(made: Checkpoints) ->
         assert (run.audio_logits == runs[0].audio_logits).all()
 
 
-@pytest.mark.parametrize("name", ["moshi", "depth16", "stt"])
-def test_bf16_file_with_f32_keys_equals_upstreams_float32_run_on_its_weights(
-    made: Checkpoints, name: str
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("moshi", torch.bfloat16),
+        ("depth16", torch.bfloat16),
+        ("stt", torch.bfloat16),
+        ("moshi", torch.float16),
+    ],
+    ids=str,
+)
+def test_16_bit_file_with_f32_keys_equals_upstreams_float32_run_on_its_weights(
+    made: Checkpoints, name: str, dtype: torch.dtype
 ) -> None:
-    shape, folder = SHAPES[name], made.lm(name, dtype=torch.bfloat16)
+    shape, folder = SHAPES[name], made.lm(name, dtype=dtype)
     reference = clear_greedy(folder, shape, 130)
     ours = play(folder, reference.user, shape.dep_q, load={"kv_dtype": "f32"})
     assert_same_tokens(ours.out, reference.run.out)
