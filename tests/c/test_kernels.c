@@ -1933,7 +1933,7 @@ static double bench_run(const char *name, void (*once)(struct bench_job *), stru
     for (int i = 0; i < SAMPLES; i++) {
         double start;
 
-        rates[i] = bytes > 0 ? read_once(threads) : 0;
+        rates[i] = read_once(threads); /* also empties the caches near the core */
         peaks[i] = flops > 0 ? fma_once() * threads : 0;
         start = os_clock();
         once(job);
@@ -2138,7 +2138,7 @@ static double bench_packed(struct backend *backend, int in, int out, int rows, i
     return seconds * times;
 }
 
-/* The products of one frame of Mimi, cold: each after reading enough memory to empty the caches. */
+/* The products of one frame of Mimi, each after reading other memory. */
 static double bench_mimi(struct backend *backend)
 {
     static const int ratios[] = {4, 5, 6, 8};
