@@ -15,7 +15,7 @@ BINDING := $(wildcard csrc/py/*.c)
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/py/*.h csrc/cpu/*.inc)
 C_TESTS := $(wildcard tests/c/test_*.c)
 FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(wildcard tests/c/*.[ch] examples/*.c)
-PYTHON_SOURCES := moshi_c tests scripts benchmarks setup.py
+PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
