@@ -312,7 +312,9 @@ struct op_advance {
  * L / temperature + g(id), g = -ln(-ln u), u = ((r >> 8) + 0.5) / 2^24, r = word 0 of
  * Philox4x32-10 with key = seed and counter = (frame, stream, id, 0), frame = offset[slot].
  * A forced token is stored instead. rows.lane are slots. With null_row[i] >= 0 the token is stored at
- * token[null_row[i] * token_stride] too: both halves of a guided session read the same tokens. */
+ * token[null_row[i] * token_stride] too: both halves of a guided session read the same tokens.
+ * A row with a logit that is not finite stores token 0 and sets failed[slot]; without `failed` it
+ * fails the run. */
 struct op_sample {
     const char *name;
     struct rows rows;
@@ -323,7 +325,8 @@ struct op_sample {
     const int32_t *null_row;
     const struct slot_params *params;
     const int32_t *offset;
-    int32_t *token; /* token[i * token_stride] */
+    uint8_t *failed; /* [slots] or NULL */
+    int32_t *token;  /* token[i * token_stride] */
     int token_stride;
 };
 

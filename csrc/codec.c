@@ -247,57 +247,128 @@ int mimi_stream_reset(struct mimi_stream *stream)
 
 /* ---- whole signals ---------------------------------------------------------------------- */
 
-int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
-                      int32_t *codes)
+/* Signals of one pass; more would keep sessions waiting. */
+#define WHOLE_BATCH 8
+
+/* A pass over up to WHOLE_BATCH whole signals: the state, and codes of one call on the host. */
+struct whole {
+    struct codec codec;
+    int32_t *codes; /* [batch][WHOLE_FRAMES][levels] */
+};
+
+static int whole_open(struct whole *whole, struct moshi_engine *engine, int batch, int levels)
 {
-    int status = check_codec(engine, batch);
-    if (!status) status = check_finite(pcm, (size_t)batch * (size_t)samples);
-    if (status) return status;
+    whole->codes = malloc((size_t)batch * WHOLE_FRAMES * (size_t)levels * sizeof *whole->codes);
+    if (!whole->codes) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
+    os_mutex_lock(engine->model->backend_lock);
+    int status = codec_open(&whole->codec, engine, batch, WHOLE_FRAMES, 1);
+    os_mutex_unlock(engine->model->backend_lock);
+    if (status) free(whole->codes);
+    return status;
+}
+
+static void whole_close(struct whole *whole)
+{
+    struct os_mutex *lock = whole->codec.engine->model->backend_lock;
+    os_mutex_lock(lock);
+    codec_release(&whole->codec);
+    os_mutex_unlock(lock);
+    free(whole->codes);
+}
+
+/* Element (signal, codebook, frame) of codes[batch][levels][frames]. */
+static int64_t code_index(int b, int k, int64_t t, int levels, int64_t frames)
+{
+    return ((int64_t)b * levels + k) * frames + t;
+}
+
+static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
+                        int32_t *codes)
+{
     const struct backend_ops *ops = engine->backend->ops;
     struct os_mutex *lock = engine->model->backend_lock;
     const int levels = engine->model->info.codebooks;
     const int64_t frame_size = engine->frame_size, frames = (samples + frame_size - 1) / frame_size;
-    const size_t width = (size_t)levels;
-    struct codec codec;
-    os_mutex_lock(lock);
-    status = codec_open(&codec, engine, batch, WHOLE_FRAMES, 1);
-    os_mutex_unlock(lock);
-    int32_t *chunk_codes = malloc((size_t)batch * WHOLE_FRAMES * width * sizeof *chunk_codes);
-    if (!status && !chunk_codes) {
-        codec_release(&codec);
-        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
-    }
-    if (status) {
-        free(chunk_codes);
-        return status;
-    }
+    struct whole whole;
+    int status = whole_open(&whole, engine, batch, levels);
+    if (status) return status;
+    struct codec *codec = &whole.codec;
     for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
         int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
         int64_t start = first * frame_size, wanted = count * frame_size;
         int64_t have = samples - start < wanted ? samples - start : wanted;
         os_mutex_lock(lock);
-        if (have < wanted) ops->clear(engine->backend, codec.pcm, 0, pcm_bytes(&codec));
+        if (have < wanted) ops->clear(engine->backend, codec->pcm, 0, pcm_bytes(codec));
         for (int b = 0; b < batch && !status; ++b) {
-            ops->upload(engine->backend, codec.pcm + b * wanted, pcm + b * samples + start,
+            ops->upload(engine->backend, codec->pcm + b * wanted, pcm + b * samples + start,
                         (size_t)have * sizeof *pcm);
-            status = mimi_encode_grow(&codec.state, b, count);
+            status = mimi_encode_grow(&codec->state, b, count);
         }
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
-                              &(struct codec_call){&codec, count, levels});
-        ops->download(engine->backend, chunk_codes, codec.codes,
-                      (size_t)batch * (size_t)count * width * sizeof *chunk_codes);
+                              &(struct codec_call){codec, count, levels});
+        ops->download(engine->backend, whole.codes, codec->codes,
+                      (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
         os_mutex_unlock(lock);
+        const int32_t *from = whole.codes;
         for (int b = 0; b < batch; ++b)
             for (int t = 0; t < count; ++t)
                 for (int k = 0; k < levels; ++k)
-                    codes[((int64_t)b * levels + k) * frames + first + t] =
-                        chunk_codes[((size_t)b * (size_t)count + (size_t)t) * width + (size_t)k];
+                    codes[code_index(b, k, first + t, levels, frames)] = *from++;
     }
-    os_mutex_lock(lock);
-    codec_release(&codec);
-    os_mutex_unlock(lock);
-    free(chunk_codes);
+    whole_close(&whole);
+    return status;
+}
+
+int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
+                      int32_t *codes)
+{
+    int status = check_codec(engine, batch);
+    if (!status && (samples < 0 || samples > INT64_MAX / 8192))
+        status = moshi_fail(MOSHI_ERROR_AUDIO, "%lld samples given, expected 0 or more",
+                            (long long)samples);
+    if (!status) status = check_finite(pcm, (size_t)batch * (size_t)samples);
+    const int64_t frames = (samples + engine->frame_size - 1) / engine->frame_size;
+    const int levels = engine->model->info.codebooks;
+    for (int b = 0; b < batch && !status; b += WHOLE_BATCH)
+        status = encode_batch(engine, pcm + b * samples,
+                              batch - b < WHOLE_BATCH ? batch - b : WHOLE_BATCH, samples,
+                              codes + code_index(b, 0, 0, levels, frames));
+    return status;
+}
+
+static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int batch, int n_codes,
+                        int64_t frames, float *pcm)
+{
+    const struct backend_ops *ops = engine->backend->ops;
+    struct os_mutex *lock = engine->model->backend_lock;
+    const int64_t frame_size = engine->frame_size;
+    struct whole whole;
+    int status = whole_open(&whole, engine, batch, n_codes);
+    if (status) return status;
+    struct codec *codec = &whole.codec;
+    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
+        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
+        int32_t *to = whole.codes;
+        for (int b = 0; b < batch; ++b)
+            for (int t = 0; t < count; ++t)
+                for (int k = 0; k < n_codes; ++k)
+                    *to++ = codes[code_index(b, k, first + t, n_codes, frames)];
+        os_mutex_lock(lock);
+        ops->upload(engine->backend, codec->codes, whole.codes,
+                    (size_t)batch * (size_t)count * (size_t)n_codes * sizeof *codes);
+        for (int b = 0; b < batch && !status; ++b)
+            status = mimi_decode_grow(&codec->state, b, count);
+        if (!status)
+            status = ops->run(engine->backend, 3, decode_stage,
+                              &(struct codec_call){codec, count, n_codes});
+        for (int b = 0; b < batch; ++b)
+            ops->download(engine->backend, pcm + (b * frames + first) * frame_size,
+                          codec->pcm + (int64_t)b * count * frame_size,
+                          (size_t)count * (size_t)frame_size * sizeof *pcm);
+        os_mutex_unlock(lock);
+    }
+    whole_close(&whole);
     return status;
 }
 
@@ -305,52 +376,16 @@ int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int bat
                       int64_t frames, float *pcm)
 {
     int status = check_codec(engine, batch);
+    if (!status && (frames < 0 || frames > INT64_MAX / ((int64_t)1 << 32)))
+        status = moshi_fail(MOSHI_ERROR_AUDIO, "%lld frames given, expected 0 or more",
+                            (long long)frames);
     if (!status)
         status = check_codes(engine, codes,
                              n_codes > 0 ? (size_t)batch * (size_t)n_codes * (size_t)frames : 0,
                              n_codes);
-    if (status) return status;
-    const struct backend_ops *ops = engine->backend->ops;
-    struct os_mutex *lock = engine->model->backend_lock;
-    const int64_t frame_size = engine->frame_size;
-    const size_t width = (size_t)n_codes;
-    struct codec codec;
-    os_mutex_lock(lock);
-    status = codec_open(&codec, engine, batch, WHOLE_FRAMES, 1);
-    os_mutex_unlock(lock);
-    int32_t *chunk_codes = malloc((size_t)batch * WHOLE_FRAMES * width * sizeof *chunk_codes);
-    if (!status && !chunk_codes) {
-        codec_release(&codec);
-        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
-    }
-    if (status) {
-        free(chunk_codes);
-        return status;
-    }
-    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
-        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
-        for (int b = 0; b < batch; ++b)
-            for (int t = 0; t < count; ++t)
-                for (int k = 0; k < n_codes; ++k)
-                    chunk_codes[((size_t)b * (size_t)count + (size_t)t) * width + (size_t)k] =
-                        codes[((int64_t)b * n_codes + k) * frames + first + t];
-        os_mutex_lock(lock);
-        ops->upload(engine->backend, codec.codes, chunk_codes,
-                    (size_t)batch * (size_t)count * width * sizeof *chunk_codes);
-        for (int b = 0; b < batch && !status; ++b)
-            status = mimi_decode_grow(&codec.state, b, count);
-        if (!status)
-            status = ops->run(engine->backend, 3, decode_stage,
-                              &(struct codec_call){&codec, count, n_codes});
-        for (int b = 0; b < batch; ++b)
-            ops->download(engine->backend, pcm + ((int64_t)b * frames + first) * frame_size,
-                          codec.pcm + (int64_t)b * count * frame_size,
-                          (size_t)count * (size_t)frame_size * sizeof *pcm);
-        os_mutex_unlock(lock);
-    }
-    os_mutex_lock(lock);
-    codec_release(&codec);
-    os_mutex_unlock(lock);
-    free(chunk_codes);
+    for (int b = 0; b < batch && !status; b += WHOLE_BATCH)
+        status = decode_batch(engine, codes + code_index(b, 0, 0, n_codes, frames),
+                              batch - b < WHOLE_BATCH ? batch - b : WHOLE_BATCH, n_codes, frames,
+                              pcm + b * frames * engine->frame_size);
     return status;
 }

@@ -176,6 +176,7 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
                                                  .null_row = run->null_row,
                                                  .params = run->params,
                                                  .offset = run->offset,
+                                                 .failed = run->failed,
                                                  .token = run->audio + k,
                                                  .token_stride = config->dep_q});
     }

@@ -49,6 +49,7 @@ struct depth_run {
     const int32_t *null_row; /* [slots] */
     const struct slot_params *params;
     const int32_t *offset; /* [slots of the engine] */
+    uint8_t *failed;       /* as op_sample has it */
     float *logits;         /* [dep_q][rows.n][card] */
     int32_t *audio;        /* [rows][dep_q] */
 };

@@ -25,6 +25,7 @@ static void engine_loop(void *arg)
             }
         }
         engine->pending = 0;
+        if (n == 0) continue; /* its session was destroyed meanwhile */
         os_mutex_unlock(engine->lock);
         os_mutex_lock(engine->model->backend_lock);
         engine_tick(engine, engine->batch, n);
@@ -254,27 +255,32 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
     return MOSHI_OK;
 }
 
-static void upload_params(struct moshi_engine *engine, struct moshi_session *session)
+/* Without `policy` nothing is forced. */
+static void upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
 {
     struct slot_params *params = &session->params;
     params->forced_text = session->next_text;
     if (params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
         params->forced_text = session->forced[session->forced_first];
     memcpy(params->forced_audio, session->next_audio, sizeof params->forced_audio);
+    if (!policy) {
+        params->forced_text = TOKEN_FREE;
+        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) params->forced_audio[k] = TOKEN_FREE;
+    }
     engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot, params,
                                  sizeof *params);
 }
 
 /* One step of the language model; the output tokens of row i land in engine->output. */
 static int language_step(struct moshi_engine *engine, struct moshi_session **batch, int n,
-                         double *temporal_s, double *depth_s)
+                         int policy, double *temporal_s, double *depth_s)
 {
     for (int i = 0; i < n; ++i) {
         engine->row_slots[i] = batch[i]->slot;
         engine->guided[i] = batch[i]->params.cfg_coef != 1.0f;
         memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
                (size_t)engine->user_q * sizeof(int32_t));
-        upload_params(engine, batch[i]);
+        upload_params(engine, batch[i], policy);
     }
     const struct lm_step step = {
         .n = n, .slots = engine->row_slots, .guided = engine->guided, .user = engine->user};
@@ -333,7 +339,7 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
     int rows = 0, status = MOSHI_OK;
     for (int i = 0; i < n && !status; ++i) {
         struct moshi_frame *frame = batch[i]->frame;
-        if (!frame->pcm) continue;
+        if (!frame->pcm || batch[i]->dead) continue;
         if (frame->n_codes == 0 || !engine->mimi.backend) {
             memset(frame->pcm, 0, frame_bytes);
             continue;
@@ -353,6 +359,13 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
     return status;
 }
 
+static void end_session(struct moshi_session *session, int status)
+{
+    session->status = status;
+    session->dead = 1;
+    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+}
+
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
     double start = os_clock(), temporal_s = 0, depth_s = 0;
@@ -365,11 +378,22 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
         if (batch[i]->index == 0 && batch[i]->options.start == MOSHI_START_OFFLINE)
             engine->subset[twice++] = batch[i];
     if (!status && twice)
-        status = language_step(engine, engine->subset, twice, &temporal_s, &depth_s);
-    if (!status) status = language_step(engine, batch, n, &temporal_s, &depth_s);
+        status = language_step(engine, engine->subset, twice, 0, &temporal_s, &depth_s);
+    if (!status) status = language_step(engine, batch, n, 1, &temporal_s, &depth_s);
     int rows = n;
     for (int i = 0; i < n; ++i) rows += engine->guided[i] != 0;
     for (int i = 0; i < n && !status; ++i) {
+        uint8_t failed = 0;
+        engine->backend->ops->download(engine->backend, &failed, engine->lm.failed + batch[i]->slot,
+                                       sizeof failed);
+        /* A number that is not finite ends this conversation and no other. */
+        if (failed)
+            end_session(
+                batch[i],
+                moshi_fail(MOSHI_ERROR_INTERNAL,
+                           "a logit of frame %lld is not finite: the weights or the options "
+                           "of this session give no numbers",
+                           (long long)batch[i]->index));
         fill_frame(engine, batch[i], i);
         if (batch[i]->logits) keep_logits(engine, batch[i], i, rows);
     }
@@ -379,12 +403,8 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
 
     for (int i = 0; i < n; ++i) {
         struct moshi_session *session = batch[i];
-        session->status = status;
-        if (status) {
-            session->dead = 1;
-            snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
-            continue;
-        }
+        if (status) end_session(session, status);
+        if (session->dead) continue;
         ++session->index;
         if (session->next_text == TOKEN_FREE && session->forced_first < session->forced_end)
             ++session->forced_first;

@@ -245,6 +245,7 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
             {(void **)&state->row_number, n * 4},
             {(void **)&state->row_slot, s * 4},
             {(void **)&state->row_active, n},
+            {(void **)&state->failed, s},
             {(void **)&state->x, n * width * 4},
             {(void **)&state->z, n * width * 4},
             {(void **)&state->query, n * width * 4},
@@ -305,7 +306,7 @@ void lm_state_reset(struct lm_state *state, int slot)
     for (int half = 0; half < 2; ++half) {
         int lane = half * state->slots + slot;
         state_reset_lane(&state->lane_table, lane);
-        kv_pages_reset(&state->kv, lane);
+        kv_pages_release(&state->kv, lane);
     }
     state->offset[slot] = 0;
 }
@@ -347,6 +348,7 @@ int lm_step_prepare(struct lm_state *state, const struct lm_step *step)
             if (status) return status;
         }
         ops->upload(backend, state->row_slot + i, &slot, sizeof slot);
+        ops->clear(backend, state->failed + slot, 0, 1);
         ops->upload(backend, state->null_row + i, &null_row, sizeof null_row);
         ++state->offset[slot];
     }
@@ -440,6 +442,7 @@ static void temporal_stage(struct backend *backend, void *arg)
                                              .null_row = state->null_row,
                                              .params = state->params,
                                              .offset = state->delay.offset,
+                                             .failed = state->failed,
                                              .token = state->text,
                                              .token_stride = 1});
     if (config->heads) {
@@ -476,6 +479,7 @@ static void depth_stage(struct backend *backend, void *arg)
                                           .null_row = state->null_row,
                                           .params = state->params,
                                           .offset = state->delay.offset,
+                                          .failed = state->failed,
                                           .logits = state->audio_logits,
                                           .audio = state->audio});
     backend->ops->delay_output(backend, &(struct op_delay_output){.name = "delay_output",

@@ -67,6 +67,7 @@ struct lm_state {
     int32_t *row_number; /* [lanes] the identity, lanes of the depth pass */
     int32_t *row_slot; /* [slots] */
     uint8_t *row_active; /* [lanes] all ones */
+    uint8_t *failed;     /* [slots] a logit of this step was not finite */
     float *x, *z, *query, *attended, *hidden, *cos_sin, *text_logits, *audio_logits, *heads;
     struct lm_block {
         void *memory;

@@ -1,6 +1,7 @@
 /* mimi.c: binding of the codec's tensors and its two streaming passes. */
 #include "mimi.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -272,6 +273,10 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     const struct mimi_config *config = &mimi->config;
     const struct transformer_config *stack = &config->transformer;
     const int steps = frames * config->stride;
+    if ((int64_t)lanes * frames * config->frame_size > INT_MAX / 64)
+        return moshi_fail(MOSHI_ERROR_MEMORY,
+                          "%d signals with frames of %d samples at once are too many", lanes,
+                          config->frame_size);
     int status = create_side(state, 0);
     if (!status) status = create_side(state, 1);
     int ring = stack->context + steps - 1;

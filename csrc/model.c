@@ -130,6 +130,10 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
         return moshi_fail(MOSHI_ERROR_ARGUMENT,
                           "%d codebooks wanted, expected 1 to %d, which %s holds", codebooks,
                           config.n_q, model->mimi_path);
+    if (lm_config && lm_config->n_q - lm_config->dep_q > config.n_q)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "%s holds %d codebooks, but the language model reads %d of the user",
+                          model->mimi_path, config.n_q, lm_config->n_q - lm_config->dep_q);
     if (lm_config && lm_config->card != config.bins)
         return moshi_fail(
             MOSHI_ERROR_CHECKPOINT,

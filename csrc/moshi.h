@@ -142,7 +142,8 @@ struct moshi_engine_options {
 MOSHI_API int moshi_engine_create(struct moshi_model *model,
                                   const struct moshi_engine_options *options,
                                   struct moshi_engine **engine);
-/* Ends the ticks; sessions still open refuse further steps and must still be destroyed. */
+/* Ends the ticks; sessions still open refuse further steps and must still be destroyed, codec
+ * streams must be destroyed before. No thread may be inside a call on this engine. */
 MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 
 struct moshi_memory {
@@ -240,7 +241,7 @@ MOSHI_API int moshi_session_force_text(struct moshi_session *session, const int3
                                        int count);
 /* How many of them are still to come. */
 MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
-/* Teacher forcing: the next step reads and stores these instead of what it would sample. text < -1
+/* Teacher forcing: the next step reads and stores these instead of what it would sample. text < 0
  * or audio == NULL leave that part free. audio: dep_q codes. */
 MOSHI_API int moshi_session_force_next(struct moshi_session *session, int32_t text,
                                        const int32_t *audio);

@@ -36,6 +36,9 @@ static int check_options(const struct moshi_model *model,
     if (!model->info.has_lm)
         return moshi_fail(MOSHI_ERROR_SESSION,
                           "this model is a codec alone; a session needs a language model");
+    if (options->n_conditions < 0 || options->n_null_conditions < 0)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "%d and %d conditions given, expected 0 or more",
+                          options->n_conditions, options->n_null_conditions);
     if (options->cfg_masked_until < -1)
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "cfg_masked_until is %d, expected -1 (off) or more",
                           options->cfg_masked_until);
@@ -100,8 +103,12 @@ static int create_buffers(struct moshi_session *session, const struct moshi_mode
     }
     if (failed) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a session");
     if (!session->condition) {
-        if (options->n_conditions || options->n_null_conditions)
+        /* Any name is one the model doesn't know. */
+        if (options->n_conditions)
             return lm_condition_sum(&model->lm, options->conditions, options->n_conditions, NULL);
+        if (options->n_null_conditions)
+            return lm_condition_sum(&model->lm, options->null_conditions,
+                                    options->n_null_conditions, NULL);
         return MOSHI_OK;
     }
     const size_t width = (size_t)model->lm.config.temporal.dim;
@@ -184,7 +191,12 @@ void moshi_session_destroy(struct moshi_session *session)
     if (!session) return;
     struct moshi_engine *engine = session->engine;
     if (engine) {
-        os_mutex_lock(engine->model->backend_lock); /* no tick is under way */
+        /* A frame that was submitted and not waited for: the tick must be done with it. */
+        os_mutex_lock(engine->lock);
+        if (session->phase == SESSION_SUBMITTED) session->phase = SESSION_IDLE;
+        while (session->phase == SESSION_RUNNING) os_condition_wait(engine->done, engine->lock);
+        os_mutex_unlock(engine->lock);
+        os_mutex_lock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         engine->slots[session->slot] = NULL;
         os_mutex_unlock(engine->lock);
@@ -225,15 +237,17 @@ static int take_pcm(struct moshi_session *session, const float *pcm, struct mosh
         return moshi_fail(
             MOSHI_ERROR_SESSION,
             "the model was opened without a codec: step by codes, or name a Mimi file");
+    /* What is checked is the copy: the caller's buffer may change meanwhile. */
+    memcpy(session->pcm, pcm, (size_t)info->frame_size * sizeof *pcm);
     double energy = 0;
     for (int i = 0; i < info->frame_size; ++i) {
-        if (!isfinite(pcm[i]))
+        float sample = session->pcm[i];
+        if (!isfinite(sample))
             return moshi_fail(MOSHI_ERROR_AUDIO,
                               "sample %d of the frame is %s, expected finite numbers", i,
-                              isnan(pcm[i]) ? "not a number" : "infinite");
-        energy += (double)pcm[i] * (double)pcm[i];
+                              isnan(sample) ? "not a number" : "infinite");
+        energy += (double)sample * (double)sample;
     }
-    memcpy(session->pcm, pcm, (size_t)info->frame_size * sizeof *pcm);
     double rms = sqrt(energy / info->frame_size);
     frame->level_db = rms > 1e-6 ? (float)(20 * log10(rms)) : -120.0f;
     session->has_pcm = 1;
@@ -244,11 +258,11 @@ static int take_codes(struct moshi_session *session, const int32_t *codes,
                       struct moshi_frame *frame)
 {
     const struct moshi_model_info *info = &session->engine->model->info;
-    for (int k = 0; k < info->user_q; ++k)
-        if (codes[k] < 0 || codes[k] > info->card)
-            return moshi_fail(MOSHI_ERROR_AUDIO, "code %d is %d, expected 0 to %d", k, codes[k],
-                              info->card);
     memcpy(session->user_codes, codes, (size_t)info->user_q * sizeof *codes);
+    for (int k = 0; k < info->user_q; ++k)
+        if (session->user_codes[k] < 0 || session->user_codes[k] > info->card)
+            return moshi_fail(MOSHI_ERROR_AUDIO, "code %d is %d, expected 0 to %d", k,
+                              session->user_codes[k], info->card);
     frame->level_db = -120.0f;
     session->has_pcm = 0;
     return MOSHI_OK;
@@ -339,6 +353,11 @@ int moshi_session_ready(struct moshi_session *session)
 int moshi_session_wait(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
+    if (!engine) {
+        session->phase = SESSION_IDLE;
+        leave(session);
+        return moshi_fail(MOSHI_ERROR_SESSION, "the session's engine was closed");
+    }
     os_mutex_lock(engine->lock);
     int submitted = session->phase != SESSION_IDLE;
     while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
@@ -366,6 +385,8 @@ int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes
 
 /* ---- policy and results ----------------------------------------------------------------- */
 
+#define MAX_FORCED (1 << 20) /* tokens waiting: most of a day */
+
 static int check_text(const struct moshi_session *session, int32_t token)
 {
     int card = session->engine->model->info.text_card_in;
@@ -378,11 +399,12 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
 {
     int status = enter(session);
     if (status) return status;
-    for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
     int left = session->forced_end - session->forced_first;
-    if (!status && count > 1 << 20)
-        status = moshi_fail(MOSHI_ERROR_ARGUMENT, "%d tokens given, expected at most %d", count,
-                            1 << 20);
+    if (count < 0 || count > MAX_FORCED - left)
+        status = moshi_fail(MOSHI_ERROR_ARGUMENT,
+                            "%d tokens given with %d still to come, expected at most %d in all",
+                            count, left, MAX_FORCED);
+    for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
     if (!status && left + count > session->forced_capacity) {
         int32_t *larger = malloc((size_t)(left + count) * sizeof *larger);
         if (!larger) {

@@ -151,7 +151,8 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
         if (kv->host_table[entry] < 0) {
             if (kv->n_free == 0)
                 return moshi_fail(MOSHI_ERROR_INTERNAL, "no page of keys and values is free");
-            int32_t page = kv->free_pages[--kv->n_free];
+            int32_t page = kv->free_pages[kv->n_free - 1];
+            __atomic_store_n(&kv->n_free, kv->n_free - 1, __ATOMIC_RELAXED);
             kv->host_table[entry] = page;
             kv->references[page] = 1;
             kv->backend->ops->upload(kv->backend, kv->device_table + entry, &page, sizeof page);
@@ -161,18 +162,34 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
     return MOSHI_OK;
 }
 
-void kv_pages_reset(struct kv_pages *kv, int lane)
+static void forget(struct kv_pages *kv, int lane, int decommit)
 {
     for (int block = 0; block < kv->cache.pages_per_lane; ++block) {
         size_t entry = (size_t)lane * (size_t)kv->cache.pages_per_lane + (size_t)block;
         int32_t page = kv->host_table[entry];
         if (page < 0) continue;
         kv->host_table[entry] = -1;
-        if (--kv->references[page] == 0) kv->free_pages[kv->n_free++] = page;
+        if (--kv->references[page] > 0) continue;
+        if (decommit)
+            kv->backend->ops->decommit(
+                kv->backend, (char *)kv->cache.pages + (size_t)page * kv->cache.page_bytes,
+                kv->cache.page_bytes);
+        kv->free_pages[kv->n_free] = page;
+        __atomic_store_n(&kv->n_free, kv->n_free + 1, __ATOMIC_RELAXED);
     }
+}
+
+void kv_pages_reset(struct kv_pages *kv, int lane)
+{
+    forget(kv, lane, 0);
+}
+
+void kv_pages_release(struct kv_pages *kv, int lane)
+{
+    forget(kv, lane, 1);
 }
 
 int kv_pages_used(const struct kv_pages *kv)
 {
-    return kv->n_pages - kv->n_free;
+    return kv->n_pages - __atomic_load_n(&kv->n_free, __ATOMIC_RELAXED);
 }

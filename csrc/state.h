@@ -56,7 +56,10 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
 void kv_pages_destroy(struct kv_pages *kv);
 /* Gives `lane` pages for positions first .. first+steps-1. */
 int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps);
+/* Forgets a lane's history. kv_pages_release gives the memory back to the system too. */
 void kv_pages_reset(struct kv_pages *kv, int lane);
+void kv_pages_release(struct kv_pages *kv, int lane);
+/* Pages in use; may be asked while another thread grows them. */
 int kv_pages_used(const struct kv_pages *kv);
 
 #endif

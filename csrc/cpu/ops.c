@@ -285,9 +285,9 @@ static void delay_input_row(const struct op_delay_input *op, int i, int32_t *tok
 
         tokens[s] = token;
         if (!null_tokens) continue;
-        if (!is_initial &&
-            ((params->cfg_masked_until >= 0 && offset <= delay + params->cfg_masked_until) ||
-             (s == 0 && params->cfg_no_text)))
+        if (!is_initial && ((params->cfg_masked_until >= 0 &&
+                             offset <= (int64_t)delay + params->cfg_masked_until) ||
+                            (s == 0 && params->cfg_no_text)))
             token = TOKEN_ZERO;
         null_tokens[s] = token;
     }

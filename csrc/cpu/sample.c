@@ -148,7 +148,13 @@ static void sample_task(void *arg, int part, int first, int last)
         int32_t *token = op->token + (size_t)i * (size_t)op->token_stride;
 
         *token = 0; /* also what an inactive row says: it must be safe to embed */
-        if (op->rows.active[i] && !sample_row(op, i, token) && failed->index < 0) failed->index = i;
+        if (op->rows.active[i] && !sample_row(op, i, token)) {
+            *token = 0;
+            if (op->failed)
+                op->failed[op->rows.lane[i]] = 1;
+            else if (failed->index < 0)
+                failed->index = i;
+        }
         if (op->null_row[i] >= 0)
             op->token[(size_t)op->null_row[i] * (size_t)op->token_stride] = *token;
     }

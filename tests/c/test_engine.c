@@ -341,6 +341,91 @@ static int test_whole_files_and_streams_agree_on_the_first_seconds(void)
     return 1;
 }
 
+static int test_a_session_without_finite_numbers_ends_alone(void)
+{
+    struct moshi_session_options options;
+    struct moshi_session *wild, *calm;
+    struct moshi_frame frames[2] = {{0}, {0}};
+    static float pcm[FRAME_SIZE];
+    moshi_session_options_init(model, &options);
+    options.cfg_coef = 3e38f;
+    options.cfg_masked_until = 1000;
+    CHECK(moshi_session_create(engine, &options, &wild) == MOSHI_OK);
+    CHECK(open_session(100, &calm) == MOSHI_OK);
+    struct moshi_session *both[2] = {wild, calm};
+    const float *inputs[2] = {pcm, pcm};
+    int status = MOSHI_OK;
+    for (int t = 0; t < 8 && status == MOSHI_OK; ++t)
+        status = moshi_sessions_step(both, 2, inputs, NULL, frames);
+    CHECK(status == MOSHI_ERROR_INTERNAL && strstr(moshi_error_detail(), "not finite"));
+    CHECK(moshi_session_step(wild, pcm, &frames[0]) == MOSHI_ERROR_SESSION);
+    CHECK(moshi_session_step(calm, pcm, &frames[1]) == MOSHI_OK);
+    CHECK(moshi_session_reset(calm, NULL) == MOSHI_OK);
+    CHECK(talk(calm, 0, &again) == MOSHI_OK);
+    CHECK(same(&alone[0], &again));
+    moshi_session_destroy(wild);
+    moshi_session_destroy(calm);
+    return 1;
+}
+
+static int test_a_submitted_session_can_be_destroyed(void)
+{
+    static float pcm[FRAME_SIZE], out[FRAME_SIZE];
+    for (int i = 0; i < 50; ++i) {
+        struct moshi_session *session;
+        struct moshi_frame frame = {.pcm = out};
+        CHECK(open_session(1, &session) == MOSHI_OK);
+        CHECK(moshi_session_submit(session, pcm, &frame) == MOSHI_OK);
+        moshi_session_destroy(session);
+    }
+    return 1;
+}
+
+static int test_absurd_arguments_are_refused(void)
+{
+    struct moshi_session_options options;
+    struct moshi_session *session;
+    const struct moshi_condition condition = {"description", "x"};
+    const int32_t token = 5;
+    float pcm[1] = {0};
+    int32_t codes[MOSHI_MAX_CODEBOOKS] = {0};
+    moshi_session_options_init(model, &options);
+    options.null_conditions = &condition;
+    options.n_null_conditions = 1;
+    CHECK(moshi_session_create(engine, &options, &session) == MOSHI_ERROR_ARGUMENT);
+    options.n_null_conditions = -1;
+    CHECK(moshi_session_create(engine, &options, &session) == MOSHI_ERROR_ARGUMENT);
+    CHECK(open_session(1, &session) == MOSHI_OK);
+    CHECK(moshi_session_force_text(session, &token, -1) == MOSHI_ERROR_ARGUMENT);
+    CHECK(moshi_session_submit(session, NULL, NULL) == MOSHI_ERROR_ARGUMENT);
+    moshi_session_destroy(session);
+    CHECK(moshi_mimi_encode(engine, pcm, 1, -1, codes) == MOSHI_ERROR_AUDIO);
+    CHECK(moshi_mimi_decode(engine, codes, 1, 8, -1, pcm) == MOSHI_ERROR_AUDIO);
+    return 1;
+}
+
+static int test_an_offline_start_forces_each_token_once(void)
+{
+    struct moshi_session_options options;
+    struct moshi_session *session;
+    struct moshi_frame frame = {0};
+    static float pcm[FRAME_SIZE];
+    const int32_t tokens[3] = {10, 11, 12};
+    int delay = moshi_model_get_info(model)->max_delay;
+    moshi_session_options_init(model, &options);
+    options.start = MOSHI_START_OFFLINE;
+    CHECK(moshi_session_create(engine, &options, &session) == MOSHI_OK);
+    CHECK(moshi_session_force_text(session, tokens, 3) == MOSHI_OK);
+    /* The first frame's two steps leave the output one frame nearer. */
+    for (int t = 0; t < 3 + delay - 1; ++t) {
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+        if (t >= delay) CHECK(frame.text_token == tokens[t - delay]);
+    }
+    CHECK(moshi_session_forced_left(session) == 0);
+    moshi_session_destroy(session);
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     struct moshi_model_options options = {.folder = argc > 1 ? argv[1] : "moshi_c/data/moshi-tiny",
@@ -362,6 +447,10 @@ int main(int argc, char **argv)
     RUN(test_slots_run_out_with_a_reason_and_come_back);
     RUN(test_forced_text_comes_out_as_given);
     RUN(test_a_closed_engine_refuses_steps);
+    RUN(test_a_session_without_finite_numbers_ends_alone);
+    RUN(test_a_submitted_session_can_be_destroyed);
+    RUN(test_absurd_arguments_are_refused);
+    RUN(test_an_offline_start_forces_each_token_once);
     RUN(test_whole_files_and_streams_agree_on_the_first_seconds);
     moshi_engine_destroy(engine);
     moshi_model_close(model);
