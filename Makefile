@@ -121,6 +121,7 @@ build/libmoshi.a: build/release/libmoshi.a
 
 build/libmoshi.so: $(CORE:%.c=build/release/%.o)
 	@cc -shared -Wl,-soname,libmoshi.so.0 $^ -o $@ $(LINK)
+	@ln -sf libmoshi.so build/libmoshi.so.0
 
 build/session: build/release/examples/session.o build/libmoshi.a
 	cc $^ -o $@ $(LINK)

@@ -25,6 +25,9 @@ MIN_RATE, MAX_RATE = 1000, 768_000
 
 _BLOCK = 1 << 16
 
+#: More than any MP3 holds: 576 samples take 24 bytes at the lowest bit rate.
+_MP3_SAMPLES_A_BYTE = 64
+
 
 def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
     """Samples from any array-like, as contiguous float32.
@@ -171,7 +174,7 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     try:
         with soundfile.SoundFile(path) as file:
             found = int(file.samplerate)
-            blocks = list(_first_channel(file))
+            blocks = list(_first_channel(file, path.stat().st_size))
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = getattr(error, "error_string", None) or str(error)
         raise AudioError(
@@ -183,10 +186,14 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     return resample(as_pcm(pcm, str(path)), found, rate)
 
 
-def _first_channel(file: Any) -> Iterator[Pcm]:
+def _first_channel(file: Any, file_bytes: int) -> Iterator[Pcm]:
     # In blocks: the length in a header is a claim, not a reason to allocate.
+    # An MP3 goes in one read: soundfile seeks after each, and that decoder loses its place.
+    length = _BLOCK
+    if file.format == "MP3":
+        length = max(_BLOCK, min(int(file.frames), file_bytes * _MP3_SAMPLES_A_BYTE))
     while True:
-        block = file.read(_BLOCK, dtype="float32", always_2d=True)
+        block = file.read(length, dtype="float32", always_2d=True)
         if len(block) == 0:
             return
         yield np.ascontiguousarray(block[:, 0])

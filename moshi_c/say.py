@@ -20,14 +20,37 @@ _CLOSING = "\"')]}»”’"
 _PAUSES = {",": 2, ";": 3, ":": 3, ".": 5, "!": 5, "?": 5, "…": 5}
 
 
+def _in_vocabulary(tokenizer: Tokenizer, word: str) -> str:
+    """The word, in small letters if the vocabulary has no others."""
+
+    def lost(text: str) -> str:
+        return "".join(
+            c for c in text if c.isalnum() and not tokenizer.decode(tokenizer.encode(c)).strip()
+        )
+
+    if not lost(word):
+        return word
+    if missing := lost(word.lower()):
+        raise ValueError(
+            f"say cannot put {word!r} into tokens: this model's vocabulary has no {missing!r}; "
+            "expected words that it can spell"
+        )
+    return word.lower()
+
+
 def spoken_tokens(tokenizer: Tokenizer, text: str, frame_rate: float) -> list[int]:
     """Tokens of the text, one a frame.
 
-    A word takes 0.07 s a letter, and at least two frames more than it has pieces.
+    A word takes 0.07 s a letter, and at least two frames more than it has pieces. Marks that the
+    vocabulary lacks are left out.
+
+    Raises:
+        ValueError: a letter or digit that the vocabulary lacks.
     """
     pad, end_pad = tokenizer.padding_id, tokenizer.end_padding_id
     tokens: list[int] = []
-    for word in text.split():
+    for spelled in text.split():
+        word = _in_vocabulary(tokenizer, spelled)
         pieces = [piece for piece in tokenizer.encode(word) if piece not in (pad, end_pad)]
         if not tokenizer.decode(pieces).strip():
             continue  # nothing of it is in the vocabulary

@@ -533,6 +533,7 @@ class Session:
 
         Raises:
             CheckpointError: the model was loaded without a tokenizer.
+            ValueError: a letter or digit that the model's vocabulary lacks.
             SessionError: closed, or in use by another thread.
         """
         tokenizer = self._model.tokenizer

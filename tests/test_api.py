@@ -840,3 +840,12 @@ def test_the_streaming_codec(model: Model) -> None:
 def test_codes_that_are_none_are_refused(model: Model, codes: Any) -> None:
     with pytest.raises(moshi_c.AudioError):
         model.mimi.decode(codes)
+
+
+def test_say_tells_what_the_vocabulary_lacks(model: moshi_c.Model) -> None:
+    with moshi_c.Session(model, seed=1) as session:
+        session.say("Hello, MY name!")
+        assert session.saying == "hello my name"
+        with pytest.raises(ValueError, match="'4'"):
+            session.say("take 4")
+        assert session.saying == "hello my name"

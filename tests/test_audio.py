@@ -273,3 +273,12 @@ def test_codes_that_the_format_lacks_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(AudioError, match=r"9601 samples; expected 7681 to 9600"):
         write_codec_file(tmp_path / "a.mimi", codec_file(samples=9601))
     assert not (tmp_path / "a.mimi").exists()
+
+
+def test_a_long_mp3_is_read_without_seams(tmp_path: Path) -> None:
+    """soundfile seeks between the blocks of a file, which an MP3 decoder does not survive."""
+    path = tmp_path / "long.mp3"
+    seconds = np.arange(8 * 24000) / 24000
+    soundfile.write(path, 0.1 * np.sin(1200 * seconds), 24000)
+    whole, _ = soundfile.read(path, dtype="float32")
+    assert np.abs(read_audio(path, 24000) - whole).max() < 1e-6

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "../../csrc/backend.h"
 #include "../../csrc/os.h"
@@ -1768,13 +1769,15 @@ static void stage_traced(struct backend *backend, void *arg)
 
 static void test_trace_finds_the_first_bad_value(void)
 {
-    const char *path = "/tmp/moshi_test_kernels_trace.txt";
+    char path[] = "moshi_trace_XXXXXX";
+    int descriptor = mkstemp(path);
     struct backend *inner, *trace = NULL;
     float x[6] = {1, 2, 3, 4, INFINITY, 6}, y[6];
     struct op_norm op = {.name = "here", .n = 1, .width = 3, .x = x, .y = y};
     char line[256] = "";
     FILE *file;
-    int good = cpu_backend_create(1, &inner) == MOSHI_OK &&
+    int good = descriptor >= 0 && close(descriptor) == 0 &&
+               cpu_backend_create(1, &inner) == MOSHI_OK &&
                trace_backend_create(inner, path, &trace) == MOSHI_OK &&
                trace->ops->run(trace, 4, stage_traced, &op) == MOSHI_OK;
 
