@@ -49,17 +49,17 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
+    """The commit the sources are at, "-dirty" when they differ from it; results don't count."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changed = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return described.stdout.strip()
 
 
 def read_rate(threads: int, seconds: float = 0.25) -> float:
