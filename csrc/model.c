@@ -42,6 +42,17 @@ static int read_config(const char *path, struct os_file *file)
     return path[0] ? os_file_open(path, 1, file) : MOSHI_OK;
 }
 
+/* The language model's config, or upstream's built-in one. */
+static int parse_lm_config(const struct moshi_model *model, struct lm_config *config)
+{
+    struct os_file text;
+    int status = read_config(model->config_path, &text);
+    if (status) return status;
+    status = lm_config_parse((const char *)text.data, text.bytes, model->config_path, config);
+    os_file_close(&text);
+    return status;
+}
+
 static int copy_path(const char *from, char *to, size_t capacity)
 {
     if (strlen(from) >= capacity)
@@ -180,7 +191,6 @@ static void fill_info(struct moshi_model *model)
         info->heads = lm->heads;
         info->head_dim = lm->head_dim;
         info->has_conditions = lm->n_conditions > 0;
-        info->needs_conditions = info->has_conditions;
         info->text_temperature = lm->text_temperature;
         info->audio_temperature = lm->audio_temperature;
         info->text_top_k = lm->text_top_k;
@@ -246,15 +256,9 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
                            sizeof model->config_path);
         if (!status && !os_path_exists(model->config_path)) model->config_path[0] = '\0';
     }
+    struct lm_config config;
     if (!status && !options->codec_only) {
-        struct lm_config config;
-        struct os_file text;
-        status = read_config(model->config_path, &text);
-        if (!status) {
-            status = lm_config_parse((const char *)text.data, text.bytes, model->config_path,
-                                     &config);
-            os_file_close(&text);
-        }
+        status = parse_lm_config(model, &config);
         if (!status) {
             status = open_lm(model, options, &config);
             model->info.has_lm = 1;
@@ -262,15 +266,8 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
         if (!status) status = open_mimi(model, options, &model->lm.config);
     } else if (!status) {
         /* A model's folder names its codec in its config. */
-        struct lm_config config;
-        struct os_file text;
         int named = model->config_path[0] && !options->mimi_path;
-        if (named) status = read_config(model->config_path, &text);
-        if (named && !status) {
-            status = lm_config_parse((const char *)text.data, text.bytes, model->config_path,
-                                     &config);
-            os_file_close(&text);
-        }
+        if (named) status = parse_lm_config(model, &config);
         if (!status) {
             struct moshi_model_options codec = *options;
             if (codec.mimi_codebooks == 0) codec.mimi_codebooks = 8;

@@ -111,7 +111,7 @@ struct moshi_model_info {
     int context; /* frames remembered by default */
     int text_padding_id, text_end_padding_id;
     int heads, head_dim; /* extra heads */
-    int has_conditions, needs_conditions; /* condition tables exist; the model must be given some */
+    int has_conditions; /* condition tables exist; what a session does not name gets the padding */
     float text_temperature, audio_temperature; /* the checkpoint's defaults, else upstream's */
     int text_top_k, audio_top_k;
     int64_t parameters; /* of LM and codec */

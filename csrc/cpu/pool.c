@@ -210,8 +210,3 @@ void pool_destroy(struct pool *pool)
         if (pool->workers[i].thread) os_thread_join(pool->workers[i].thread);
     os_release(pool, pool->bytes);
 }
-
-int pool_threads(const struct pool *pool)
-{
-    return pool->threads;
-}

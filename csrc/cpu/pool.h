@@ -16,7 +16,6 @@ typedef void pool_function(void *arg, int part, int first, int last);
 /* threads counts the caller of parallel_for; 1 has no worker. */
 int pool_create(int threads, struct pool **pool);
 void pool_destroy(struct pool *pool); /* NULL is fine */
-int pool_threads(const struct pool *pool);
 
 /* Runs all tasks and returns when they are done. One caller at a time; not from inside a task. */
 void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks);

@@ -270,7 +270,6 @@ static const struct field info_fields[] = {
     INFO(INT, heads),
     INFO(INT, head_dim),
     INFO(BOOL, has_conditions),
-    INFO(BOOL, needs_conditions),
     INFO(FLOAT, text_temperature),
     INFO(FLOAT, audio_temperature),
     INFO(INT, text_top_k),
