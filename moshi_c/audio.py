@@ -25,6 +25,9 @@ MIN_RATE, MAX_RATE = 1000, 768_000
 
 _BLOCK = 1 << 16
 
+#: Far above any sound, far below where sums of samples, as a resampler makes them, overflow.
+_LOUDEST = np.float32(1e12)
+
 #: More than any MP3 holds: 576 samples take 24 bytes at the lowest bit rate.
 _MP3_SAMPLES_A_BYTE = 64
 
@@ -41,7 +44,7 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
         ndim: dimensions of the result; a batch of 1 is added for 2.
 
     Raises:
-        AudioError: another type or shape, NaN, or infinity.
+        AudioError: another type or shape, NaN, infinity, or a number that is no sample at all.
     """
     if isinstance(audio, (bytes, bytearray)):
         raise AudioError(
@@ -69,10 +72,11 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
             f"{name} has elements of type {array.dtype}; expected float32 in -1..1, or int16"
         )
     samples = _with_dimensions(samples, name, ndim)
-    if not np.isfinite(samples).all():
-        where = int(np.argmin(np.isfinite(samples.reshape(-1))))
+    usable = np.abs(samples.reshape(-1)) <= _LOUDEST  # NaN is not, either
+    if not usable.all():
+        where = int(np.argmin(usable))
         value = samples.reshape(-1)[where]
-        raise AudioError(f"{name} has {value} at sample {where}; expected finite samples")
+        raise AudioError(f"{name} has {value} at sample {where}; expected finite samples in -1..1")
     return np.ascontiguousarray(samples)
 
 
@@ -162,7 +166,7 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     """Reads a file, float32[N] at `rate` Hz. Of several channels the first is taken.
 
     Raises:
-        AudioError: the file is missing, is no sound file, or holds NaN or infinity.
+        AudioError: the file is missing, is no sound file, or holds what is no sample.
     """
     import soundfile
 
