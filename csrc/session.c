@@ -434,7 +434,7 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
 
 int moshi_session_forced_left(struct moshi_session *session)
 {
-    return session->forced_end - session->forced_first;
+    return session->forced_end - __atomic_load_n(&session->forced_first, __ATOMIC_RELAXED);
 }
 
 int moshi_session_force_next(struct moshi_session *session, int32_t text, const int32_t *audio)

@@ -73,7 +73,7 @@ READERS: dict[str, tuple[Callable[[Path], None], type[Exception]]] = {
 
 
 def read(name: str, path: Path) -> None:
-    """Reads one file; an AssertionError, or whatever the reader lets through, breaks the promise."""
+    """Reads one file; what comes out of here as an exception is a broken promise."""
     reader, expected = READERS[name]
     try:
         reader(path)
