@@ -233,6 +233,10 @@ bench: $(VENV)/.test ## ours and upstream's, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 
+.PHONY: soak
+soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does memory grow?
+	$(BIN)/python benchmarks/soak.py
+
 .PHONY: full
 full: ## check, test, asan, tsan and the benchmarks
 	$(MAKE) check
