@@ -1,9 +1,11 @@
-/* fuzz_model.c: the configs of tests/fuzz/model, changed, over its unchanged weights: what opens can
- * be talked to, and a reset conversation repeats itself. An input is config.json, a line "====" and
- * the codec's config. Runs in the root of the repository. */
+/* fuzz_model.c: the configs of tests/fuzz/model, changed: what opens can be talked to, and a reset
+ * conversation repeats itself. An input is config.json, a line "====" and the codec's config, for
+ * the model's own weights; a third part, after another such line, is the header of other weights for
+ * the language model. Runs in the root of the repository. */
 #include <math.h>
 
 #include "fuzz.h"
+#include "json.h"
 
 #define MODEL "tests/fuzz/model/"
 #define FRAMES 12 /* more than the contexts of the seeds */
@@ -56,6 +58,28 @@ static void converse(struct moshi_model *model, struct moshi_engine *engine)
     moshi_session_destroy(session);
 }
 
+/* A safetensors file of this header and as many bytes as its tensors claim, within reason. */
+static void write_weights(const char *name, const uint8_t *header, size_t bytes)
+{
+    static uint8_t file[1 << 17];
+    struct json_document *document;
+    int64_t claimed = 0, end;
+    if (json_parse((const char *)header, bytes, "input", &document) == MOSHI_OK) {
+        for (const struct json *node = json_root(document)->first; node; node = node->next) {
+            const struct json *offsets = json_get(node, "data_offsets");
+            const struct json *begin = offsets ? offsets->first : NULL;
+            if (begin && json_integer(begin->next, &end) && end > claimed) claimed = end;
+        }
+        json_free(document);
+    }
+    size_t total = 8 + bytes + (size_t)(claimed < 1 << 16 ? claimed : 1 << 16);
+    if (total > sizeof file) return;
+    for (size_t i = 0; i < total; ++i) file[i] = (uint8_t)(i % 64); /* floats from 0 to 0.8 */
+    for (int i = 0; i < 8; ++i) file[i] = (uint8_t)((uint64_t)bytes >> 8 * i);
+    memcpy(file + 8, header, bytes);
+    fuzz_write(name, file, total);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
     const uint8_t *part;
@@ -66,7 +90,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     struct moshi_engine_options capacity = {.max_sessions = 1};
     size_t part_bytes = fuzz_part(&data, &bytes, &part);
     fuzz_write("config.json", part, part_bytes);
-    fuzz_write("mimi.json", data, bytes);
+    part_bytes = fuzz_part(&data, &bytes, &part);
+    fuzz_write("mimi.json", part, part_bytes);
+    if (bytes > 0) {
+        write_weights("model.safetensors", data, bytes);
+        options.lm_path = fuzz_path("model.safetensors");
+    }
     options.config_path = fuzz_path("config.json");
     options.mimi_config_path = fuzz_path("mimi.json");
     int status = moshi_model_open(&options, &model);

@@ -221,7 +221,24 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
         codec = mimi | {"quantizer": mimi["quantizer"] | (quantizer or {})}
         return json.dumps(lm | changes).encode() + MARK + json.dumps(codec).encode()
 
+    weights = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", weights[:8])
+    header = json.loads(weights[8 : 8 + length])
+    header.pop("__metadata__", None)
+
+    def stored(dtype: str, element: int, space: str = "") -> bytes:
+        """With weights of another type, behind a header that is `space` longer."""
+        made, at = {}, 0
+        for name, tensor in header.items():
+            end = at + element * int(np.prod(tensor["shape"]))
+            made[name] = {"dtype": dtype, "shape": tensor["shape"], "data_offsets": [at, end]}
+            at = end
+        return both() + MARK + json.dumps(made, separators=(",", ":")).encode() + space.encode()
+
     return {
+        "weights-f32": stored("F32", 4),
+        "weights-f16": stored("F16", 2),
+        "weights-bf16-at-odd-bytes": stored("BF16", 2, " " * (len(json.dumps(header)) % 2 + 1)),
         "plain": both(),
         "delayed": both(delays=[3, 0, 1, 2, 1]),
         "one-head": both(num_heads=1, depformer_num_heads=1),
