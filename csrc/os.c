@@ -85,6 +85,13 @@ static void *map_anonymous(void *where, size_t bytes, int flags)
     return memory == MAP_FAILED ? NULL : memory;
 }
 
+/* What is mapped for a block. The address sanitizer knows the ends of what malloc gives; of these
+ * pages it has to be told, and forbids what lies behind them. */
+static size_t mapped_bytes(size_t bytes)
+{
+    return (bytes > 0 ? bytes : 1) + GUARD_BYTES;
+}
+
 static int read_whole(int fd, const char *path, uint8_t *data, size_t bytes)
 {
     size_t done = 0;
@@ -169,13 +176,6 @@ int os_path_is_folder(const char *path)
 {
     struct stat info;
     return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
-}
-
-/* What is mapped for a block. The address sanitizer knows the ends of what malloc gives; of these
- * pages it has to be told, and forbids what lies behind them. */
-static size_t mapped_bytes(size_t bytes)
-{
-    return (bytes > 0 ? bytes : 1) + GUARD_BYTES;
 }
 
 void *os_reserve(size_t bytes)
