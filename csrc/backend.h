@@ -344,6 +344,7 @@ struct backend_ops {
     void (*release)(struct backend *backend, void *memory, size_t bytes);
     void (*upload)(struct backend *backend, void *device, const void *host, size_t bytes);
     void (*download)(struct backend *backend, void *host, const void *device, size_t bytes);
+    void (*copy)(struct backend *backend, void *to, const void *from, size_t bytes);
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);

@@ -29,6 +29,7 @@ struct moshi_session {
     double submitted_s;
     int status;
     char sentence[512];
+    struct os_event *event; /* set when the frame is done; NULL until asked for; under engine->lock */
     /* policy */
     int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
     int forced_first, forced_end, forced_capacity; /* first: atomic, asked for during a tick */
@@ -62,6 +63,17 @@ struct moshi_engine {
     float *pcm;          /* device, [rows][frame_size] */
     int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
 };
+
+/* A session with its buffers and without a slot; its conditions are those of the options. */
+int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
+                struct moshi_session **session);
+/* Gives it a free slot, in the state of a conversation that has not begun. */
+int session_take_slot(struct moshi_session *session);
+/* Makes it the only call on the session until session_leave; else MOSHI_ERROR_SESSION. */
+int session_enter(struct moshi_session *session);
+void session_leave(struct moshi_session *session);
+/* Room for `count` forced tokens in all. */
+int session_reserve_forced(struct moshi_session *session, int count);
 
 /* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);
