@@ -227,15 +227,15 @@ fuzz-corpus: ## the inputs that are kept, through the readers in C, under the sa
 	    ASAN_OPTIONS=max_allocation_size_mb=64 \
 	        build/asan/fuzz_$$target tests/fuzz/corpus/$$target; done
 
+.PHONY: soak
+soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does memory grow?
+	$(BIN)/python benchmarks/soak.py
+
 .PHONY: bench
 bench: $(VENV)/.test ## ours and upstream's, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/mimi.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
-
-.PHONY: soak
-soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does memory grow?
-	$(BIN)/python benchmarks/soak.py
 
 .PHONY: full
 full: ## check, test, asan, tsan and the benchmarks
