@@ -3,8 +3,9 @@
     python tests/fuzz/make_corpus.py [FOLDER]
 
 FOLDER is tests/fuzz. `corpus/NAME/seed-*` are the inputs of target NAME and `model/` is the model
-that the targets of whole models open; all but the sounds are the same bytes on every machine. An
-input that once found a defect lies beside the seeds as `found-*`; this script leaves it alone.
+that the targets of whole models open; all but sounds and snapshots are the same bytes on every
+machine. An input that once found a defect lies beside the seeds as `found-*`; this script leaves it
+alone.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ LM: Config = checkpoints.SHAPES["rows"].lm | {
     "depformer_low_rank_embeddings": 2,
 }
 MIMI: Config = {
-    "sample_rate": 100,
-    "frame_rate": 12.5,
+    "sample_rate": 1000,
+    "frame_rate": 125,
     "seanet": {"n_filters": 2, "dimension": 4, "ratios": [2, 2]},
     "quantizer": {
         "dimension": 2,
@@ -250,6 +251,33 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
     }
 
 
+def snapshots(folder: Path) -> dict[str, bytes]:
+    """Of sessions before, at and beyond the model's context of 7 frames, and of a codec stream."""
+    import moshi_c
+
+    found = {}
+    pcm = (0.3 * np.sin(np.arange(8))).astype(np.float32)
+    with moshi_c.load(folder, threads=1) as model:
+        for name, frames, options in (
+            ("fresh", 0, {}),
+            ("begun", 2, {}),
+            ("wrapped", 9, {"keep_logits": True}),
+            ("guided", 3, {"cfg_coef": 1.5, "conditions": {"description": "good"}}),
+        ):
+            with moshi_c.Session(
+                model, seed=1, sample_rate=1000, output_sample_rate=1000, **options
+            ) as session:
+                session.force_text([1, 2, 3, 4])
+                for _ in range(frames):
+                    session.step(pcm)
+                found[name] = session.snapshot()
+        with model.mimi.stream() as stream:
+            for _ in range(3):
+                stream.decode(stream.encode(pcm))
+            found["stream"] = stream.snapshot()
+    return found
+
+
 # ---- sound, codec files and tokenizers ---------------------------------------------------------
 
 
@@ -337,6 +365,7 @@ def make(folder: Path) -> None:
         "safetensors": SAFETENSORS,
         "config": configs(),
         "model": model_inputs(folder / "model"),
+        "snapshot": snapshots(folder / "model"),
         "audio": sounds(),
         "mimi": codec_files(),
         "tokenizer": tokenizers(),
