@@ -612,7 +612,7 @@ static void list_session(struct moshi_session *session, struct snapshot *snapsho
     snapshot_host(snapshot, "session.next_audio", TENSOR_I32, info->dep_q, session->next_audio);
     snapshot_host(snapshot, "session.forced", TENSOR_I32,
                   session->forced_end - session->forced_first,
-                  session->forced + session->forced_first);
+                  session->forced ? session->forced + session->forced_first : NULL);
     if (session->condition)
         snapshot_host(snapshot, "session.condition", TENSOR_F32,
                       2 * (int64_t)session->engine->model->lm.config.temporal.dim,

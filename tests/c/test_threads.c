@@ -4,6 +4,7 @@
  * smallest there is, so that threads meet often.
  * usage: test_threads [model folder] */
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -117,11 +118,21 @@ static int step(struct moshi_session *session, int seed, int t, struct record *r
     return status;
 }
 
+/* Frames first..FRAMES-1 of the conversation. */
+static void go_on(struct moshi_session *session, int seed, int first)
+{
+    struct record record = alone[seed];
+    for (int t = first; t < FRAMES; ++t) {
+        memset(record.pcm[t], 0, sizeof record.pcm[t]);
+        record.text[t] = -2;
+        CHECK(step(session, seed, t, &record) == MOSHI_OK);
+    }
+    CHECK(memcmp(&record, &alone[seed], sizeof record) == 0);
+}
+
 static void talk(struct moshi_session *session, int seed)
 {
-    struct record record = {0};
-    for (int t = 0; t < FRAMES; ++t) CHECK(step(session, seed, t, &record) == MOSHI_OK);
-    CHECK(memcmp(&record, &alone[seed], sizeof record) == 0);
+    go_on(session, seed, 0);
 }
 
 static void start(pthread_t *thread, void *(*body)(void *), void *arg)
@@ -136,15 +147,21 @@ struct job {
     int number, rounds;
 };
 
-/* Opens, talks, closes; waits for a free slot where there are fewer than threads. */
+/* Waits for a free slot where there are fewer than threads. */
+static int open_any(const struct world *in, int seed, struct moshi_session **session)
+{
+    int status;
+    while ((status = open_session(in, seed, session)) == MOSHI_ERROR_SESSION) sched_yield();
+    return status;
+}
+
+/* Opens, talks, closes. */
 static void come_and_go(const struct job *job)
 {
     for (int round = 0; round < job->rounds; ++round) {
         struct moshi_session *session;
-        int seed = (job->number + round) % SEEDS, status;
-        while ((status = open_session(job->world, seed, &session)) == MOSHI_ERROR_SESSION)
-            sched_yield();
-        CHECK(status == MOSHI_OK);
+        int seed = (job->number + round) % SEEDS;
+        CHECK(open_any(job->world, seed, &session) == MOSHI_OK);
         talk(session, seed);
         moshi_session_destroy(session);
     }
@@ -178,6 +195,76 @@ static void start_over(const struct job *job)
 static void *start_over_thread(void *arg)
 {
     start_over(arg);
+    return NULL;
+}
+
+static int fork_session(struct moshi_session *session, struct moshi_session **fork)
+{
+    int status;
+    while ((status = moshi_session_fork(session, NULL, fork)) == MOSHI_ERROR_SESSION) sched_yield();
+    return status;
+}
+
+/* Half a conversation; a fork of it, its snapshot and itself all come to the same end. */
+static void branch(const struct job *job)
+{
+    static const int half = FRAMES / 2;
+    for (int round = 0; round < job->rounds; ++round) {
+        struct moshi_session *session, *other;
+        struct record record;
+        const void *note;
+        size_t bytes, note_bytes;
+        int seed = (job->number + round) % SEEDS, status;
+        CHECK(open_any(job->world, seed, &session) == MOSHI_OK);
+        for (int t = 0; t < half; ++t) CHECK(step(session, seed, t, &record) == MOSHI_OK);
+        CHECK(moshi_session_snapshot(session, NULL, 0, NULL, &bytes) == MOSHI_OK);
+        void *saved = malloc(bytes);
+        CHECK(saved && moshi_session_snapshot(session, NULL, 0, saved, &bytes) == MOSHI_OK);
+        CHECK(fork_session(session, &other) == MOSHI_OK);
+        go_on(session, seed, half);
+        moshi_session_destroy(session);
+        go_on(other, seed, half);
+        moshi_session_destroy(other);
+        while ((status = moshi_session_restore(job->world->engine, saved, bytes, &other, &note,
+                                               &note_bytes)) == MOSHI_ERROR_SESSION)
+            sched_yield();
+        CHECK(status == MOSHI_OK);
+        free(saved);
+        go_on(other, seed, half);
+        moshi_session_destroy(other);
+    }
+}
+
+static void *branch_thread(void *arg)
+{
+    branch(arg);
+    return NULL;
+}
+
+/* Frames taken back in time are as if they had not been given. */
+static void hesitate(const struct job *job)
+{
+    struct moshi_session *session;
+    struct record record;
+    float noise[FRAME_SIZE] = {0.5f, -0.5f};
+    int seed = job->number % SEEDS;
+    CHECK(open_session(job->world, seed, &session) == MOSHI_OK);
+    for (int round = 0; round < job->rounds; ++round) {
+        struct moshi_frame frame = {.pcm = record.pcm[0]};
+        CHECK(moshi_session_submit(session, noise, &frame) == MOSHI_OK);
+        if (moshi_session_withdraw(session)) {
+            talk(session, seed);
+        } else {
+            CHECK(moshi_session_wait(session) == MOSHI_OK);
+        }
+        CHECK(moshi_session_reset(session, NULL) == MOSHI_OK);
+    }
+    moshi_session_destroy(session);
+}
+
+static void *hesitate_thread(void *arg)
+{
+    hesitate(arg);
     return NULL;
 }
 
@@ -305,6 +392,22 @@ static void test_resets_do_not_touch_the_others(void)
     wait_for_all(&crowd);
 }
 
+static void test_forks_and_snapshots_go_on_while_others_step(void)
+{
+    struct crowd crowd = {.count = 0};
+    join_in(&crowd, branch_thread, &world, ROUNDS);
+    for (int i = 0; i < 3; ++i) join_in(&crowd, come_and_go_thread, &world, ROUNDS);
+    wait_for_all(&crowd);
+}
+
+static void test_frames_are_taken_back_while_others_step(void)
+{
+    struct crowd crowd = {.count = 0};
+    join_in(&crowd, hesitate_thread, &world, ROUNDS);
+    for (int i = 0; i < 2; ++i) join_in(&crowd, come_and_go_thread, &world, ROUNDS);
+    wait_for_all(&crowd);
+}
+
 static void test_the_codec_works_beside_sessions(void)
 {
     struct crowd crowd = {.count = 0};
@@ -339,38 +442,46 @@ static void test_a_model_answers_while_others_step(void)
     wait_for_all(&crowd);
 }
 
-/* An event loop: all sessions are submitted, then taken in the order in which they are ready. */
+/* An event loop: all sessions are submitted, then taken in the order in which their descriptors
+ * become readable. */
 static void test_one_thread_serves_many_sessions(void)
 {
+    enum { COUNT = SLOTS - 1 };
     struct crowd crowd = {.count = 0};
-    struct moshi_session *sessions[SLOTS - 1];
-    static struct record records[SLOTS - 1];
-    float pcm[SLOTS - 1][FRAME_SIZE];
-    struct moshi_frame frames[SLOTS - 1];
+    struct moshi_session *sessions[COUNT];
+    static struct record records[COUNT];
+    struct moshi_frame frames[COUNT];
+    struct pollfd waiting[COUNT];
     const int32_t forced = 2;
     join_in(&crowd, come_and_go_thread, &world, ROUNDS);
-    for (int i = 0; i < SLOTS - 1; ++i) CHECK(open_session(&world, i, &sessions[i]) == MOSHI_OK);
+    for (int i = 0; i < COUNT; ++i) {
+        CHECK(open_any(&world, i, &sessions[i]) == MOSHI_OK);
+        waiting[i].events = POLLIN;
+    }
     for (int t = 0; t < FRAMES; ++t) {
-        for (int i = 0; i < SLOTS - 1; ++i) {
+        for (int i = 0; i < COUNT; ++i) {
+            float pcm[FRAME_SIZE];
+            make_frame(i, t, pcm);
             frames[i] = (struct moshi_frame){.pcm = records[i].pcm[t]};
-            make_frame(i, t, pcm[i]);
-            CHECK(moshi_session_submit(sessions[i], pcm[i], &frames[i]) == MOSHI_OK);
-            memset(pcm[i], 0, sizeof pcm[i]); /* the samples were taken */
+            CHECK(moshi_session_descriptor(sessions[i], &waiting[i].fd) == MOSHI_OK);
+            CHECK(moshi_session_submit(sessions[i], pcm, &frames[i]) == MOSHI_OK);
+            memset(pcm, 0, sizeof pcm); /* the samples were taken */
             CHECK(moshi_session_force_text(sessions[i], &forced, 1) == MOSHI_ERROR_SESSION);
             CHECK(moshi_session_forced_left(sessions[i]) == 0);
         }
-        for (int left = SLOTS - 1, i = 0; left > 0; i = (i + 1) % (SLOTS - 1)) {
-            if (!frames[i].pcm || !moshi_session_ready(sessions[i])) {
-                sched_yield();
-                continue;
+        for (int left = COUNT; left > 0;) {
+            CHECK(poll(waiting, COUNT, 60000) > 0);
+            for (int i = 0; i < COUNT; ++i) {
+                if (waiting[i].fd < 0 || !(waiting[i].revents & POLLIN)) continue;
+                CHECK(moshi_session_ready(sessions[i]));
+                CHECK(moshi_session_wait(sessions[i]) == MOSHI_OK);
+                keep(&records[i], t, &frames[i]);
+                waiting[i].fd = -1; /* poll passes it over */
+                --left;
             }
-            CHECK(moshi_session_wait(sessions[i]) == MOSHI_OK);
-            keep(&records[i], t, &frames[i]);
-            frames[i].pcm = NULL;
-            --left;
         }
     }
-    for (int i = 0; i < SLOTS - 1; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
         CHECK(memcmp(&records[i], &alone[i], sizeof alone[i]) == 0);
         moshi_session_destroy(sessions[i]);
     }
@@ -408,7 +519,7 @@ static void test_a_frame_may_be_waited_for_in_another_thread(void)
     pthread_t thread;
     char t;
     const int32_t tokens[4] = {1, 2, 1, 2};
-    CHECK(open_session(&world, 3, &relay.session) == MOSHI_OK);
+    CHECK(open_any(&world, 3, &relay.session) == MOSHI_OK);
     CHECK(pipe(relay.there) == 0 && pipe(relay.back) == 0);
     start(&thread, relay_thread, &relay);
     for (t = 0; t < FRAMES; ++t) {
@@ -446,7 +557,7 @@ static void test_a_batch_steps_beside_lone_sessions(void)
     struct moshi_session *sessions[BATCH];
     static struct record records[BATCH];
     join_in(&crowd, come_and_go_thread, &world, ROUNDS);
-    for (int i = 0; i < BATCH; ++i) CHECK(open_session(&world, i, &sessions[i]) == MOSHI_OK);
+    for (int i = 0; i < BATCH; ++i) CHECK(open_any(&world, i, &sessions[i]) == MOSHI_OK);
     for (int t = 0; t < FRAMES; ++t) {
         float pcm[BATCH][FRAME_SIZE];
         const float *inputs[BATCH];
@@ -477,6 +588,8 @@ int main(int argc, char **argv)
     RUN(test_a_seed_gives_its_conversation_again);
     RUN(test_sessions_come_and_go_while_others_step);
     RUN(test_resets_do_not_touch_the_others);
+    RUN(test_forks_and_snapshots_go_on_while_others_step);
+    RUN(test_frames_are_taken_back_while_others_step);
     RUN(test_the_codec_works_beside_sessions);
     RUN(test_models_of_one_process_are_independent);
     RUN(test_a_model_answers_while_others_step);
