@@ -195,7 +195,7 @@ asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytes
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
 	cd build && $(WITH_ASAN) $(CURDIR)/$(BIN)/python -c \
 	    "import moshi_c._core as core; assert 'asan-py' in core.__file__, core.__file__"
-	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "not slow and not parity"
+	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "not slow"
 
 # Fixed addresses, where the system lets us ask for them: the sanitizer has its own map of memory.
 THREADED := $(wildcard $(patsubst %,tests/c/test_%*.c,pool engine session threads))
