@@ -17,6 +17,11 @@ has_header() {
     echo "#include <$1>" | cc -E - >/dev/null
 }
 
+has_fuzzer() {
+    echo 'int LLVMFuzzerTestOneInput(const char *a, long n) { return !a + !n; }' |
+        clang -fsanitize=fuzzer -x c - -o /dev/null
+}
+
 has_python_header() {
     test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
 }
@@ -34,7 +39,10 @@ for what in "$@"; do
         need espeak-ng command -v espeak-ng
         need libsndfile1 .venv/bin/python -c 'import soundfile'
         ;;
-    clang) need clang command -v clang ;;
+    clang)
+        need clang command -v clang
+        need libclang-rt-dev has_fuzzer
+        ;;
     *)
         echo "setup_debian.sh: unknown '$what'; expected build, sound or clang" >&2
         exit 2
