@@ -209,7 +209,7 @@ tsan: ## the threaded C tests under the thread sanitizer
 FUZZ_SECONDS ?= 60
 .PHONY: fuzz
 fuzz: $(VENV)/.core ## every reader of files on damaged ones, FUZZ_SECONDS=60 each; needs clang
-	@scripts/setup_debian.sh build clang
+	@scripts/setup_debian.sh build fuzzer
 	@$(MAKE) --no-print-directory -j$(JOBS) $(FUZZ:%=build/fuzz/fuzz_%)
 	@set -e; for target in $(FUZZ); do \
 	    echo "fuzz_$$target"; mkdir -p build/fuzz/corpus/$$target; \

@@ -39,10 +39,11 @@ for what in "$@"; do
         need espeak-ng command -v espeak-ng
         need libsndfile1 .venv/bin/python -c 'import soundfile'
         ;;
-    clang)
+    fuzzer)
         need clang command -v clang
         need libclang-rt-dev has_fuzzer
         ;;
+    clang) need clang command -v clang ;;
     *)
         echo "setup_debian.sh: unknown '$what'; expected build, sound or clang" >&2
         exit 2
