@@ -1,5 +1,6 @@
-/* fuzz_safetensors.c: the reader of one file and of shards behind an index. An input is a file, or
- * an index and its shards "a.safetensors" and "b.safetensors", with lines "====" between. */
+/* fuzz_safetensors.c: the reader of one file, on disk and in memory, and of shards behind an index.
+ * An input is a file, or an index and its shards "a.safetensors" and "b.safetensors", with lines
+ * "====" between. */
 #include "fuzz.h"
 #include "safetensors.h"
 
@@ -31,6 +32,11 @@ static int64_t check_tensors(struct tensor_file *file)
     return total;
 }
 
+static uint64_t fingerprint(const struct tensor_file *file)
+{
+    return tensor_file_fingerprint(file, FINGERPRINT_START);
+}
+
 static void open_both_ways(const char *path, int64_t data_bytes)
 {
     struct tensor_file *mapped, *copied;
@@ -42,12 +48,31 @@ static void open_both_ways(const char *path, int64_t data_bytes)
         PROMISE(check_tensors(copied) == total);
         PROMISE(tensor_file_count(mapped) == tensor_file_count(copied));
         PROMISE(tensor_file_mapped_bytes(copied) == 0);
+        PROMISE(fingerprint(mapped) == fingerprint(copied));
         PROMISE(data_bytes < 0 || total == data_bytes);
     } else {
         PROMISE(mapped == NULL && copied == NULL);
     }
     tensor_file_close(mapped);
     tensor_file_close(copied);
+}
+
+static void parse(const uint8_t *data, size_t bytes)
+{
+    struct tensor_file *parsed, *opened;
+    int status = tensor_file_parse(data, bytes, "input", &parsed);
+    promise_answer(status);
+    PROMISE(tensor_file_open(fuzz_path("one.safetensors"), 0, &opened) == status);
+    PROMISE((status == MOSHI_OK) == (parsed != NULL));
+    if (status == MOSHI_OK) {
+        PROMISE(check_tensors(parsed) == check_tensors(opened));
+        PROMISE(fingerprint(parsed) == fingerprint(opened));
+        const char *format = tensor_file_metadata(parsed, "format");
+        PROMISE(format == NULL || strlen(format) < bytes);
+        PROMISE(tensor_file_metadata(parsed, "no such key, surely") == NULL);
+    }
+    tensor_file_close(parsed);
+    tensor_file_close(opened);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
@@ -58,6 +83,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     fuzz_write("one.safetensors", data, bytes);
     open_both_ways(fuzz_path("one.safetensors"),
                    header <= bytes ? (int64_t)(bytes - header) - 8 : -1);
+    parse(data, bytes);
 
     size_t index_bytes = fuzz_part(&data, &bytes, &index);
     fuzz_write("index.json", index, index_bytes);
