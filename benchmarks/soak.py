@@ -1,16 +1,18 @@
 """Does anything grow? Hours of use in a few minutes, with resident memory, descriptors and threads.
 
-Four loops over the packaged model: an hour of sound through one session, minute by minute, each
+Five loops over the packaged model: an hour of sound through one session, minute by minute, each
 minute's recording dropped before memory is read, so that what a caller keeps is not counted;
-sessions opened, stepped twice and closed; codec streams likewise; models loaded and closed. The
-first fifth of a loop warms up. After it resident memory may vary by MAX_RANGE_MB, and the line
-fitted to it may rise by MAX_RISE_MB from end to end; descriptors and threads may not grow at all.
-Exits with 1 when something did. Needs Linux.
+sessions opened, stepped twice and closed; forks, stepped in an event loop, saved and restored;
+codec streams opened and closed; models loaded and closed. The first fifth of a loop warms up.
+After it resident memory may vary by MAX_RANGE_MB, and the line fitted to it may rise by MAX_RISE_MB
+from end to end; descriptors and threads may not grow at all. Exits with 1 when something did.
+Needs Linux.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import time
 from collections.abc import Callable
@@ -92,6 +94,7 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=int, default=60, help="of sound through one session")
     parser.add_argument("--sessions", type=int, default=10_000)
+    parser.add_argument("--forks", type=int, default=2000)
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--loads", type=int, default=100)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "soak.json")
@@ -114,6 +117,18 @@ def main() -> int:
                 session.step(frame)
 
         result["sessions"] = soak("sessions", options.sessions, converse)
+
+        with moshi_c.Session(model, seed=1) as session:
+            session.run(minutes[0][: 20 * FRAME])
+
+            def branch(index: int) -> None:
+                with session.fork(seed=index) as fork:
+                    asyncio.run(fork.astep(frame))
+                    saved = fork.snapshot()
+                with moshi_c.Session.from_snapshot(model, saved) as restored:
+                    restored.step(frame)
+
+            result["forks"] = soak("forks", options.forks, branch)
 
     with moshi_c.load_mimi() as mimi:
 
