@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import moshi_c
+
 FUZZ = Path(__file__).resolve().parent / "fuzz"
 
 
@@ -29,3 +31,13 @@ def test_the_committed_seeds_are_those_the_script_makes(tmp_path: Path) -> None:
     assert len(compared) > 50
     same = {path: filecmp.cmp(tmp_path / path, FUZZ / path, shallow=False) for path in compared}
     assert [path for path, equal in same.items() if not equal] == []
+
+
+def test_the_seeds_of_snapshots_can_be_restored() -> None:
+    seeds = [
+        path for path in (FUZZ / "corpus" / "snapshot").glob("seed-*") if "stream" not in path.name
+    ]
+    assert len(seeds) >= 4
+    with moshi_c.load(FUZZ / "model") as model:
+        for seed in seeds:
+            moshi_c.Session.from_snapshot(model, seed.read_bytes()).close()

@@ -400,6 +400,49 @@ static void test_forks_and_snapshots_go_on_while_others_step(void)
     wait_for_all(&crowd);
 }
 
+struct half {
+    struct moshi_session *session;
+    int seed;
+};
+
+static void *go_on_thread(void *arg)
+{
+    const struct half *half = arg;
+    go_on(half->session, half->seed, FRAMES / 2);
+    return NULL;
+}
+
+/* The two share pages of keys and values until the fork writes to them. */
+static void test_a_session_is_saved_while_its_fork_steps(void)
+{
+    struct moshi_session *session;
+    struct record record;
+    size_t bytes, same;
+    CHECK(open_session(&world, 2, &session) == MOSHI_OK);
+    for (int t = 0; t < FRAMES / 2; ++t) CHECK(step(session, 2, t, &record) == MOSHI_OK);
+    CHECK(moshi_session_snapshot(session, NULL, 0, NULL, &bytes) == MOSHI_OK);
+    char *first = malloc(bytes), *again = malloc(bytes);
+    CHECK(first && again);
+    same = bytes;
+    CHECK(moshi_session_snapshot(session, NULL, 0, first, &same) == MOSHI_OK && same == bytes);
+    for (int round = 0; round < ROUNDS; ++round) {
+        struct half half = {.seed = 2};
+        pthread_t thread;
+        CHECK(moshi_session_fork(session, NULL, &half.session) == MOSHI_OK);
+        start(&thread, go_on_thread, &half);
+        for (int i = 0; i < 3; ++i) {
+            CHECK(moshi_session_snapshot(session, NULL, 0, again, &same) == MOSHI_OK);
+            CHECK(memcmp(first, again, bytes) == 0);
+        }
+        pthread_join(thread, NULL);
+        moshi_session_destroy(half.session);
+    }
+    go_on(session, 2, FRAMES / 2);
+    moshi_session_destroy(session);
+    free(first);
+    free(again);
+}
+
 static void test_frames_are_taken_back_while_others_step(void)
 {
     struct crowd crowd = {.count = 0};
@@ -589,6 +632,7 @@ int main(int argc, char **argv)
     RUN(test_sessions_come_and_go_while_others_step);
     RUN(test_resets_do_not_touch_the_others);
     RUN(test_forks_and_snapshots_go_on_while_others_step);
+    RUN(test_a_session_is_saved_while_its_fork_steps);
     RUN(test_frames_are_taken_back_while_others_step);
     RUN(test_the_codec_works_beside_sessions);
     RUN(test_models_of_one_process_are_independent);
