@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -692,14 +693,12 @@ class Session:
         with self._busy():
             data = self._core.snapshot(self._note().encode())
         if path is not None:
-            part = f"{os.fspath(path)}.{secrets.token_hex(4)}.part"
+            part = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.part")
             try:
-                with open(part, "wb") as file:
-                    file.write(data)
-                os.replace(part, path)
+                part.write_bytes(data)
+                part.replace(path)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(part)
+                part.unlink(missing_ok=True)
         return data
 
     @classmethod
@@ -720,8 +719,7 @@ class Session:
         """
         if isinstance(data, (str, os.PathLike)):
             try:
-                with open(data, "rb") as file:
-                    data = file.read()
+                data = Path(data).read_bytes()
             except OSError as error:
                 raise CheckpointError(
                     f"the snapshot {os.fspath(data)!r} could not be read ({error.strerror})"
@@ -737,8 +735,8 @@ class Session:
             raise
 
     def fork(self, seed: int | None = None) -> Session:
-        """Another session in the same state, as cheap as a new one: what was heard and said so far is
-        shared until one of the two goes on.
+        """Another session in the same state, as cheap as a new one: what was heard and said so far
+        is shared until one of the two goes on.
 
         Args:
             seed: of the fork; None for the same random numbers as this session will have.
