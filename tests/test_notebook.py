@@ -105,7 +105,7 @@ def test_what_is_changed_changes_the_conversation(ran: list[Any]) -> None:
     assert len(said) == 6
     assert said[0] == said[1], "temperature 0 does not draw"
     assert len(set(said)) > 1
-    assert ">the sky is green" in "".join(outputs(ran, "other.say", "text/html"))
+    assert "the sky is green" in "".join(outputs(ran, "other.say", "text/html"))
     assert "data:audio" in "".join(outputs(ran, "more = session.run", "text/html"))
     assert "real_time_factor" in "".join(outputs(ran, "session.stats", "text/plain"))
 
