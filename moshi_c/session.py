@@ -26,6 +26,7 @@ from .audio import (
     resample,
     resampler_shortage,
 )
+from .display import frame_html
 from .errors import AudioError, CheckpointError, MoshiError, SessionError
 from .fields import Fields
 from .model import Model
@@ -75,10 +76,14 @@ class Frame:
     heads: NDArray[np.float32] | None
     event: str | None = None
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same on one line, with the level as a bar."""
+        return frame_html(self)
+
     def __repr__(self) -> str:
         return (
             f"<Frame {self.index} at {self.time:.2f} s: {self.text!r}"
-            f"{', speaking' if self.speaking else ''}>"
+            f"{', speaking' if self.speaking else ''}, user at {self.level:.0f} dBFS>"
         )
 
 
@@ -511,17 +516,23 @@ class Session:
     def _step_waiting(self, decode: bool = True) -> Iterator[Frame]:
         return (self._frame(raw) for raw in self._drain(decode))
 
-    def _drain(self, decode: bool = True) -> Iterator[_core.FrameTuple]:
+    def _drain(
+        self, decode: bool = True, heard: list[Pcm] | None = None
+    ) -> Iterator[_core.FrameTuple]:
         while (frame := self._feed.peek()) is not None:
             raw = self._core.step(frame, decode)
             self._feed.drop()
+            if heard is not None:
+                heard.append(frame)
             yield raw
 
-    def _flush(self) -> Iterator[_core.FrameTuple]:
+    def _flush(self, heard: list[Pcm] | None = None) -> Iterator[_core.FrameTuple]:
         self._feed.finish()
-        yield from self._drain()
+        yield from self._drain(heard=heard)
         silence = np.zeros(self._model.frame_size, np.float32)
         for _ in range(self._model.max_delay):
+            if heard is not None:
+                heard.append(silence)
             yield self._core.step(silence, True)
 
     def _ended(self, frames: list[Frame]) -> list[Frame]:
@@ -576,21 +587,20 @@ class Session:
         samples = as_pcm(audio, "audio")
         with self._busy(), Bar(progress, len(samples) / self._rate) as bar:
             frames: list[Frame] = []
+            heard: list[Pcm] = []
             for start in range(0, len(samples), self._feed.frame_in):
                 piece = samples[start : start + self._feed.frame_in]
                 self._feed.push(piece)
-                frames += [self._frame(raw, resampled=False) for raw in self._drain()]
+                frames += [self._frame(raw, resampled=False) for raw in self._drain(heard=heard)]
                 bar.update(len(piece) / self._rate)
-            frames += [self._frame(raw, resampled=False) for raw in self._flush()]
-            return self._recording(self._ended(frames))
+            frames += [self._frame(raw, resampled=False) for raw in self._flush(heard)]
+            return self._recording(self._ended(frames), heard)
 
-    def _recording(self, frames: Sequence[Frame]) -> Recording:
+    def _recording(self, frames: Sequence[Frame], heard: Sequence[Pcm] | None = None) -> Recording:
         model = self._model
         pcm: Pcm | None = None
         if model._info["has_mimi"] and model._info["dep_q"] > 0:
-            parts = [frame.pcm for frame in frames if frame.pcm is not None]
-            voice = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-            pcm = resample(voice, model.sample_rate, self._output_rate)
+            pcm = self._joined([frame.pcm for frame in frames if frame.pcm is not None])
         return Recording(
             pcm=pcm,
             text="".join(frame.text for frame in frames),
@@ -604,7 +614,13 @@ class Session:
             user_codes=stack_codes([frame.user_codes for frame in frames], model._info["user_q"]),
             sample_rate=self._output_rate,
             frame_rate=model.frame_rate,
+            user_pcm=None if heard is None else self._joined(heard),
         )
+
+    def _joined(self, parts: Sequence[Pcm]) -> Pcm:
+        """Frames of the model's rate as one signal of the output's."""
+        whole = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return resample(whole, self._model.sample_rate, self._output_rate)
 
     # ---- words put into its mouth --------------------------------------------------------------
 

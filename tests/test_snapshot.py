@@ -430,7 +430,7 @@ def test_a_lie_in_a_field_is_refused_by_its_name(
 
 
 def test_files_that_are_no_snapshots_are_refused(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="missing.moshi.* could not be read"):
+    with pytest.raises(CheckpointError, match=r"missing.moshi.* could not be read"):
         Session.from_snapshot(model, tmp_path / "missing.moshi")
     refused(model, b"", "0 bytes are too few")
     refused(model, b"\xff" * 64, "the header claims")
