@@ -1,8 +1,8 @@
 """Forking and snapshots of a 7B-shaped session that has 1,000 frames behind it.
 
-The language model is a sparse file with the published tensors of the 7B and holes for data, the codec
-is at its real size. The 1,000 frames are written into a snapshot of a fresh session, with random keys
-and values. Then origin and fork step the same frame and must give the same.
+The language model is a sparse file with the published tensors of the 7B and holes for data, the
+codec is at its real size. The 1,000 frames are written into a snapshot of a fresh session, with
+random keys and values. Then origin and fork step the same frame and must give the same.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def main() -> None:
         codec = checkpoints.make_mimi(folder / "mimi", "full") / checkpoints.MIMI_NAME
         lm = folder / "lm"
         lm.mkdir()
-        test_open_large.write_sparse(
-            lm / "model.safetensors", test_open_large.published_tensors()
-        )
+        test_open_large.write_sparse(lm / "model.safetensors", test_open_large.published_tensors())
         model = moshi_c.load(lm, mimi=codec, max_sessions=2, progress=False)
         with moshi_c.Session(model, seed=1, text_temperature=0, audio_temperature=0) as fresh:
             data = long_call(fresh.snapshot(), FRAMES)

@@ -7,6 +7,8 @@
  *  - Everything that changes from frame to frame (row map, positions, tokens, masks, seeds) is
  *    device memory. Sizes in the argument structs are fixed per stage and number of rows.
  *  - Activations between operations are f32 rows, contiguous unless a stride is given.
+ *  - A backend has one caller at a time. Only upload, download and copy may be called beside it, for
+ *    memory that no run is using.
  *  - Operations enqueue and return nothing. A failure sticks to the backend until sync reports it.
  *  - Rows are not slots: rows.lane maps a row to the lane whose history it reads and writes.
  *  - Only qkv, conv, conv_transposed, delay_input, delay_output and advance change the history of a
@@ -382,7 +384,7 @@ struct backend_ops {
     void (*depth_stage)(struct backend *, void *arg);
 };
 
-/* Every backend struct begins with this. One caller at a time. */
+/* Every backend struct begins with this. */
 struct backend {
     const struct backend_ops *ops;
     const char *device; /* "cpu" */

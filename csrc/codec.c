@@ -301,7 +301,8 @@ int mimi_stream_restore(struct mimi_stream *stream, const void *data, size_t byt
     reset_lanes(&stream->codec);
     for (int lane = 0; lane < stream->codec.batch && !status; ++lane) {
         lane_suffix(lane, suffix);
-        status = mimi_state_restore(&stream->codec.state, lane, suffix, file);
+        status = mimi_state_make_room(&stream->codec.state, lane, suffix, file);
+        if (!status) status = mimi_state_restore(&stream->codec.state, lane, suffix, file);
     }
     if (!status) status = snapshot_finish(file);
     if (status) reset_lanes(&stream->codec);

@@ -378,17 +378,21 @@ static int check_restored(const struct lm_state *state, int slot, int guided)
     return status;
 }
 
-int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file)
+int lm_state_make_room(struct lm_state *state, int slot, int guided, struct tensor_file *file)
 {
     int64_t offset;
     int status = snapshot_count(file, MAX_FRAMES, &offset, "lm.frames");
     for (int half = 0; half < 1 + guided && !status; ++half)
         status = snapshot_make_room(&state->kv, half * state->slots + slot, offset);
-    if (status) return status;
-    state->offset[slot] = offset;
+    if (!status) state->offset[slot] = offset;
+    return status;
+}
+
+int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file)
+{
     struct snapshot items = {0};
     lm_state_list(state, slot, guided, &items);
-    status = snapshot_read(&items, file);
+    int status = snapshot_read(&items, file);
     snapshot_free(&items);
     if (status) return status;
     status = check_restored(state, slot, guided);

@@ -86,7 +86,9 @@ void lm_state_copy(struct lm_state *state, int from, int to);
 size_t lm_state_slot_bytes(const struct lm_state *state);
 /* Lists the state of a slot, with its null half when it is guided. */
 void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot);
-/* Reads the same back from a snapshot, which may hold anything; the slot was reset before. */
+/* Reads the same back from a snapshot, which may hold anything, into a slot that was reset and has
+ * been given its pages by lm_state_make_room. */
+int lm_state_make_room(struct lm_state *state, int slot, int guided, struct tensor_file *file);
 int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file);
 
 /* Which slots step, and what the user said. Host memory. */

@@ -395,37 +395,39 @@ void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
         list_side(state, decoder, lane, suffix, snapshot);
 }
 
-static int restore_side(struct mimi_state *state, int decoder, int lane, const char *suffix,
-                        struct tensor_file *file)
+int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
+                         struct tensor_file *file)
 {
-    const char *side = decoder ? "decoder" : "encoder";
-    int64_t *steps = decoder ? &state->decoder_offset[lane] : &state->encoder_offset[lane];
-    int status = snapshot_count(file, MAX_FRAMES, steps, "mimi.%s.steps%s", side, suffix);
+    int64_t *encoded = &state->encoder_offset[lane], *decoded = &state->decoder_offset[lane];
+    int status = snapshot_count(file, MAX_FRAMES, encoded, "mimi.encoder.steps%s", suffix);
     if (!status)
-        status = snapshot_make_room(decoder ? &state->decoder_kv : &state->encoder_kv, lane,
-                                    *steps);
-    if (status) return status;
-    struct snapshot items = {0};
-    list_side(state, decoder, lane, suffix, &items);
-    status = snapshot_read(&items, file);
-    snapshot_free(&items);
-    if (status) return status;
-    int32_t position;
-    state->backend->ops->download(
-        state->backend, &position,
-        (decoder ? state->decoder_position : state->encoder_position) + lane, 4);
-    if (position != *steps)
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                          "%s: the field mimi.%s.position is %d, expected %lld as its steps say",
-                          tensor_file_path(file), side, position, (long long)*steps);
-    return MOSHI_OK;
+        status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
+    if (!status) status = snapshot_make_room(&state->encoder_kv, lane, *encoded);
+    if (!status) status = snapshot_make_room(&state->decoder_kv, lane, *decoded);
+    return status;
 }
 
 int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
                        struct tensor_file *file)
 {
-    int status = restore_side(state, 0, lane, suffix, file);
-    return status ? status : restore_side(state, 1, lane, suffix, file);
+    struct snapshot items = {0};
+    mimi_state_list(state, lane, suffix, &items);
+    int status = snapshot_read(&items, file);
+    snapshot_free(&items);
+    for (int decoder = 0; decoder < 2 && !status; ++decoder) {
+        int64_t steps = decoder ? state->decoder_offset[lane] : state->encoder_offset[lane];
+        int32_t position;
+        state->backend->ops->download(
+            state->backend, &position,
+            (decoder ? state->decoder_position : state->encoder_position) + lane, 4);
+        if (position != steps)
+            status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                "%s: the field mimi.%s.position is %d, expected %lld as its steps "
+                                "say",
+                                tensor_file_path(file), decoder ? "decoder" : "encoder", position,
+                                (long long)steps);
+    }
+    return status;
 }
 
 size_t mimi_state_lane_bytes(const struct mimi_state *state)

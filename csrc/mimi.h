@@ -60,9 +60,11 @@ void mimi_state_reset(struct mimi_state *state, int lane);
 void mimi_state_copy(struct mimi_state *state, int from, int to);
 size_t mimi_state_lane_bytes(const struct mimi_state *state);
 /* Lists the state of a lane, its fields named with `suffix`; reads the same back from a snapshot,
- * which may hold anything, into a lane that was reset before. */
+ * which may hold anything, into a lane that was reset and given its pages. */
 void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
                      struct snapshot *snapshot);
+int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
+                         struct tensor_file *file);
 int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
                        struct tensor_file *file);
 

@@ -657,14 +657,14 @@ int moshi_session_snapshot(struct moshi_session *session, const void *note, size
     describe(engine, &snapshot);
     list_options(&saved, &snapshot);
     list_session(session, &snapshot);
-    os_mutex_lock(engine->model->backend_lock);
+    /* The session is not stepping, and others do not write to pages that it reads: they need not
+     * wait for the copy of what may be a gigabyte. */
     lm_state_list(&engine->lm, session->slot, is_guided(session), &snapshot);
     if (engine->mimi.backend) mimi_state_list(&engine->mimi, session->slot, "", &snapshot);
     /* The cast drops a const that the list does not use: it is only read from. */
     if (note_bytes)
         snapshot_host(&snapshot, "note", TENSOR_U8, (int64_t)note_bytes, (void *)(uintptr_t)note);
     status = snapshot_write(&snapshot, data, bytes);
-    os_mutex_unlock(engine->model->backend_lock);
     snapshot_free(&snapshot);
     session_leave(session);
     return status;
@@ -737,11 +737,16 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
 static int read_slot(struct moshi_session *session, struct tensor_file *file)
 {
     struct moshi_engine *engine = session->engine;
+    const int slot = session->slot, guided = is_guided(session);
     os_mutex_lock(engine->model->backend_lock);
-    int status = lm_state_restore(&engine->lm, session->slot, is_guided(session), file);
+    int status = lm_state_make_room(&engine->lm, slot, guided, file);
     if (!status && engine->mimi.backend)
-        status = mimi_state_restore(&engine->mimi, session->slot, "", file);
+        status = mimi_state_make_room(&engine->mimi, slot, "", file);
     os_mutex_unlock(engine->model->backend_lock);
+    /* From here on nobody else touches what is written: other sessions need not wait. */
+    if (!status) status = lm_state_restore(&engine->lm, slot, guided, file);
+    if (!status && engine->mimi.backend)
+        status = mimi_state_restore(&engine->mimi, slot, "", file);
     return status;
 }
 

@@ -121,8 +121,8 @@ def resample(pcm: Pcm, rate_in: int, rate_out: int) -> Pcm:
 
 @dataclass(frozen=True, slots=True)
 class ResamplerState:
-    """Where a StreamResampler is in its signal: what it was fed last, from sample `first` on, and how
-    many samples it has given."""
+    """Where a StreamResampler is in its signal: what it was fed last, from sample `first` on, and
+    how many samples it has given."""
 
     first: int
     history: Pcm

@@ -538,12 +538,12 @@ class MimiStream:
         return self._core.snapshot()
 
     def restore(self, data: bytes) -> None:
-        """Goes on where a stream of the same codec and batch took a snapshot, bit for bit on the same
-        kind of processor.
+        """Goes on where a stream of the same codec and batch took a snapshot, bit for bit on the
+        same kind of processor.
 
         Raises:
-            CheckpointError: damaged, or of another codec, device, batch or version; the stream is as
-                new then.
+            CheckpointError: damaged, or of another codec, device, batch or version; the stream is
+                as new then.
             SessionError: closed, or in use by another thread.
         """
         self._core.restore(bytes(data))

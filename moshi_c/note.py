@@ -16,8 +16,8 @@ _LARGEST = 2**53
 
 
 class Note:
-    """Values by name. What is read comes from strangers: every getter checks what it finds and raises
-    CheckpointError."""
+    """Values by name. What is read comes from strangers: every getter checks what it finds and
+    raises CheckpointError."""
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = {}
@@ -141,6 +141,4 @@ def _is_count(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

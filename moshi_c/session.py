@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .audio import (
     resample,
     resampler_shortage,
 )
+from .display import frame_html
 from .errors import AudioError, CheckpointError, MoshiError, SessionError
 from .fields import Fields
 from .model import Model
@@ -74,10 +76,14 @@ class Frame:
     heads: NDArray[np.float32] | None
     event: str | None = None
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same on one line, with the level as a bar."""
+        return frame_html(self)
+
     def __repr__(self) -> str:
         return (
             f"<Frame {self.index} at {self.time:.2f} s: {self.text!r}"
-            f"{', speaking' if self.speaking else ''}>"
+            f"{', speaking' if self.speaking else ''}, user at {self.level:.0f} dBFS>"
         )
 
 
@@ -510,17 +516,23 @@ class Session:
     def _step_waiting(self, decode: bool = True) -> Iterator[Frame]:
         return (self._frame(raw) for raw in self._drain(decode))
 
-    def _drain(self, decode: bool = True) -> Iterator[_core.FrameTuple]:
+    def _drain(
+        self, decode: bool = True, heard: list[Pcm] | None = None
+    ) -> Iterator[_core.FrameTuple]:
         while (frame := self._feed.peek()) is not None:
             raw = self._core.step(frame, decode)
             self._feed.drop()
+            if heard is not None:
+                heard.append(frame)
             yield raw
 
-    def _flush(self) -> Iterator[_core.FrameTuple]:
+    def _flush(self, heard: list[Pcm] | None = None) -> Iterator[_core.FrameTuple]:
         self._feed.finish()
-        yield from self._drain()
+        yield from self._drain(heard=heard)
         silence = np.zeros(self._model.frame_size, np.float32)
         for _ in range(self._model.max_delay):
+            if heard is not None:
+                heard.append(silence)
             yield self._core.step(silence, True)
 
     def _ended(self, frames: list[Frame]) -> list[Frame]:
@@ -575,21 +587,20 @@ class Session:
         samples = as_pcm(audio, "audio")
         with self._busy(), Bar(progress, len(samples) / self._rate) as bar:
             frames: list[Frame] = []
+            heard: list[Pcm] = []
             for start in range(0, len(samples), self._feed.frame_in):
                 piece = samples[start : start + self._feed.frame_in]
                 self._feed.push(piece)
-                frames += [self._frame(raw, resampled=False) for raw in self._drain()]
+                frames += [self._frame(raw, resampled=False) for raw in self._drain(heard=heard)]
                 bar.update(len(piece) / self._rate)
-            frames += [self._frame(raw, resampled=False) for raw in self._flush()]
-            return self._recording(self._ended(frames))
+            frames += [self._frame(raw, resampled=False) for raw in self._flush(heard)]
+            return self._recording(self._ended(frames), heard)
 
-    def _recording(self, frames: Sequence[Frame]) -> Recording:
+    def _recording(self, frames: Sequence[Frame], heard: Sequence[Pcm] | None = None) -> Recording:
         model = self._model
         pcm: Pcm | None = None
         if model._info["has_mimi"] and model._info["dep_q"] > 0:
-            parts = [frame.pcm for frame in frames if frame.pcm is not None]
-            voice = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-            pcm = resample(voice, model.sample_rate, self._output_rate)
+            pcm = self._joined([frame.pcm for frame in frames if frame.pcm is not None])
         return Recording(
             pcm=pcm,
             text="".join(frame.text for frame in frames),
@@ -603,7 +614,13 @@ class Session:
             user_codes=stack_codes([frame.user_codes for frame in frames], model._info["user_q"]),
             sample_rate=self._output_rate,
             frame_rate=model.frame_rate,
+            user_pcm=None if heard is None else self._joined(heard),
         )
+
+    def _joined(self, parts: Sequence[Pcm]) -> Pcm:
+        """Frames of the model's rate as one signal of the output's."""
+        whole = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return resample(whole, self._model.sample_rate, self._output_rate)
 
     # ---- words put into its mouth --------------------------------------------------------------
 
@@ -692,14 +709,12 @@ class Session:
         with self._busy():
             data = self._core.snapshot(self._note().encode())
         if path is not None:
-            part = f"{os.fspath(path)}.{secrets.token_hex(4)}.part"
+            part = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.part")
             try:
-                with open(part, "wb") as file:
-                    file.write(data)
-                os.replace(part, path)
+                part.write_bytes(data)
+                part.replace(path)
             finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(part)
+                part.unlink(missing_ok=True)
         return data
 
     @classmethod
@@ -720,8 +735,7 @@ class Session:
         """
         if isinstance(data, (str, os.PathLike)):
             try:
-                with open(data, "rb") as file:
-                    data = file.read()
+                data = Path(data).read_bytes()
             except OSError as error:
                 raise CheckpointError(
                     f"the snapshot {os.fspath(data)!r} could not be read ({error.strerror})"
@@ -737,8 +751,8 @@ class Session:
             raise
 
     def fork(self, seed: int | None = None) -> Session:
-        """Another session in the same state, as cheap as a new one: what was heard and said so far is
-        shared until one of the two goes on.
+        """Another session in the same state, as cheap as a new one: what was heard and said so far
+        is shared until one of the two goes on.
 
         Args:
             seed: of the fork; None for the same random numbers as this session will have.

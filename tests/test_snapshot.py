@@ -1,16 +1,18 @@
-"""Snapshots and forks: a conversation goes on bit for bit, and what is damaged or foreign is refused
-with the reason."""
+"""Snapshots and forks: a conversation goes on bit for bit, and what is damaged or foreign is
+refused with the reason."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import random
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +269,7 @@ def test_a_fork_without_a_free_slot_says_so(model: Model) -> None:
         sessions[0].snapshot()
 
 
-def test_a_reset_after_a_restore_is_a_fresh_session(
-    model: Model, pcm: NDArray[np.float32]
-) -> None:
+def test_a_reset_after_a_restore_is_a_fresh_session(model: Model, pcm: NDArray[np.float32]) -> None:
     with Session(model, seed=8) as session, Session(model, seed=8) as fresh:
         step_all(session, head(pcm))
         with Session.from_snapshot(model, session.snapshot()) as restored:
@@ -337,15 +337,21 @@ def test_another_version_model_device_dtype_and_context_are_refused(
         refused(shorter, data, 'its context is "[0-9]+", expected "17"')
     with moshi_c.load(made.lm("moshi"), progress=False) as other:
         refused(other, data, 'its model is "[0-9a-f]{16}", expected "[0-9a-f]{16}"')
-    with moshi_c.load(kv_dtype="f32") as wide, moshi_c.load(kv_dtype="bf16") as narrow:
-        with Session(wide) as session:
-            refused(narrow, session.snapshot(), 'its kv_dtype is "f32", expected "bf16"')
+    with (
+        moshi_c.load(kv_dtype="f32") as wide,
+        moshi_c.load(kv_dtype="bf16") as narrow,
+        Session(wide) as session,
+    ):
+        refused(narrow, session.snapshot(), 'its kv_dtype is "f32", expected "bf16"')
 
 
 def test_one_changed_weight_makes_another_model(made: Any) -> None:
-    with moshi_c.load(made.lm("moshi", seed=0)) as a, moshi_c.load(made.lm("moshi", seed=1)) as b:
-        with Session(a) as session:
-            refused(b, session.snapshot(), "its model is")
+    with (
+        moshi_c.load(made.lm("moshi", seed=0)) as a,
+        moshi_c.load(made.lm("moshi", seed=1)) as b,
+        Session(a) as session,
+    ):
+        refused(b, session.snapshot(), "its model is")
 
 
 Change = Callable[[bytes], bytes]
@@ -410,7 +416,7 @@ def set_note(name: str, value: Any) -> Change:
         (set_note("sample_rate", "fast"), "sample_rate is 'fast'; expected a whole number"),
         (set_note("sample_rate", 7), "sample_rate is 7; expected"),
         (set_note("forced", [1, 2]), "2 forced tokens; expected"),
-        (set_note("power", ["loud"]), "power is .* expected a list of finite numbers"),
+        (set_note("power", ["loud"]), r"power is .* expected a list of finite numbers"),
         (set_note("feed.waiting", "?"), "feed.waiting is .* expected bytes in base 64"),
         (set_note("feed.waiting", base64.b64encode(b"abc").decode()), "whole float32 samples"),
         (set_note("feed.started", 1), "feed.started is '1'; expected true or false"),
@@ -424,7 +430,7 @@ def test_a_lie_in_a_field_is_refused_by_its_name(
 
 
 def test_files_that_are_no_snapshots_are_refused(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="missing.moshi.* could not be read"):
+    with pytest.raises(CheckpointError, match=r"missing.moshi.* could not be read"):
         Session.from_snapshot(model, tmp_path / "missing.moshi")
     refused(model, b"", "0 bytes are too few")
     refused(model, b"\xff" * 64, "the header claims")
@@ -456,11 +462,8 @@ def test_damaged_snapshots_never_crash(model: Model, data: bytes) -> None:
             refusals += 1
             assert str(error).startswith("snapshot: ") and "\n" not in str(error)
             continue
-        with session:
-            try:
-                session.step(silence)
-            except MoshiError:
-                pass
+        with session, contextlib.suppress(MoshiError):
+            session.step(silence)
     assert refusals > 150
     with Session(model, seed=1) as session, Session(model, seed=1) as other:
         assert_same([session.step(sound(1))], [other.step(sound(1))])
@@ -520,9 +523,7 @@ def test_64_tasks_on_one_event_loop(pcm: NDArray[np.float32]) -> None:
                 assert_same(talks[i], [session.step(frames[(i + t) % 6]) for t in range(6)])
 
 
-def test_a_cancelled_astep_leaves_the_session_whole(
-    model: Model, pcm: NDArray[np.float32]
-) -> None:
+def test_a_cancelled_astep_leaves_the_session_whole(model: Model, pcm: NDArray[np.float32]) -> None:
     frames = pcm.reshape(-1, FRAME)
 
     async def talk(session: Session) -> list[int]:
@@ -540,7 +541,7 @@ def test_a_cancelled_astep_leaves_the_session_whole(
 
     with Session(model, seed=2) as session:
         indices = asyncio.run(talk(session))
-        assert all(b - a in (1, 2) for a, b in zip(indices, indices[1:], strict=False))
+        assert all(b - a in (1, 2) for a, b in pairwise(indices))
         assert session.step(frames[0]).index == indices[-1] + 1
 
 
@@ -606,9 +607,7 @@ def test_a_withdrawn_frame_never_happened(model: Model, pcm: NDArray[np.float32]
     assert withdrawn > 0
 
 
-def test_astep_while_a_step_is_in_flight_is_refused(
-    model: Model, pcm: NDArray[np.float32]
-) -> None:
+def test_astep_while_a_step_is_in_flight_is_refused(model: Model, pcm: NDArray[np.float32]) -> None:
     frames = pcm.reshape(-1, FRAME)
 
     async def talk(session: Session) -> None:
