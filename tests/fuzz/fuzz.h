@@ -61,13 +61,14 @@ static inline void fuzz_remove(void)
     rmdir(fuzz_folder);
 }
 
-/* For readers that take a path: into a folder of this process, which only a crash leaves behind. */
+/* For readers that take a path: into a folder of this process, which only a crash leaves behind;
+ * in memory where the system has it so. */
 static inline void fuzz_write(const char *name, const uint8_t *data, size_t bytes)
 {
     if (!fuzz_folder[0]) {
         const char *parent = getenv("TMPDIR");
-        (void)snprintf(fuzz_folder, sizeof fuzz_folder, "%s/moshi-fuzz-XXXXXX",
-                       parent ? parent : "/tmp");
+        if (!parent) parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
+        (void)snprintf(fuzz_folder, sizeof fuzz_folder, "%s/moshi-fuzz-XXXXXX", parent);
         PROMISE(mkdtemp(fuzz_folder) != NULL && atexit(fuzz_remove) == 0);
     }
     FILE *file = fopen(fuzz_path(name), "wb");
