@@ -227,19 +227,29 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
     header = json.loads(weights[8 : 8 + length])
     header.pop("__metadata__", None)
 
-    def stored(dtype: str, element: int, space: str = "") -> bytes:
-        """With weights of another type, behind a header that is `space` longer."""
+    def stored(dtype: str, element: int, space: str = "", text: int = 6, **changes: Any) -> bytes:
+        """With weights of another type and `text` tokens; the header is `space` longer."""
         made, at = {}, 0
         for name, tensor in header.items():
-            end = at + element * int(np.prod(tensor["shape"]))
-            made[name] = {"dtype": dtype, "shape": tensor["shape"], "data_offsets": [at, end]}
+            rows, *rest = tensor["shape"]
+            rows += (text - 6) * name.endswith(("text_emb.weight", "text_linear.weight"))
+            end = at + element * rows * int(np.prod(rest))
+            made[name] = {"dtype": dtype, "shape": [rows, *rest], "data_offsets": [at, end]}
             at = end
-        return both() + MARK + json.dumps(made, separators=(",", ":")).encode() + space.encode()
+        return (
+            both(**changes)
+            + MARK
+            + json.dumps(made, separators=(",", ":")).encode()
+            + space.encode()
+        )
 
     return {
         "weights-f32": stored("F32", 4),
         "weights-f16": stored("F16", 2),
         "weights-bf16-at-odd-bytes": stored("BF16", 2, " " * (len(json.dumps(header)) % 2 + 1)),
+        "two-texts": stored(
+            "F32", 4, text=2, text_card=2, existing_text_padding_id=1, model_type="hibiki"
+        ),
         "plain": both(),
         "delayed": both(delays=[3, 0, 1, 2, 1]),
         "one-head": both(num_heads=1, depformer_num_heads=1),
