@@ -29,7 +29,8 @@ struct moshi_session {
     double submitted_s;
     int status;
     char sentence[512];
-    struct os_event *event; /* set when the frame is done; NULL until asked for; under engine->lock */
+    struct os_event
+        *event; /* set when the frame is done; NULL until asked for; under engine->lock */
     /* policy */
     int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
     int forced_first, forced_end, forced_capacity; /* first: atomic, asked for during a tick */

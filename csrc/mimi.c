@@ -391,8 +391,7 @@ static void list_side(struct mimi_state *state, int decoder, int lane, const cha
 void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
                      struct snapshot *snapshot)
 {
-    for (int decoder = 0; decoder < 2; ++decoder)
-        list_side(state, decoder, lane, suffix, snapshot);
+    for (int decoder = 0; decoder < 2; ++decoder) list_side(state, decoder, lane, suffix, snapshot);
 }
 
 int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
@@ -400,8 +399,7 @@ int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
 {
     int64_t *encoded = &state->encoder_offset[lane], *decoded = &state->decoder_offset[lane];
     int status = snapshot_count(file, MAX_FRAMES, encoded, "mimi.encoder.steps%s", suffix);
-    if (!status)
-        status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
+    if (!status) status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
     if (!status) status = snapshot_make_room(&state->encoder_kv, lane, *encoded);
     if (!status) status = snapshot_make_room(&state->decoder_kv, lane, *decoded);
     return status;

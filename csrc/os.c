@@ -503,6 +503,5 @@ void os_event_set(struct os_event *event)
 void os_event_clear(struct os_event *event)
 {
     uint64_t count;
-    while (read(event->reading, &count, sizeof count) > 0) {
-    }
+    while (read(event->reading, &count, sizeof count) > 0) {}
 }

@@ -697,10 +697,9 @@ uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash)
         hash = fingerprint_bytes(hash, tensor->name, strlen(tensor->name) + 1);
         hash = fingerprint_bytes(hash, tensor_dtype_name(tensor->dtype),
                                  strlen(tensor_dtype_name(tensor->dtype)) + 1);
-        hash = fingerprint_bytes(hash, tensor->dims,
-                                 (size_t)tensor->n_dims * sizeof *tensor->dims);
-        hash = fingerprint_bytes(
-            hash, (const uint8_t *)tensor->data + (tensor->bytes - sample) / 2, sample);
+        hash = fingerprint_bytes(hash, tensor->dims, (size_t)tensor->n_dims * sizeof *tensor->dims);
+        hash = fingerprint_bytes(hash, (const uint8_t *)tensor->data + (tensor->bytes - sample) / 2,
+                                 sample);
     }
     return hash;
 }

@@ -458,8 +458,7 @@ int session_reserve_forced(struct moshi_session *session, int count)
         room = malloc((size_t)count * sizeof *room);
         if (!room) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d tokens", count);
     }
-    if (left)
-        memmove(room, session->forced + session->forced_first, (size_t)left * sizeof *room);
+    if (left) memmove(room, session->forced + session->forced_first, (size_t)left * sizeof *room);
     if (room != session->forced) {
         free(session->forced);
         session->forced = room;
@@ -722,7 +721,8 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     list_session(session, &items);
     status = snapshot_read(&items, file);
     snapshot_free(&items);
-    if (!status && session->next_text != TOKEN_FREE) status = check_text(session, session->next_text);
+    if (!status && session->next_text != TOKEN_FREE)
+        status = check_text(session, session->next_text);
     for (int i = 0; i < session->forced_end && !status; ++i)
         status = check_text(session, session->forced[i]);
     for (int k = 0; k < info->dep_q && !status; ++k) {
@@ -745,8 +745,7 @@ static int read_slot(struct moshi_session *session, struct tensor_file *file)
     os_mutex_unlock(engine->model->backend_lock);
     /* From here on nobody else touches what is written: other sessions need not wait. */
     if (!status) status = lm_state_restore(&engine->lm, slot, guided, file);
-    if (!status && engine->mimi.backend)
-        status = mimi_state_restore(&engine->mimi, slot, "", file);
+    if (!status && engine->mimi.backend) status = mimi_state_restore(&engine->mimi, slot, "", file);
     return status;
 }
 
