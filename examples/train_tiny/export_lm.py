@@ -1,0 +1,112 @@
+"""Writes moshi-tiny in the published layout, from a run that need not be finished.
+
+    python export_lm.py RUN/state.pt DATA moshi-tiny
+
+The folder gets config.json, the language model in bf16, codec, codec settings, and tokenizer. It is
+read back through upstream's CheckpointInfo and by moshi_c before the program ends, and both must
+say the same to a spoken question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from corpus import MODEL_VOICE
+from dialogue_codec import CODEC_FOLDER, CONFIG, FRAME_SAMPLES, WEIGHTS, Pcm
+from espeak import Espeak
+from lm_model import lm_config, published
+from moshi.models import LMGen
+from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import save_file
+from timelines import TOKENIZER
+
+import moshi_c
+
+LM_WEIGHTS = "model.safetensors"
+SAMPLING = {"temp": 0.3, "temp_text": 0.2, "top_k": 50, "top_k_text": 10}
+
+
+def load_upstream(folder: Path) -> CheckpointInfo:
+    return CheckpointInfo.from_hf_repo(
+        str(folder),
+        moshi_weights=folder / LM_WEIGHTS,
+        mimi_weights=folder / WEIGHTS,
+        tokenizer=folder / TOKENIZER,
+        config_path=folder / "config.json",
+        mimi_config_path=folder / CONFIG,
+    )
+
+
+@torch.no_grad()
+def upstream_says(folder: Path, pcm: Pcm) -> list[int]:
+    """The text tokens of the most likely answer, frame by frame, by upstream."""
+    files = load_upstream(folder)
+    # Any: upstream's annotations leave open what its loaders return.
+    lm: Any = files.get_moshi(device="cpu", dtype=torch.float32)
+    mimi: Any = files.get_mimi(device="cpu")
+    tokens: list[int] = []
+    generator = LMGen(lm, use_sampling=False)
+    with mimi.streaming(1), generator.streaming(1):
+        for frame in torch.from_numpy(pcm).view(-1, 1, 1, FRAME_SAMPLES):
+            said = generator.step(mimi.encode(frame))
+            if said is not None:
+                tokens.append(int(said[0, 0, 0]))
+    return tokens
+
+
+def moshi_c_says(folder: Path, pcm: Pcm) -> list[int]:
+    model = moshi_c.load(folder, threads=1)
+    session = moshi_c.Session(model, text_temperature=0, audio_temperature=0)
+    frames = [session.step(frame) for frame in pcm.reshape(-1, FRAME_SAMPLES)]
+    return [frame.text_token for frame in frames if frame.text_token >= 0]
+
+
+def export(state_file: Path, data: Path, folder: Path) -> None:
+    state = torch.load(state_file, map_location="cpu", weights_only=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name.removeprefix("lm."): tensor
+        for name, tensor in state["mean"].items()
+        if name.startswith("lm.")
+    }
+    save_file(published(weights), folder / LM_WEIGHTS, metadata={"steps": str(state["step"])})
+    for file in (CODEC_FOLDER / WEIGHTS, CODEC_FOLDER / CONFIG, data / TOKENIZER):
+        shutil.copyfile(file, folder / file.name)
+    config = lm_config() | {
+        "moshi_name": LM_WEIGHTS,
+        "mimi_name": WEIGHTS,
+        "mimi_config_name": CONFIG,
+        "tokenizer_name": TOKENIZER,
+        "model_type": "moshi",
+        "lm_gen_config": SAMPLING,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    speech = Espeak().speak("what is two plus three", MODEL_VOICE).pcm
+    tail = 40 * FRAME_SAMPLES + -len(speech) % FRAME_SAMPLES
+    question = np.pad(speech, (5 * FRAME_SAMPLES, tail))
+    theirs, ours = upstream_says(folder, question), moshi_c_says(folder, question)
+    if theirs != ours:
+        raise RuntimeError(f"upstream reads the exported files as {theirs}, moshi_c as {ours}")
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{folder}: {size:.1f} MB, after {state['step']} steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("state", type=Path, help="state.pt of a run")
+    parser.add_argument("data", type=Path, help="folder of timelines.py, for its tokenizer")
+    parser.add_argument("folder", type=Path, help="where the files go")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    export(arguments.state, arguments.data, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
