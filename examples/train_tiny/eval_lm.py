@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import STOP, Exchange, Talk, split, user_voice
-from dialogue_codec import CODEBOOKS, FRAME_SAMPLES, Pcm, StreamingCodec
 from espeak import SAMPLE_RATE, Espeak, Voice
 from export_lm import load_upstream
-from moshi.models import LMGen
+from mimi_tiny import CODEBOOKS, FRAME_SAMPLES, Pcm, StreamingCodec
+from moshi.models.lm import LMGen
 from numpy.typing import NDArray
 from pystoi import stoi
 from timelines import PAD, WORD_COMES, answer_pcm, trimmed
@@ -259,8 +259,9 @@ def evaluate(
     folder: Path, temperatures: tuple[float, float] | None, count: int, seed: int
 ) -> dict[str, Any]:
     listener, espeak, parts = Listener(folder, temperatures, seed), Espeak(), split()
-    trained = list(parts.trained)
-    random.Random(seed).shuffle(trained)
+    order = random.Random(seed)
+    trained = order.sample(parts.trained, len(parts.trained))
+    held_out = order.sample(parts.held_out, len(parts.held_out))
     result: dict[str, Any] = {"temperatures": temperatures, "seed": seed}
 
     def note(name: str, figures: dict[str, Any]) -> None:
@@ -269,7 +270,7 @@ def evaluate(
         print(f"{name:9}", shown, flush=True)
 
     note("trained", ask_all(listener, espeak, trained[:count], seed))
-    note("held out", ask_all(listener, espeak, list(parts.held_out)[:count], seed + 1))
+    note("held out", ask_all(listener, espeak, held_out[:count], seed + 1))
     for kind in ("silence", "noise", "talk"):
         streams = max(4, min(24, count // 4))
         note(kind, quiet_windows(listener, espeak, kind, streams, seed + 2))

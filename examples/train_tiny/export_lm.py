@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from corpus import MODEL_VOICE
-from dialogue_codec import CODEC_FOLDER, CONFIG, FRAME_SAMPLES, WEIGHTS, Pcm
 from espeak import Espeak
 from lm_model import lm_config, published
-from moshi.models import LMGen
+from mimi_tiny import CODEC_FOLDER, CONFIG, FRAME_SAMPLES, WEIGHTS, Pcm
+from moshi.models.lm import LMGen
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save_file
 from timelines import TOKENIZER
@@ -67,7 +67,7 @@ def moshi_c_says(folder: Path, pcm: Pcm) -> list[int]:
     return [frame.text_token for frame in frames if frame.text_token >= 0]
 
 
-def export(state_file: Path, data: Path, folder: Path) -> None:
+def export(state_file: Path, data: Path, codec: Path, folder: Path) -> None:
     state = torch.load(state_file, map_location="cpu", weights_only=False)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -76,7 +76,7 @@ def export(state_file: Path, data: Path, folder: Path) -> None:
         if name.startswith("lm.")
     }
     save_file(published(weights), folder / LM_WEIGHTS, metadata={"steps": str(state["step"])})
-    for file in (CODEC_FOLDER / WEIGHTS, CODEC_FOLDER / CONFIG, data / TOKENIZER):
+    for file in (codec / WEIGHTS, codec / CONFIG, data / TOKENIZER):
         shutil.copyfile(file, folder / file.name)
     config = lm_config() | {
         "moshi_name": LM_WEIGHTS,
@@ -103,9 +103,10 @@ def main() -> None:
     parser.add_argument("state", type=Path, help="state.pt of a run")
     parser.add_argument("data", type=Path, help="folder of timelines.py, for its tokenizer")
     parser.add_argument("folder", type=Path, help="where the files go")
+    parser.add_argument("--codec", type=Path, default=CODEC_FOLDER, help="folder of the codec")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    export(arguments.state, arguments.data, arguments.folder)
+    export(arguments.state, arguments.data, arguments.codec, arguments.folder)
 
 
 if __name__ == "__main__":

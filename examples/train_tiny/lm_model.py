@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dialogue_codec import CODEBOOKS
+from mimi_tiny import CODEBOOKS
 from moshi.models.lm import LMModel
 from moshi.models.lm_utils import _delay_sequence
 from timelines import HEARD_WORDS, PAD, TEXT_TOKENS, question_words

@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from corpus import MODEL_VOICE, STOP, Exchange, Talk, all_exchanges, split, user_voice
-from dialogue_codec import CODEBOOKS, FRAME_SAMPLES, Codes, Pcm, StreamingCodec
 from espeak import SAMPLE_RATE, Espeak, Speech, Voice
+from mimi_tiny import CODEBOOKS, CODEC_FOLDER, FRAME_SAMPLES, Codes, Pcm, StreamingCodec
 from numpy.typing import NDArray
 
 FRAMES = 400
@@ -98,7 +98,7 @@ class Answer:
 
     @property
     def frames(self) -> int:
-        return self.codes.shape[1]
+        return int(self.codes.shape[1])
 
 
 def trimmed(pcm: Pcm, floor: float) -> slice:
@@ -116,11 +116,12 @@ def answer_pcm(espeak: Espeak, exchange: Exchange) -> tuple[Pcm, Speech]:
 
 def make_answers(
     exchanges: list[Exchange],
+    espeak: Espeak,
     codec: StreamingCodec,
     tokenizer: sentencepiece.SentencePieceProcessor,
 ) -> dict[str, Answer]:
     """The codes of all answers, each after more silence than the codec remembers."""
-    espeak, silence = Espeak(), 40
+    silence = 40
     answers: dict[str, Answer] = {}
     said = {exchange.answer: exchange for exchange in exchanges}
     for text, exchange in said.items():
@@ -156,9 +157,8 @@ def write_text(row: NDArray[np.int16], answer: Answer, start: int, end: int) -> 
         place = max(start + frame - TEXT_LEAD, free)
         if place >= end:
             return
-        if place > free or free == start - TEXT_LEAD - 1:
-            row[max(place - 1, free)] = WORD_COMES
-            place = max(place, free + 1)
+        if place > free:
+            row[place - 1] = WORD_COMES
         for piece in pieces[: max(0, end - place)]:
             row[place], place = piece, place + 1
         free = place
@@ -238,9 +238,9 @@ class Timeline:
 class Script:
     """Draws timelines: who says what, and when."""
 
-    def __init__(self, answers: dict[str, Answer], silence: Codes) -> None:
-        self._answers, self._silence = answers, silence
-        self._exchanges, self._talk, self._espeak = split().trained, Talk(), Espeak()
+    def __init__(self, answers: dict[str, Answer], silence: Codes, espeak: Espeak) -> None:
+        self._answers, self._silence, self._espeak = answers, silence, espeak
+        self._exchanges, self._talk = split().trained, Talk()
 
     def draw(self, generator: random.Random) -> Timeline:
         timeline = Timeline(self._silence)
@@ -329,7 +329,7 @@ class Script:
 # ---- files -----------------------------------------------------------------------------------
 
 
-def _save(path: Path, **arrays: NDArray[Any]) -> None:
+def _save(path: Path, **arrays: Any) -> None:
     """All of the file or nothing, for those who read while it is written."""
     unfinished = path.with_suffix(".part")
     with unfinished.open("wb") as file:
@@ -337,7 +337,7 @@ def _save(path: Path, **arrays: NDArray[Any]) -> None:
     unfinished.replace(path)
 
 
-def prepare(data: Path, codec: StreamingCodec) -> tuple[dict[str, Answer], Codes]:
+def prepare(data: Path, espeak: Espeak, codec: StreamingCodec) -> tuple[dict[str, Answer], Codes]:
     """The tokenizer and the answers, made once: every shard must say the same in the same codes."""
     data.mkdir(parents=True, exist_ok=True)
     if not (data / TOKENIZER).exists():
@@ -345,7 +345,9 @@ def prepare(data: Path, codec: StreamingCodec) -> tuple[dict[str, Answer], Codes
     if not (data / ANSWERS).exists():
         tokenizer = sentencepiece.SentencePieceProcessor(str(data / TOKENIZER))
         trained = list(split().trained)
-        save_answers(data / ANSWERS, make_answers(trained, codec, tokenizer), codec.silence())
+        save_answers(
+            data / ANSWERS, make_answers(trained, espeak, codec, tokenizer), codec.silence()
+        )
     return load_answers(data / ANSWERS)
 
 
@@ -374,10 +376,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of the shards; present ones stay")
     parser.add_argument("--shards", type=int, default=200, help=f"of {SHARD} timelines each")
+    parser.add_argument("--codec", type=Path, default=CODEC_FOLDER, help="folder of the codec")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    codec = StreamingCodec()
-    script = Script(*prepare(arguments.data, codec))
+    espeak, codec = Espeak(), StreamingCodec(arguments.codec)
+    script = Script(*prepare(arguments.data, espeak, codec), espeak)
     for number in range(arguments.shards):
         path = arguments.data / f"shard{number:04}.npz"
         if path.exists():

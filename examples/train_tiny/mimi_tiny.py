@@ -1,7 +1,8 @@
-"""The codec as the language-model stage uses it: moshi_c's, frame by frame as in a call.
+"""mimi-tiny by its numbers and files, and moshi_c's codec to use it with.
 
-It gives upstream's streaming codes at twice the speed of the same network in PyTorch. Streaming
-matters: once the ring of its attention is full, the codes differ from those of a whole signal.
+The language-model stage hears through moshi_c, frame by frame as in a call. It gives upstream's
+streaming codes at twice the speed of the same network in PyTorch. Streaming matters: once the ring
+of its attention is full, the codes differ from those of a whole signal.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import moshi_c
-
-CODEC_FOLDER = Path(__file__).parent / "codec"
-WEIGHTS, CONFIG = "mimi-tiny.safetensors", "mimi_config.json"
-FRAME_SAMPLES = 1920
+FRAME_SAMPLES = 1920  # 80 ms at 24 kHz
 CODEBOOKS = 8
+WEIGHTS, CONFIG = "mimi-tiny.safetensors", "mimi_config.json"
+CODEC_FOLDER = Path(__file__).parent / "codec"
 
 Codes = NDArray[np.int16]
 Pcm = NDArray[np.float32]
@@ -24,6 +23,8 @@ Pcm = NDArray[np.float32]
 
 class StreamingCodec:
     def __init__(self, folder: Path = CODEC_FOLDER, threads: int = 1) -> None:
+        import moshi_c  # only this needs it, and not the codec's own training
+
         self._mimi = moshi_c.load_mimi(
             folder / WEIGHTS, config=folder / CONFIG, codebooks=CODEBOOKS, threads=threads
         )
