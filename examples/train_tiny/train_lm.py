@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lm_model import Batch, Spoil, TrainedLM
+from lm_model import Batch, Spoil, TrainedLM, compare
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from train_codec import bf16_is_fast
@@ -114,7 +114,9 @@ class Trainer:
         self.folder, self.settings, self.device, self.bf16 = folder, settings, device, bf16
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
-        self.model = TrainedLM().to(device)
+        self.model = TrainedLM()
+        compare(self.model.lm)
+        self.model.to(device)
         self.mean = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.optimiser = self._optimiser()
         self.shards = Shards(data, settings.frames)
