@@ -4,7 +4,7 @@
 
 The folder gets config.json, the language model in bf16, codec, codec settings, and tokenizer. It is
 read back through upstream's CheckpointInfo and by moshi_c before the program ends, and both must
-say the same to a spoken question.
+say the same to the codes of a question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from corpus import MODEL_VOICE
 from espeak import Espeak
 from lm_model import lm_config, published
-from mimi_tiny import CODEC_FOLDER, CONFIG, FRAME_SAMPLES, WEIGHTS, Pcm
+from mimi_tiny import CODEC_FOLDER, CONFIG, FRAME_SAMPLES, WEIGHTS, Codes, StreamingCodec
 from moshi.models.lm import LMGen
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import save_file
@@ -44,26 +44,22 @@ def load_upstream(folder: Path) -> CheckpointInfo:
 
 
 @torch.no_grad()
-def upstream_says(folder: Path, pcm: Pcm) -> list[int]:
-    """The text tokens of the most likely answer, frame by frame, by upstream."""
-    files = load_upstream(folder)
+def upstream_says(folder: Path, codes: Codes) -> list[int]:
+    """The text tokens of the most likely answer to the user's codes [8, T], by upstream."""
     # Any: upstream's annotations leave open what its loaders return.
-    lm: Any = files.get_moshi(device="cpu", dtype=torch.float32)
-    mimi: Any = files.get_mimi(device="cpu")
-    tokens: list[int] = []
+    lm: Any = load_upstream(folder).get_moshi(device="cpu", dtype=torch.float32)
     generator = LMGen(lm, use_sampling=False)
-    with mimi.streaming(1), generator.streaming(1):
-        for frame in torch.from_numpy(pcm).view(-1, 1, 1, FRAME_SAMPLES):
-            said = generator.step(mimi.encode(frame))
-            if said is not None:
-                tokens.append(int(said[0, 0, 0]))
-    return tokens
+    with generator.streaming(1):
+        steps = [
+            generator.step(frame) for frame in torch.from_numpy(codes.T).long()[:, None, :, None]
+        ]
+    return [int(said[0, 0, 0]) for said in steps if said is not None]
 
 
-def moshi_c_says(folder: Path, pcm: Pcm) -> list[int]:
-    model = moshi_c.load(folder, threads=1)
+def moshi_c_says(folder: Path, codes: Codes) -> list[int]:
+    model = moshi_c.load(folder, dtype="f32", threads=1)
     session = moshi_c.Session(model, text_temperature=0, audio_temperature=0)
-    frames = [session.step(frame) for frame in pcm.reshape(-1, FRAME_SAMPLES)]
+    frames = [session.step_codes(frame, decode=False) for frame in codes.T.astype(np.int32)]
     return [frame.text_token for frame in frames if frame.text_token >= 0]
 
 
@@ -90,7 +86,7 @@ def export(state_file: Path, data: Path, codec: Path, folder: Path) -> None:
 
     speech = Espeak().speak("what is two plus three", MODEL_VOICE).pcm
     tail = 40 * FRAME_SAMPLES + -len(speech) % FRAME_SAMPLES
-    question = np.pad(speech, (5 * FRAME_SAMPLES, tail))
+    question = StreamingCodec(folder).encode(np.pad(speech, (5 * FRAME_SAMPLES, tail))[None])[0]
     theirs, ours = upstream_says(folder, question), moshi_c_says(folder, question)
     if theirs != ours:
         raise RuntimeError(f"upstream reads the exported files as {theirs}, moshi_c as {ours}")
