@@ -7,10 +7,11 @@ The language model is upstream's LMGen, one frame per step, as in a call. Users 
 never trained on, with noise. Times are those of a listener: what comes out of a step is heard when
 the frame that went into it has ended.
 
-Asked are trained exchanges, and held-out ones of the families that copy or add. An answer is exact
-when its whole text is right; its STOI compares it with espeak-ng's own rendering. Quiet windows of
-10 s are silence, noise at -50 dBFS, and talk that needs no answer: nothing may be said. Stops are
-long answers into which the user says "stop".
+Asked are trained exchanges, held-out ones of the families that copy or add, and trained ones half a
+minute into the call, when its beginning has left the model's memory. An answer is exact when its
+whole text is right; its STOI compares it with espeak-ng's own rendering. Quiet windows of 10 s are
+silence, noise at -50 dBFS, and talk that needs no answer: nothing may be said. Stops are long
+answers into which the user says "stop".
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +127,14 @@ class Users:
         pcm = self._espeak.speak(text, voice).pcm
         return pcm[trimmed(pcm, 2e-3)]
 
-    def ask(self, question: str, interrupt: bool = False) -> tuple[Pcm, int, tuple[int, int]]:
-        """The user's stream, the sample where the question ends, and where a "stop" in the answer
-        begins and ends."""
+    def ask(
+        self, question: str, *, interrupt: bool = False, after: float = 0.0
+    ) -> tuple[Pcm, int, tuple[int, int]]:
+        """The user's stream with a question some seconds `after` the call began, the sample where
+        the question ends, and where a "stop" in the answer begins and ends."""
         voice, gain = self.voice()
         speech = gain * self.say(question, voice)
-        start = int(self.random.uniform(0.4, 2.0) * SAMPLE_RATE)
+        start = int((after + self.random.uniform(0.4, 2.0)) * SAMPLE_RATE)
         end = start + len(speech)
         frames = end // FRAME_SAMPLES + 1 + AFTER
         user = self.background(frames)
@@ -167,11 +171,17 @@ def aligned_stoi(wanted: Pcm, reply: Reply) -> float:
 
 
 def ask_all(
-    listener: Listener, espeak: Espeak, exchanges: list[Exchange], seed: int, sounds: int = 24
+    listener: Listener,
+    espeak: Espeak,
+    exchanges: Sequence[Exchange],
+    seed: int,
+    *,
+    after: float = 0.0,
+    sounds: int = 24,
 ) -> dict[str, Any]:
-    """Asks each exchange once; STOI of the first `sounds` exact answers."""
+    """Asks each exchange once, in a call of its own; STOI of the first `sounds` exact answers."""
     users = Users(espeak, seed)
-    asked = [users.ask(exchange.question) for exchange in exchanges]
+    asked = [users.ask(exchange.question, after=after) for exchange in exchanges]
     replies = listener.converse([user for user, _, _ in asked])
     families: dict[str, list[bool]] = defaultdict(list)
     delays: list[float] = []
@@ -271,6 +281,7 @@ def evaluate(
 
     note("trained", ask_all(listener, espeak, trained[:count], seed))
     note("held out", ask_all(listener, espeak, held_out[:count], seed + 1))
+    note("late", ask_all(listener, espeak, trained[: min(48, count)], seed, after=30))
     for kind in ("silence", "noise", "talk"):
         streams = max(4, min(24, count // 4))
         note(kind, quiet_windows(listener, espeak, kind, streams, seed + 2))
