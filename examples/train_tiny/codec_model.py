@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from espeak import LABEL_SAMPLES, PHONEMES, SAMPLE_RATE
+from mimi_tiny import CODEBOOKS, FRAME_SAMPLES
 from moshi.models import loaders
 from torch import Tensor, nn
 
-FRAME_SAMPLES = 1920
 LABELS_PER_FRAME = FRAME_SAMPLES // LABEL_SAMPLES
 
 
@@ -45,7 +45,7 @@ class CodecSize:
     context: int = 32  # steps of 40 ms; not beyond what a crop holds
     code_width: int = 32
     codes: int = 512
-    codebooks: int = 8
+    codebooks: int = CODEBOOKS
 
     def config(self) -> dict[str, Any]:
         """The mimi_config.json of this size, for upstream's get_mimi."""

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from codec_model import FRAME_SAMPLES
 from corpus import MODEL_VOICE, Talk, split, user_voice
 from espeak import SAMPLE_RATE, Espeak, Voice
 from export_codec import load_published
+from mimi_tiny import FRAME_SAMPLES
 from moshi.models.compression import MimiModel
 from numpy.typing import NDArray
 from pesq import PesqError, pesq

@@ -13,14 +13,13 @@ import json
 from pathlib import Path
 
 import torch
-from codec_model import FRAME_SAMPLES, CodecSize, TrainedCodec, published
+from codec_model import CodecSize, TrainedCodec, published
 from corpus import MODEL_VOICE
 from espeak import Espeak
+from mimi_tiny import CONFIG, FRAME_SAMPLES, WEIGHTS
 from moshi.models import loaders
 from moshi.models.compression import MimiModel
 from safetensors.torch import save_file
-
-WEIGHTS, CONFIG = "mimi-tiny.safetensors", "mimi_config.json"
 
 
 def load_published(folder: Path) -> MimiModel:

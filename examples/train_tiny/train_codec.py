@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from codec_model import FRAME_SAMPLES, LABELS_PER_FRAME, CodecSize, SpectralLoss, TrainedCodec
+from codec_model import LABELS_PER_FRAME, CodecSize, SpectralLoss, TrainedCodec
 from corpus import MODEL_VOICE, Talk, split, user_voice
 from espeak import LABEL_SAMPLES, NO_LABEL, Espeak
+from mimi_tiny import FRAME_SAMPLES
 from moshi.quantization.core_vq import EuclideanCodebook
 from numpy.typing import NDArray
 from torch import Tensor, nn
