@@ -63,6 +63,11 @@ struct moshi_engine {
     int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
 };
 
+/* MOSHI_ERROR_AUDIO when a sample is not finite or beyond MOSHI_MAX_SAMPLE; codec.c. */
+int check_samples(const float *pcm, size_t samples);
+/* Whether all are numbers; what a codec of absurd weights makes may be none. */
+int all_finite(const float *pcm, size_t samples);
+
 /* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);
 

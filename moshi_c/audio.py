@@ -23,13 +23,16 @@ Pcm = NDArray[np.float32]
 #: Rates that files and callers may use, in Hz.
 MIN_RATE, MAX_RATE = 1000, 768_000
 
+#: Samples are in -1..1; what is louder is taken up to this, as by the core (MOSHI_MAX_SAMPLE).
+MAX_SAMPLE = 100.0
+
 _BLOCK = 1 << 16
 
 #: More than any MP3 holds: 576 samples take 24 bytes at the lowest bit rate.
 _MP3_SAMPLES_A_BYTE = 64
 
 
-def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
+def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1, most: float = MAX_SAMPLE) -> Pcm:
     """Samples from any array-like, as contiguous float32.
 
     Floating point samples of any width are taken as they are, int16 is divided by 32768.
@@ -39,9 +42,10 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
             `[N, 1]` when `ndim` is 1, `[N]` or `[B, N]` when it is 2.
         name: what to call it in messages.
         ndim: dimensions of the result; a batch of 1 is added for 2.
+        most: the largest magnitude taken.
 
     Raises:
-        AudioError: another type or shape, NaN, or infinity.
+        AudioError: another type or shape, NaN, infinity, or values far beyond -1..1.
     """
     if isinstance(audio, (bytes, bytearray)):
         raise AudioError(
@@ -73,6 +77,12 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1) -> Pcm:
         where = int(np.argmin(np.isfinite(samples.reshape(-1))))
         value = samples.reshape(-1)[where]
         raise AudioError(f"{name} has {value} at sample {where}; expected finite samples")
+    if samples.size and max(samples.max(), -samples.min()) > most:
+        where = int(np.argmax(np.abs(samples)))
+        raise AudioError(
+            f"{name} has {samples.reshape(-1)[where]:g} at sample {where}; expected -1 to 1 "
+            "(integers of 16 bits go in as int16, or divided by 32768)"
+        )
     return np.ascontiguousarray(samples)
 
 
@@ -278,7 +288,7 @@ def write_audio(path: str | os.PathLike[str], pcm: Any, rate: int) -> Path:
     Raises:
         AudioError: the samples, the rate, the suffix or the folder is not usable.
     """
-    samples = as_pcm(pcm)
+    samples = as_pcm(pcm, most=np.inf)
     with AudioWriter(path, rate) as writer:
         writer.write(samples)
     return Path(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,9 @@ DEFAULT_LM = "model.safetensors"
 DEFAULT_MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 DEFAULT_TOKENIZER = "tokenizer_spm_32k_3.model"
 _INDEX = ".index.json"
+
+#: Twenty times the largest index of shards.
+_MAX_JSON_BYTES = 100_000_000
 _WEIGHTS = (".safetensors", ".sft", ".sfts")
 
 #: The settings of the published 7B models, which came without a config.json.
@@ -101,9 +105,33 @@ class _Hub:
         """The local copy. Raises what huggingface_hub raises."""
         import huggingface_hub
 
+        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
         with _progress_bars(self.progress):
             path = huggingface_hub.hf_hub_download(repo, name, revision=revision, token=self.token)
+        if path != cached:
+            _check_digest(Path(path), f"{name} of {repo}")
         return Path(path)
+
+
+def _check_digest(path: Path, what: str) -> None:
+    """Compares a new file of the cache with its digest, after which the hub names what it stores:
+    SHA-256 of large files, Git's SHA-1 of small ones. A file that differs is removed."""
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+        return
+    digest = hashlib.sha256()
+    if len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    with blob.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{what} arrived damaged and was removed: its digest is {digest.hexdigest()}, expected "
+            f"{blob.name}; load again to fetch it anew"
+        )
 
 
 @contextlib.contextmanager
@@ -136,9 +164,10 @@ class _Folder:
     def get(self, name: str, role: str) -> Path:
         found = self.find(name)
         if found is None:
-            raise CheckpointError(
-                f"{self.path / name}, {role}, does not exist; the folder has {self._listing()}"
-            )
+            path = self.path / name
+            if os.path.lexists(path):
+                raise CheckpointError(f"{path}, {role}, is {_kind(path)}; expected a file")
+            raise CheckpointError(f"{path}, {role}, does not exist; the folder has {self._listing()}")
         return found
 
     def _listing(self) -> str:
@@ -150,6 +179,12 @@ class _Folder:
             return "no files"
         more = len(names) - 12
         return ", ".join(names[:12]) + (f" and {more} more" if more > 0 else "")
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        return "a link that leads nowhere"
+    return "a folder" if path.is_dir() else "a pipe, a socket or a device"
 
 
 @dataclass(frozen=True)
@@ -320,14 +355,34 @@ def _with_shards(path: Path, place: _Place) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. CheckpointError when the file holds none."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; expected at most {_MAX_JSON_BYTES}")
+        value = json.loads(path.read_text("utf-8"), parse_int=_integer)
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not JSON: byte {error.start} is no part of a character; expected UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path} is not JSON of a config: its values are nested too deeply; expected some levels"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        found = kinds.get(type(value), "a number")
+        raise CheckpointError(f"{path} holds {found}; expected a JSON object")
     return value
+
+
+def _integer(digits: str) -> int | float:
+    """What is longer than any integer of a config is left to those who check its range."""
+    return int(digits) if len(digits) < 100 else float(digits)
 
 
 # ---- the checkpoint ----------------------------------------------------------------------------

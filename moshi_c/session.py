@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -183,12 +182,13 @@ class _Feed:
         self._started = False
         self._steady = self._shortage == 0
 
-    def peek(self) -> Pcm | None:
-        """The next frame, float32[frame_size], or None; `drop` it once it is used."""
-        return self._waiting[: self._frame] if len(self._waiting) >= self._frame else None
-
-    def drop(self) -> None:
-        self._waiting = self._waiting[self._frame :]
+    def take(self) -> Pcm | None:
+        """The next frame, float32[frame_size], or None. It is gone before it is stepped: Ctrl-C comes
+        when the step is done, and the same frame must not be stepped again."""
+        if len(self._waiting) < self._frame:
+            return None
+        frame, self._waiting = self._waiting[: self._frame], self._waiting[self._frame :]
+        return frame
 
 
 class Session:
@@ -248,7 +248,7 @@ class Session:
         self._model = model
         self._rate = self._check_rate("sample_rate", sample_rate)
         self._output_rate = self._check_rate("output_sample_rate", output_sample_rate)
-        self._lock = threading.Lock()
+        self._inside: list[object] = []
         self._clock = _Clock(1.0 / model.frame_rate)
         self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
         self._feed = _Feed(self._rate, model.sample_rate, model.frame_size)
@@ -298,16 +298,19 @@ class Session:
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "this session is in use by another thread; expected one thread at a time"
-            )
+        """One thread at a time. A list instead of a lock: Ctrl-C may fall behind any call, and would
+        leave a lock taken that was acquired in front of the try."""
+        self._core.check_open()
+        ticket = object()
         try:
-            if self._core.closed:
-                raise SessionError("this session is closed")
+            self._inside.append(ticket)
+            if self._inside[0] is not ticket:
+                raise SessionError(
+                    "this session is in use by another thread; expected one thread at a time"
+                )
             yield
         finally:
-            self._lock.release()
+            self._inside.remove(ticket)
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -354,8 +357,10 @@ class Session:
             dtype: "float32" or "int16", little endian, for raw bytes.
 
         Raises:
-            AudioError: another length or type, NaN or infinity; nothing has changed.
-            SessionError: closed, or in use by another thread.
+            AudioError: another length or type, NaN, infinity or values far beyond -1..1; nothing has
+                changed.
+            SessionError: closed, in use by another thread, or in a forked process; or the model's
+                weights give no numbers, which ends this session.
         """
         with self._busy():
             if self._feed.empty:
@@ -431,10 +436,8 @@ class Session:
         return (self._frame(raw) for raw in self._drain(decode))
 
     def _drain(self, decode: bool = True) -> Iterator[_core.FrameTuple]:
-        while (frame := self._feed.peek()) is not None:
-            raw = self._core.step(frame, decode)
-            self._feed.drop()
-            yield raw
+        while (frame := self._feed.take()) is not None:
+            yield self._core.step(frame, decode)
 
     def _flush(self) -> Iterator[_core.FrameTuple]:
         self._feed.finish()
@@ -457,7 +460,8 @@ class Session:
         if self._detokenizer and token >= 0:
             text = self._detokenizer.push(token)
         self._since_word = 0 if text else self._since_word + 1
-        self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        with np.errstate(over="ignore"):  # a voice of damaged weights
+            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
         loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
         if pcm is not None and resampled and self._output_rate != self._model.sample_rate:
             waiting = np.concatenate([self._output_waiting, self._output.process(pcm)])
@@ -650,8 +654,6 @@ def step_many(
             for i, session in enumerate(sessions):
                 if session in fed:
                     session._feed.step(pcms[i])
-                    pcms[i] = session._feed.peek()
+                    pcms[i] = session._feed.take()
         raws = _core.step_many([session._core for session in sessions], pcms, decode)
-        for session in fed:
-            session._feed.drop()
         return [session._frame(raw) for session, raw in zip(sessions, raws, strict=True)]

@@ -168,7 +168,7 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 
     self = (struct session_object *)PyType_GenericAlloc(type, 0);
     if (!self) goto done;
-    atomic_init(&self->guard.closed, 1); /* until it is open */
+    guard_init(&self->guard);
     atomic_init(&self->seed, options.seed);
     if (session_open(self, state, model_self, &options) < 0) Py_CLEAR(self);
 
@@ -196,6 +196,10 @@ static PyObject *session_close(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     struct session_object *self = session_of(object);
     if (atomic_load(&self->guard.closed)) Py_RETURN_NONE;
+    if (self->guard.process != this_process()) { /* nothing of the parent's is given back here */
+        atomic_store(&self->guard.closed, 1);
+        Py_RETURN_NONE;
+    }
     if (guard_enter(&self->guard, state_of(object), THIS_SESSION) < 0) return NULL;
     atomic_store(&self->guard.closed, 1);
     session_destroy(self);
@@ -576,6 +580,13 @@ static PyObject *session_reset(PyObject *object, PyObject *args, PyObject *kwarg
     Py_RETURN_NONE;
 }
 
+/* For what happens before the core is called. */
+static PyObject *session_check_open(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    if (guard_check_open(&session_of(object)->guard, state_of(object), THIS_SESSION) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *session_seed(PyObject *object, void *Py_UNUSED(closure))
 {
     return PyLong_FromUnsignedLongLong(atomic_load(&session_of(object)->seed));
@@ -613,6 +624,8 @@ static PyMethodDef session_methods[] = {
      PyDoc_STR("logits($self, /)\n--\n\nOf the last step: text, audio. Needs keep_logits.")},
     {"reset", KEYWORDS(session_reset),
      PyDoc_STR("reset($self, seed=None)\n--\n\nBack to the start; None keeps the seed.")},
+    {"check_open", session_check_open, METH_NOARGS,
+     PyDoc_STR("check_open($self, /)\n--\n\nSessionError when closed or in a forked process.")},
     {"close", session_close, METH_NOARGS, PyDoc_STR("close($self, /)\n--\n\nGives the slot back.")},
     {NULL, NULL, 0, NULL},
 };
