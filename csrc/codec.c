@@ -142,9 +142,10 @@ int check_samples(const float *pcm, size_t samples)
 static int check_sound(const float *pcm, size_t samples)
 {
     if (all_finite(pcm, samples)) return MOSHI_OK;
-    return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                      "the sound of these codes is not finite, expected numbers: the weights of the "
-                      "codec are damaged");
+    return moshi_fail(
+        MOSHI_ERROR_CHECKPOINT,
+        "the sound of these codes is not finite, expected numbers: the weights of the "
+        "codec are damaged");
 }
 
 static int check_codes(const struct moshi_engine *engine, const int32_t *codes, size_t count,

@@ -87,11 +87,10 @@ static int open_lm(struct moshi_model *model, const struct moshi_model_options *
         return status;
     }
     weight_store_init(&model->lm_store, model->backend);
-    struct weight_loader loader = {
-        .store = &model->lm_store,
-        .file = model->lm_file,
-        .dtype = options->dtype,
-        .check_finite = options->check_weights};
+    struct weight_loader loader = {.store = &model->lm_store,
+                                   .file = model->lm_file,
+                                   .dtype = options->dtype,
+                                   .check_finite = options->check_weights};
     return lm_load(&model->lm, config, &loader);
 }
 
@@ -131,12 +130,11 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
         status = tensor_file_open(model->mimi_path, options->copy_weights, &model->mimi_file);
     if (status) return status;
     weight_store_init(&model->mimi_store, model->backend);
-    struct weight_loader loader = {
-        .store = &model->mimi_store,
-        .file = model->mimi_file,
-        .dtype = MOSHI_F32,
-        .pack = 1,
-        .check_finite = 1}; /* all of it is read now in any case */
+    struct weight_loader loader = {.store = &model->mimi_store,
+                                   .file = model->mimi_file,
+                                   .dtype = MOSHI_F32,
+                                   .pack = 1,
+                                   .check_finite = 1}; /* all of it is read now in any case */
     status = mimi_load(&model->mimi, &config, &loader);
     if (status) return status;
     /* Everything was copied into the backend's layout. */

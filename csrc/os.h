@@ -31,9 +31,9 @@ void os_decommit(void *memory, size_t bytes);
 double os_clock(void);
 /* 64 bits from the system's random source. */
 uint64_t os_random(void);
-int os_cpu_count(void);       /* that this process may run on, at least 1 */
+int os_cpu_count(void); /* that this process may run on, at least 1 */
 int64_t os_memory_total(void); /* physical, 0 if unknown */
-int64_t os_memory_free(void);  /* available, 0 if unknown */
+int64_t os_memory_free(void); /* available, 0 if unknown */
 const char *os_environment(const char *name); /* NULL if unset or empty */
 int64_t os_process(void); /* this process's number */
 

@@ -263,7 +263,9 @@ static int add_tensors(struct tensor_file *file, struct shard *shard, const stru
                        const uint8_t *data, size_t data_bytes)
 {
     if (root->type != JSON_OBJECT) {
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the header is not a JSON object, expected one of tensors", shard->path);
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "%s: the header is not a JSON object, expected one of tensors",
+                          shard->path);
     }
     size_t names_bytes = 0, total;
     for (const struct json *node = root->first; node != NULL; node = node->next) {

@@ -85,7 +85,8 @@ struct tensor *weights_need(struct weight_loader *loader, const char *format, ..
     va_end(arguments);
     struct tensor *tensor = find(loader, name);
     if (!tensor)
-        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: tensor %s is missing, expected by the config",
+        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                    "%s: tensor %s is missing, expected by the config",
                                     tensor_file_path(loader->file), name);
     return tensor;
 }

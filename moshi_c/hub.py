@@ -167,7 +167,9 @@ class _Folder:
             path = self.path / name
             if os.path.lexists(path):
                 raise CheckpointError(f"{path}, {role}, is {_kind(path)}; expected a file")
-            raise CheckpointError(f"{path}, {role}, does not exist; the folder has {self._listing()}")
+            raise CheckpointError(
+                f"{path}, {role}, does not exist; the folder has {self._listing()}"
+            )
         return found
 
     def _listing(self) -> str:
@@ -229,8 +231,9 @@ def _explain(error: Exception, repo: str, name: str, revision: str | None) -> Ch
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    # a refusal of the first request is the cause of another error, "not found locally"
+    responses = [getattr(e, "response", None) for e in (error, error.__cause__)]
+    status = next((r.status_code for r in responses if r is not None), None)
     unlock = f"accept the licence at {page} and set HF_TOKEN to a token of your account"
     what = f"{name} of {repo}"
     if isinstance(error, errors.GatedRepoError) or (
@@ -246,6 +249,11 @@ def _explain(error: Exception, repo: str, name: str, revision: str | None) -> Ch
         return CheckpointError(f"the repository {repo} has no revision {revision!r}: see {page}")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{repo!r} is no name of a repository; expected 'org/name'")
+    if isinstance(error, errors.LocalEntryNotFoundError) and status is not None:
+        return CheckpointError(
+            f"{what} is not on this machine and the hub answered {status}; expected the file: try "
+            "again later, or give a folder"
+        )
     if isinstance(
         error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     ):
@@ -371,7 +379,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise CheckpointError(
-            f"{path} is not JSON of a config: its values are nested too deeply; expected some levels"
+            f"{path} is not JSON: its values are nested too deeply; expected a few levels"
         ) from error
     if not isinstance(value, dict):
         kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}

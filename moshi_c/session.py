@@ -183,8 +183,8 @@ class _Feed:
         self._steady = self._shortage == 0
 
     def take(self) -> Pcm | None:
-        """The next frame, float32[frame_size], or None. It is gone before it is stepped: Ctrl-C comes
-        when the step is done, and the same frame must not be stepped again."""
+        """The next frame, float32[frame_size], or None. It is gone before it is stepped: Ctrl-C
+        comes when the step is done, and the same frame must not be stepped again."""
         if len(self._waiting) < self._frame:
             return None
         frame, self._waiting = self._waiting[: self._frame], self._waiting[self._frame :]
@@ -298,8 +298,8 @@ class Session:
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
-        """One thread at a time. A list instead of a lock: Ctrl-C may fall behind any call, and would
-        leave a lock taken that was acquired in front of the try."""
+        """One thread at a time. A list instead of a lock: Ctrl-C may fall behind any call, and
+        would leave a lock taken that was acquired in front of the try."""
         self._core.check_open()
         ticket = object()
         try:
@@ -357,8 +357,8 @@ class Session:
             dtype: "float32" or "int16", little endian, for raw bytes.
 
         Raises:
-            AudioError: another length or type, NaN, infinity or values far beyond -1..1; nothing has
-                changed.
+            AudioError: another length or type, NaN, infinity or values far beyond -1..1; nothing
+                has changed.
             SessionError: closed, in use by another thread, or in a forked process; or the model's
                 weights give no numbers, which ends this session.
         """

@@ -101,10 +101,22 @@ static int parse_dtype(const struct module_state *state, const char *name, enum 
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"folder",           "config_path", "lm_path",      "mimi_path",
-                            "mimi_config_path", "device",      "dtype",        "mimi_dtype",
-                            "mimi_codebooks",   "threads",     "codec_only",   "copy_weights",
-                            "kv_dtype",         "context",     "max_sessions", "check_weights",
+    static char *names[] = {"folder",
+                            "config_path",
+                            "lm_path",
+                            "mimi_path",
+                            "mimi_config_path",
+                            "device",
+                            "dtype",
+                            "mimi_dtype",
+                            "mimi_codebooks",
+                            "threads",
+                            "codec_only",
+                            "copy_weights",
+                            "kv_dtype",
+                            "context",
+                            "max_sessions",
+                            "check_weights",
                             NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *folder = NULL, *config = NULL, *lm = NULL, *mimi = NULL, *mimi_config = NULL;

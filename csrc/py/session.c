@@ -583,7 +583,8 @@ static PyObject *session_reset(PyObject *object, PyObject *args, PyObject *kwarg
 /* For what happens before the core is called. */
 static PyObject *session_check_open(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
-    if (guard_check_open(&session_of(object)->guard, state_of(object), THIS_SESSION) < 0) return NULL;
+    if (guard_check_open(&session_of(object)->guard, state_of(object), THIS_SESSION) < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
