@@ -139,13 +139,14 @@ int check_samples(const float *pcm, size_t samples)
     return MOSHI_OK;
 }
 
-static int check_sound(const float *pcm, size_t samples)
+static int check_sound(const struct moshi_engine *engine, const float *pcm, size_t samples)
 {
     if (all_finite(pcm, samples)) return MOSHI_OK;
     return moshi_fail(
         MOSHI_ERROR_CHECKPOINT,
-        "the sound of these codes is not finite, expected numbers: the weights of the "
-        "codec are damaged");
+        "%s: the sound of these codes is not finite, expected numbers: the weights are "
+        "damaged",
+        engine->model->mimi_path);
 }
 
 static int check_codes(const struct moshi_engine *engine, const int32_t *codes, size_t count,
@@ -253,7 +254,8 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
         os_mutex_unlock(engine->model->backend_lock);
-        if (!status) status = check_sound(pcm, (size_t)codec->batch * (size_t)engine->frame_size);
+        if (!status)
+            status = check_sound(engine, pcm, (size_t)codec->batch * (size_t)engine->frame_size);
     }
     leave(stream);
     return status;
@@ -415,6 +417,7 @@ int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int bat
                               batch - b < WHOLE_BATCH ? batch - b : WHOLE_BATCH, n_codes, frames,
                               pcm + b * frames * engine->frame_size);
     if (!status)
-        status = check_sound(pcm, (size_t)batch * (size_t)frames * (size_t)engine->frame_size);
+        status = check_sound(engine, pcm,
+                             (size_t)batch * (size_t)frames * (size_t)engine->frame_size);
     return status;
 }

@@ -29,6 +29,9 @@ DEFAULT_MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 DEFAULT_TOKENIZER = "tokenizer_spm_32k_3.model"
 _INDEX = ".index.json"
 
+#: Bytes of a file's name, as file systems have it.
+_MAX_PART = 255
+
 #: Twenty times the largest index of shards.
 _MAX_JSON_BYTES = 100_000_000
 _WEIGHTS = (".safetensors", ".sft", ".sfts")
@@ -152,6 +155,21 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 # ---- places ------------------------------------------------------------------------------------
 
 
+def _is_file(path: Path) -> bool:
+    """False also for names that no file can have: too long, or with a NUL."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Folder:
     path: Path
@@ -159,7 +177,7 @@ class _Folder:
 
     def find(self, name: str) -> Path | None:
         path = self.path / name
-        return path if path.is_file() else None
+        return path if _is_file(path) else None
 
     def get(self, name: str, role: str) -> Path:
         found = self.find(name)
@@ -249,7 +267,7 @@ def _explain(error: Exception, repo: str, name: str, revision: str | None) -> Ch
         return CheckpointError(f"the repository {repo} has no revision {revision!r}: see {page}")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{repo!r} is no name of a repository; expected 'org/name'")
-    if isinstance(error, errors.LocalEntryNotFoundError) and status is not None:
+    if isinstance(error, errors.LocalEntryNotFoundError) and status:
         return CheckpointError(
             f"{what} is not on this machine and the hub answered {status}; expected the file: try "
             "again later, or give a folder"
@@ -283,7 +301,15 @@ def _is_plain(name: str) -> bool:
         return False
     path = PurePosixPath(name)
     windows = PureWindowsPath(name)
+    if any(len(part.encode("utf-8", "surrogatepass")) > _MAX_PART for part in path.parts):
+        return False
     return not (path.is_absolute() or windows.drive or windows.root or ".." in path.parts)
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence: not as long as it likes."""
+    text = str(value) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
 
 
 def _split_hub(reference: str) -> tuple[str, str]:
@@ -291,8 +317,15 @@ def _split_hub(reference: str) -> tuple[str, str]:
     parts = reference.removeprefix("hf://").split("/", 2)
     repo, name = "/".join(parts[:2]), parts[2] if len(parts) == 3 else ""
     if not _repository_id(repo) or (name and not _is_plain(name)):
-        raise CheckpointError(f"{reference!r} is no reference; expected hf://org/repo/file")
+        raise CheckpointError(f"{_shown(reference)} is no reference; expected hf://org/repo/file")
     return repo, name
+
+
+def _local(text: str) -> Path:
+    path = Path(text.removeprefix("file://"))
+    with contextlib.suppress(RuntimeError):  # "~name" of nobody
+        return path.expanduser()
+    return path
 
 
 def _given(value: PathLike, what: str, hub: _Hub) -> Path:
@@ -302,10 +335,10 @@ def _given(value: PathLike, what: str, hub: _Hub) -> Path:
         if not name:
             raise CheckpointError(f"{what} is {value!r}; expected hf://org/repo/file")
         return _Repository(repo, hub, None).get(name, what)
-    path = Path(os.fspath(value).removeprefix("file://")).expanduser()
-    if not path.is_file():
-        found = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path}, given as {what}, {found}")
+    path = _local(os.fsdecode(value))
+    if not _is_file(path):
+        found = "is a folder, not a file" if _is_folder(path) else "does not exist"
+        raise CheckpointError(f"{_shown(path)}, given as {what}, {found}; expected a file")
     return path
 
 
@@ -313,20 +346,22 @@ def _configured(value: Any, key: str, place: _Place, hub: _Hub) -> Path:
     """A file that a config names under `key`."""
     role = f"named as {key} in config.json"
     if not isinstance(value, str):
-        raise CheckpointError(f"config.json: {key} is {value!r}; expected the name of a file")
+        raise CheckpointError(f"config.json: {key} is {_shown(value)}; expected the name of a file")
     if value.startswith("hf://"):
         repo, name = _split_hub(value)
         if not name:
-            raise CheckpointError(f"config.json: {key} is {value!r}; expected hf://org/repo/file")
+            raise CheckpointError(
+                f"config.json: {key} is {_shown(value)}; expected hf://org/repo/file"
+            )
         return _Repository(repo, hub, None).get(name, role)
     if value.startswith("file://") and place.local:
         path = Path(value.removeprefix("file://"))
-        if not path.is_file():
-            raise CheckpointError(f"{path}, {role}, does not exist")
+        if not _is_file(path):
+            raise CheckpointError(f"{_shown(path)}, {role}, does not exist")
         return path
     if not _is_plain(value):
         raise CheckpointError(
-            f"config.json: {key} is {value!r}; expected a name inside {_name_of(place)}"
+            f"config.json: {key} is {_shown(value)}; expected a name inside {_name_of(place)}"
         )
     return place.get(value, role)
 
@@ -355,7 +390,9 @@ def _with_shards(path: Path, place: _Place) -> Path:
         raise CheckpointError(f"{path} has no weight_map")
     for shard in sorted({str(name) for name in weight_map.values()}):
         if not _is_plain(shard) or "/" in shard:
-            raise CheckpointError(f"{path} names the shard {shard!r}; expected a file beside it")
+            raise CheckpointError(
+                f"{path} names the shard {_shown(shard)}; expected a file beside it"
+            )
         place.get(shard, f"named in {path.name}")
     return path
 
@@ -405,21 +442,21 @@ def _locate(source: PathLike | None, hub: _Hub) -> tuple[_Place, Path | None]:
     """Where the files are, and the one that the source itself is."""
     if source is None:
         return _Folder(packaged_model()), None
-    text = os.fspath(source)
+    text = os.fsdecode(source)
     if isinstance(source, str) and text.startswith("hf://"):
         repo, name = _split_hub(text)
         place = _Repository(repo, hub, hub.revision)
         return place, place.get(name, "the source") if name else None
-    path = Path(text.removeprefix("file://") or "\0").expanduser()
-    if path.is_dir():
+    path = _local(text) if text else Path("\0")
+    if _is_folder(path):
         return _Folder(path), None
-    if path.is_file():
+    if _is_file(path):
         return _Folder(path.parent), path
     if isinstance(source, str) and _repository_id(text) and path.suffix not in _WEIGHTS:
         return _Repository(text, hub, hub.revision), None
     raise CheckpointError(
-        f"{text} does not exist; expected a folder, a .safetensors file, or a repository on the "
-        "hub such as 'kyutai/moshiko-pytorch-bf16'"
+        f"{_shown(Path(text))} does not exist; expected a folder, a .safetensors file, or a "
+        "repository on the hub such as 'kyutai/moshiko-pytorch-bf16'"
     )
 
 

@@ -26,6 +26,8 @@ _MAX_BYTES = 64 << 20
 
 def _reason(error: Exception) -> str:
     """What SentencePiece says, without the places in its sources."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a piece is not UTF-8"
     text = str(error).removeprefix("INTERNAL: ").strip().rstrip(".")
     return "it could not be parsed" if ".cc(" in text or not text else text
 

@@ -178,7 +178,8 @@ def offsets_lie(files: Files, name: str) -> str:
     move = files.rng.choice([-4, -1, 1, 4, 64])
     header[tensor]["data_offsets"] = files.rng.choice(
         [[begin + move, end + move], [begin, end + move], [begin + move, end], [end, begin],
-         [begin], [begin, end, end], [begin, files.rng.choice(NUMBERS)], [files.rng.choice(NUMBERS), end],
+         [begin], [begin, end, end], [begin, files.rng.choice(NUMBERS)],
+         [files.rng.choice(NUMBERS), end],
          [str(begin), str(end)], None, [begin, 2**62]]
     )  # fmt: skip
     files.write(name, _join(json.dumps(header).encode(), tensors))
