@@ -296,7 +296,7 @@ def value_lies(files: Files, name: str) -> str:
             words.append(f"{path} gone")
         else:
             old, new = inner[path[-1]], files.rng.choice(VALUES)
-            if isinstance(old, int) and files.rng.random() < 0.4:
+            if isinstance(old, int) and abs(old) < 2**53 and files.rng.random() < 0.4:
                 new = files.rng.choice([old + 1, old - 1, old * 2, -old, old * 1000, old + 0.5])
             if isinstance(old, str) and files.rng.random() < 0.4:
                 new = files.rng.choice(
