@@ -7,6 +7,8 @@
  *  - Everything that changes from frame to frame (row map, positions, tokens, masks, seeds) is
  *    device memory. Sizes in the argument structs are fixed per stage and number of rows.
  *  - Activations between operations are f32 rows, contiguous unless a stride is given.
+ *  - A backend has one caller at a time. Only upload, download and copy may be called beside it, for
+ *    memory that no run is using.
  *  - Operations enqueue and return nothing. A failure sticks to the backend until sync reports it.
  *  - Rows are not slots: rows.lane maps a row to the lane whose history it reads and writes.
  *  - Only qkv, conv, conv_transposed, delay_input, delay_output and advance change the history of a
@@ -344,6 +346,7 @@ struct backend_ops {
     void (*release)(struct backend *backend, void *memory, size_t bytes);
     void (*upload)(struct backend *backend, void *device, const void *host, size_t bytes);
     void (*download)(struct backend *backend, void *host, const void *device, size_t bytes);
+    void (*copy)(struct backend *backend, void *to, const void *from, size_t bytes);
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
@@ -381,7 +384,7 @@ struct backend_ops {
     void (*depth_stage)(struct backend *, void *arg);
 };
 
-/* Every backend struct begins with this. One caller at a time. */
+/* Every backend struct begins with this. */
 struct backend {
     const struct backend_ops *ops;
     const char *device; /* "cpu" */

@@ -1,6 +1,7 @@
 /* codec.c: the codec without a language model: streams of a batch, and whole signals. Both use the
  * engine's backend between ticks. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -117,7 +118,7 @@ static int check_codec(const struct moshi_engine *engine, int batch)
     return MOSHI_OK;
 }
 
-int all_finite(const float *pcm, size_t samples)
+int samples_are_finite(const float *pcm, size_t samples)
 {
     int bad = 0;
     for (size_t i = 0; i < samples; ++i) bad |= !isfinite(pcm[i]);
@@ -141,7 +142,7 @@ int check_samples(const float *pcm, size_t samples)
 
 static int check_sound(const struct moshi_engine *engine, const float *pcm, size_t samples)
 {
-    if (all_finite(pcm, samples)) return MOSHI_OK;
+    if (samples_are_finite(pcm, samples)) return MOSHI_OK;
     return moshi_fail(
         MOSHI_ERROR_CHECKPOINT,
         "%s: the sound of these codes is not finite, expected numbers: the weights are "
@@ -261,17 +262,84 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
     return status;
 }
 
+static void reset_lanes(struct codec *codec)
+{
+    for (int lane = 0; lane < codec->batch; ++lane) mimi_state_reset(&codec->state, lane);
+}
+
 int mimi_stream_reset(struct mimi_stream *stream)
 {
     int status = enter(stream);
     if (status) return status;
     struct os_mutex *lock = stream->codec.engine->model->backend_lock;
     os_mutex_lock(lock);
-    for (int lane = 0; lane < stream->codec.batch; ++lane)
-        mimi_state_reset(&stream->codec.state, lane);
+    reset_lanes(&stream->codec);
     os_mutex_unlock(lock);
     leave(stream);
     return MOSHI_OK;
+}
+
+static void describe(struct mimi_stream *stream, struct snapshot *snapshot)
+{
+    const struct codec *codec = &stream->codec;
+    const struct moshi_engine *engine = codec->engine;
+    snapshot_init(snapshot, "moshi-c codec stream");
+    snapshot_fact(snapshot, "codec", "%016llx",
+                  (unsigned long long)engine->model->mimi_fingerprint);
+    snapshot_fact(snapshot, "device", "%s", engine->backend->device);
+    snapshot_fact(snapshot, "batch", "%d", codec->batch);
+}
+
+static void lane_suffix(int lane, char suffix[16])
+{
+    snprintf(suffix, 16, ".%d", lane);
+}
+
+int mimi_stream_snapshot(struct mimi_stream *stream, void *data, size_t *bytes)
+{
+    int status = enter(stream);
+    if (status) return status;
+    struct os_mutex *lock = stream->codec.engine->model->backend_lock;
+    struct snapshot snapshot;
+    char suffix[16];
+    describe(stream, &snapshot);
+    os_mutex_lock(lock);
+    for (int lane = 0; lane < stream->codec.batch; ++lane) {
+        lane_suffix(lane, suffix);
+        mimi_state_list(&stream->codec.state, lane, suffix, &snapshot);
+    }
+    status = snapshot_write(&snapshot, data, bytes);
+    os_mutex_unlock(lock);
+    snapshot_free(&snapshot);
+    leave(stream);
+    return status;
+}
+
+int mimi_stream_restore(struct mimi_stream *stream, const void *data, size_t bytes)
+{
+    int status = enter(stream);
+    if (status) return status;
+    struct os_mutex *lock = stream->codec.engine->model->backend_lock;
+    struct snapshot facts;
+    struct tensor_file *file = NULL;
+    char suffix[16];
+    describe(stream, &facts);
+    status = tensor_file_parse(data, bytes, "snapshot", &file);
+    if (!status) status = snapshot_check_facts(&facts, file);
+    os_mutex_lock(lock);
+    reset_lanes(&stream->codec);
+    for (int lane = 0; lane < stream->codec.batch && !status; ++lane) {
+        lane_suffix(lane, suffix);
+        status = mimi_state_make_room(&stream->codec.state, lane, suffix, file);
+        if (!status) status = mimi_state_restore(&stream->codec.state, lane, suffix, file);
+    }
+    if (!status) status = snapshot_finish(file);
+    if (status) reset_lanes(&stream->codec);
+    os_mutex_unlock(lock);
+    tensor_file_close(file);
+    snapshot_free(&facts);
+    leave(stream);
+    return status;
 }
 
 /* ---- whole signals ---------------------------------------------------------------------- */

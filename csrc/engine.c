@@ -7,6 +7,13 @@
 
 #include "status.h"
 
+/* Under the engine's lock. */
+static void finish_frame(struct moshi_session *session)
+{
+    session->phase = SESSION_DONE;
+    if (session->event) os_event_set(session->event);
+}
+
 static void engine_loop(void *arg)
 {
     struct moshi_engine *engine = arg;
@@ -31,7 +38,7 @@ static void engine_loop(void *arg)
         engine_tick(engine, engine->batch, n);
         os_mutex_unlock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
-        for (int i = 0; i < n; ++i) engine->batch[i]->phase = SESSION_DONE;
+        for (int i = 0; i < n; ++i) finish_frame(engine->batch[i]);
         os_condition_wake_all(engine->done);
     }
     /* Nobody waits for ever: what was submitted too late ends with a reason. */
@@ -41,7 +48,7 @@ static void engine_loop(void *arg)
             session->status = moshi_fail(MOSHI_ERROR_SESSION,
                                          "the engine was closed during a step");
             snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
-            session->phase = SESSION_DONE;
+            finish_frame(session);
         }
     }
     os_condition_wake_all(engine->done);
@@ -370,7 +377,7 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         struct moshi_session *session = engine->subset[i];
         ops->download(engine->backend, session->frame->pcm,
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
-        if (!all_finite(session->frame->pcm, (size_t)engine->frame_size))
+        if (!samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
             end_session(session, moshi_fail(MOSHI_ERROR_SESSION,
                                             "the voice of frame %lld is not finite, expected "
                                             "numbers: the weights of the codec are damaged",

@@ -29,6 +29,8 @@ struct moshi_session {
     double submitted_s;
     int status;
     char sentence[512];
+    struct os_event
+        *event; /* set when the frame is done; NULL until asked for; under engine->lock */
     /* policy */
     int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
     int forced_first, forced_end, forced_capacity;
@@ -66,7 +68,18 @@ struct moshi_engine {
 /* MOSHI_ERROR_AUDIO when a sample is not finite or beyond MOSHI_MAX_SAMPLE; codec.c. */
 int check_samples(const float *pcm, size_t samples);
 /* Whether all are numbers; what a codec of absurd weights makes may be none. */
-int all_finite(const float *pcm, size_t samples);
+int samples_are_finite(const float *pcm, size_t samples);
+
+/* A session with its buffers and without a slot; its conditions are those of the options. */
+int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
+                struct moshi_session **session);
+/* Gives it a free slot, in the state of a conversation that has not begun. */
+int session_take_slot(struct moshi_session *session);
+/* Makes it the only call on the session until session_leave; else MOSHI_ERROR_SESSION. */
+int session_enter(struct moshi_session *session);
+void session_leave(struct moshi_session *session);
+/* Room for `count` forced tokens in all. */
+int session_reserve_forced(struct moshi_session *session, int count);
 
 /* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);

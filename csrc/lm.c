@@ -311,6 +311,94 @@ void lm_state_reset(struct lm_state *state, int slot)
     state->offset[slot] = 0;
 }
 
+void lm_state_copy(struct lm_state *state, int from, int to)
+{
+    state_copy_lane(&state->slot_table, from, to);
+    for (int half = 0; half < 2; ++half) {
+        const int first = half * state->slots;
+        state_copy_lane(&state->lane_table, first + from, first + to);
+        kv_pages_share(&state->kv, first + from, first + to);
+    }
+    state->offset[to] = state->offset[from];
+}
+
+void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot)
+{
+    snapshot_host(snapshot, "lm.frames", TENSOR_I64, 1, &state->offset[slot]);
+    snapshot_lane(snapshot, &state->slot_table, slot, "");
+    for (int half = 0; half < 1 + guided; ++half) {
+        const int lane = half * state->slots + slot;
+        const char *suffix = half ? ".null" : "";
+        snapshot_lane(snapshot, &state->lane_table, lane, suffix);
+        snapshot_pages(snapshot, &state->kv, lane, state->offset[slot], "lm.keys_values", suffix);
+    }
+}
+
+/* Every token that may be read as an input must be one that the tables know. */
+static int check_tokens(const struct lm_state *state, const int32_t *tokens, int64_t offset)
+{
+    const struct lm_config *config = &state->lm->config;
+    const struct delay_cache *delay = &state->delay;
+    for (int stream = 0; stream < delay->streams; ++stream) {
+        const int32_t most = stream ? config->card : config->text_card;
+        /* The model's tokens go to the next column, the user's to one that is as late as they are. */
+        const int first = stream <= config->dep_q ? 1 : config->delays[stream];
+        for (int i = 0; i < delay->columns; ++i) {
+            int column = (first + i) % delay->columns;
+            int32_t token = tokens[stream * delay->columns + column];
+            if (token < (i < offset ? 0 : TOKEN_NONE) || token > most)
+                return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                  "the field lm.delay.tokens has %d in stream %d, expected 0 to %d",
+                                  token, stream, most);
+        }
+    }
+    return MOSHI_OK;
+}
+
+static int check_restored(const struct lm_state *state, int slot, int guided)
+{
+    const struct backend_ops *ops = state->backend->ops;
+    const size_t count = (size_t)state->delay.streams * (size_t)state->delay.columns;
+    const int64_t offset = state->offset[slot];
+    int32_t counters[3] = {0, 0, (int32_t)offset};
+    ops->download(state->backend, &counters[0], state->delay.offset + slot, 4);
+    for (int half = 0; half < 1 + guided; ++half)
+        ops->download(state->backend, &counters[1 + half],
+                      state->position + half * state->slots + slot, 4);
+    for (int i = 0; i < 3; ++i)
+        if (counters[i] != offset)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "the field %s is %d, expected %lld as lm.frames says",
+                              i ? "lm.position" : "lm.offset", counters[i], (long long)offset);
+    int32_t *tokens = malloc(count * sizeof *tokens);
+    if (!tokens) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %zu tokens", count);
+    ops->download(state->backend, tokens, state->delay.tokens + (size_t)slot * count, 4 * count);
+    int status = check_tokens(state, tokens, offset);
+    free(tokens);
+    return status;
+}
+
+int lm_state_make_room(struct lm_state *state, int slot, int guided, struct tensor_file *file)
+{
+    int64_t offset;
+    int status = snapshot_count(file, MAX_FRAMES, &offset, "lm.frames");
+    for (int half = 0; half < 1 + guided && !status; ++half)
+        status = snapshot_make_room(&state->kv, half * state->slots + slot, offset);
+    if (!status) state->offset[slot] = offset;
+    return status;
+}
+
+int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file)
+{
+    struct snapshot items = {0};
+    lm_state_list(state, slot, guided, &items);
+    int status = snapshot_read(&items, file);
+    snapshot_free(&items);
+    if (status) return status;
+    status = check_restored(state, slot, guided);
+    return status ? moshi_fail_prefix(status, "%s", tensor_file_path(file)) : MOSHI_OK;
+}
+
 size_t lm_state_slot_bytes(const struct lm_state *state)
 {
     return state_lane_bytes(&state->slot_table) + state_lane_bytes(&state->lane_table) +

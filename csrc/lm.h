@@ -9,6 +9,7 @@
 
 #include "backend.h"
 #include "depth.h"
+#include "snapshot.h"
 #include "state.h"
 #include "transformer.h"
 #include "weights.h"
@@ -80,7 +81,15 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
                     int context, enum moshi_dtype kv_dtype);
 void lm_state_destroy(struct lm_state *state);
 void lm_state_reset(struct lm_state *state, int slot);
+/* Slot `to` becomes a copy of `from`; keys and values are shared, not copied. */
+void lm_state_copy(struct lm_state *state, int from, int to);
 size_t lm_state_slot_bytes(const struct lm_state *state);
+/* Lists the state of a slot, with its null half when it is guided. */
+void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot);
+/* Reads the same back from a snapshot, which may hold anything, into a slot that was reset and has
+ * been given its pages by lm_state_make_room. */
+int lm_state_make_room(struct lm_state *state, int slot, int guided, struct tensor_file *file);
+int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file);
 
 /* Which slots step, and what the user said. Host memory. */
 struct lm_step {

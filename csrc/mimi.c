@@ -364,6 +364,70 @@ void mimi_state_reset(struct mimi_state *state, int lane)
     state->decoder_offset[lane] = 0;
 }
 
+void mimi_state_copy(struct mimi_state *state, int from, int to)
+{
+    state_copy_lane(&state->encoder, from, to);
+    state_copy_lane(&state->decoder, from, to);
+    kv_pages_share(&state->encoder_kv, from, to);
+    kv_pages_share(&state->decoder_kv, from, to);
+    state->encoder_offset[to] = state->encoder_offset[from];
+    state->decoder_offset[to] = state->decoder_offset[from];
+}
+
+static void list_side(struct mimi_state *state, int decoder, int lane, const char *suffix,
+                      struct snapshot *snapshot)
+{
+    int64_t *steps = decoder ? &state->decoder_offset[lane] : &state->encoder_offset[lane];
+    char name[80];
+    snprintf(name, sizeof name, "mimi.%s.steps%s", decoder ? "decoder" : "encoder", suffix);
+    snapshot_host(snapshot, name, TENSOR_I64, 1, steps);
+    snapshot_lane(snapshot, decoder ? &state->decoder : &state->encoder, lane, suffix);
+    snapshot_pages(snapshot, decoder ? &state->decoder_kv : &state->encoder_kv, lane, *steps,
+                   decoder ? "mimi.decoder.keys_values" : "mimi.encoder.keys_values", suffix);
+}
+
+void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
+                     struct snapshot *snapshot)
+{
+    for (int decoder = 0; decoder < 2; ++decoder)
+        list_side(state, decoder, lane, suffix, snapshot);
+}
+
+int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
+                         struct tensor_file *file)
+{
+    int64_t *encoded = &state->encoder_offset[lane], *decoded = &state->decoder_offset[lane];
+    int status = snapshot_count(file, MAX_FRAMES, encoded, "mimi.encoder.steps%s", suffix);
+    if (!status)
+        status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
+    if (!status) status = snapshot_make_room(&state->encoder_kv, lane, *encoded);
+    if (!status) status = snapshot_make_room(&state->decoder_kv, lane, *decoded);
+    return status;
+}
+
+int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
+                       struct tensor_file *file)
+{
+    struct snapshot items = {0};
+    mimi_state_list(state, lane, suffix, &items);
+    int status = snapshot_read(&items, file);
+    snapshot_free(&items);
+    for (int decoder = 0; decoder < 2 && !status; ++decoder) {
+        int64_t steps = decoder ? state->decoder_offset[lane] : state->encoder_offset[lane];
+        int32_t position;
+        state->backend->ops->download(
+            state->backend, &position,
+            (decoder ? state->decoder_position : state->encoder_position) + lane, 4);
+        if (position != steps)
+            status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                "%s: the field mimi.%s.position is %d, expected %lld as its steps "
+                                "say",
+                                tensor_file_path(file), decoder ? "decoder" : "encoder", position,
+                                (long long)steps);
+    }
+    return status;
+}
+
 size_t mimi_state_lane_bytes(const struct mimi_state *state)
 {
     return state_lane_bytes(&state->encoder) + state_lane_bytes(&state->decoder) +

@@ -8,6 +8,7 @@
 #define MOSHI_MIMI_H
 
 #include "backend.h"
+#include "snapshot.h"
 #include "state.h"
 #include "transformer.h"
 #include "weights.h"
@@ -55,7 +56,17 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
                       int lanes, int frames, int exact_window);
 void mimi_state_destroy(struct mimi_state *state);
 void mimi_state_reset(struct mimi_state *state, int lane);
+/* Lane `to` becomes a copy of `from`; keys and values are shared, not copied. */
+void mimi_state_copy(struct mimi_state *state, int from, int to);
 size_t mimi_state_lane_bytes(const struct mimi_state *state);
+/* Lists the state of a lane, its fields named with `suffix`; reads the same back from a snapshot,
+ * which may hold anything, into a lane that was reset and given its pages. */
+void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
+                     struct snapshot *snapshot);
+int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
+                         struct tensor_file *file);
+int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
+                       struct tensor_file *file);
 
 /* Makes room for `frames` more frames of a lane; before mimi_encode or mimi_decode, on the host. */
 int mimi_encode_grow(struct mimi_state *state, int lane, int frames);

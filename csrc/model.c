@@ -48,12 +48,13 @@ static int read_config(const char *path, struct os_file *file)
 }
 
 /* The language model's config, or upstream's built-in one. */
-static int parse_lm_config(const struct moshi_model *model, struct lm_config *config)
+static int parse_lm_config(struct moshi_model *model, struct lm_config *config)
 {
     struct os_file text;
     int status = read_config(model->config_path, &text);
     if (status) return status;
     status = lm_config_parse((const char *)text.data, text.bytes, model->config_path, config);
+    model->lm_fingerprint = fingerprint_bytes(FINGERPRINT_START, text.data, text.bytes);
     os_file_close(&text);
     return status;
 }
@@ -86,6 +87,7 @@ static int open_lm(struct moshi_model *model, const struct moshi_model_options *
         lm_config_free(config);
         return status;
     }
+    model->lm_fingerprint = tensor_file_fingerprint(model->lm_file, model->lm_fingerprint);
     weight_store_init(&model->lm_store, model->backend);
     struct weight_loader loader = {.store = &model->lm_store,
                                    .file = model->lm_file,
@@ -124,11 +126,13 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
     status = read_config(config_path, &text);
     if (!status) {
         status = mimi_config_parse((const char *)text.data, text.bytes, config_path, &config);
+        model->mimi_fingerprint = fingerprint_bytes(FINGERPRINT_START, text.data, text.bytes);
         os_file_close(&text);
     }
     if (!status)
         status = tensor_file_open(model->mimi_path, options->copy_weights, &model->mimi_file);
     if (status) return status;
+    model->mimi_fingerprint = tensor_file_fingerprint(model->mimi_file, model->mimi_fingerprint);
     weight_store_init(&model->mimi_store, model->backend);
     struct weight_loader loader = {.store = &model->mimi_store,
                                    .file = model->mimi_file,

@@ -210,6 +210,8 @@ MOSHI_API int moshi_session_create(struct moshi_engine *engine,
                                    const struct moshi_session_options *options,
                                    struct moshi_session **session);
 MOSHI_API void moshi_session_destroy(struct moshi_session *session);
+/* The seed in use. */
+MOSHI_API uint64_t moshi_session_seed(const struct moshi_session *session);
 
 /* One frame of output. The caller sets `pcm` (frame_size floats, or NULL for no decoding); the
  * rest is filled in. */
@@ -251,6 +253,13 @@ MOSHI_API int moshi_session_submit(struct moshi_session *session, const float *p
 MOSHI_API int moshi_session_ready(struct moshi_session *session);
 MOSHI_API int moshi_session_wait(struct moshi_session *session);
 
+/* For an event loop: a descriptor of the session's, readable from the moment a submitted frame is
+ * done until moshi_session_wait has taken it. It belongs to the session. */
+MOSHI_API int moshi_session_descriptor(struct moshi_session *session, int *descriptor);
+/* Takes a submitted frame back. 1: it has not been stepped and nothing is to be waited for; 0: too
+ * late, or nothing was submitted. */
+MOSHI_API int moshi_session_withdraw(struct moshi_session *session);
+
 /* Appends tokens that the inner monologue takes from the next frame on, one a frame. */
 MOSHI_API int moshi_session_force_text(struct moshi_session *session, const int32_t *tokens,
                                        int count);
@@ -266,6 +275,25 @@ MOSHI_API int moshi_session_logits(struct moshi_session *session, float *text, f
 /* Back to the state after create; the seed stays unless new_seed is given. */
 MOSHI_API int moshi_session_reset(struct moshi_session *session, const uint64_t *new_seed);
 
+/* Another session of the same engine in the same state, with the same random numbers to come unless
+ * new_seed is given. Keys and values are shared until one of the two writes, so it costs little. */
+MOSHI_API int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
+                                 struct moshi_session **fork);
+
+/* The whole state of a session as the bytes of a safetensors file: fields by name, of keys and
+ * values those that can still be seen, random numbers to come included. With data == NULL, *bytes
+ * becomes the size, which holds until the next step; else *bytes is the room at `data`, and too
+ * little is MOSHI_ERROR_ARGUMENT. `note` (may be NULL) is kept beside the state for the caller. */
+MOSHI_API int moshi_session_snapshot(struct moshi_session *session, const void *note,
+                                     size_t note_bytes, void *data, size_t *bytes);
+/* A session that goes on where the snapshot was taken: bit for bit with the same kernels, within
+ * rounding with others. The snapshot may come from a stranger. MOSHI_ERROR_CHECKPOINT when it is
+ * damaged, or of another format version, model, device, dtype or context. *note points into `data`
+ * (NULL without one). */
+MOSHI_API int moshi_session_restore(struct moshi_engine *engine, const void *data, size_t bytes,
+                                    struct moshi_session **session, const void **note,
+                                    size_t *note_bytes);
+
 /* ---- codec alone ------------------------------------------------------------------------ */
 
 struct mimi_stream;
@@ -279,6 +307,10 @@ MOSHI_API int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, i
 MOSHI_API int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_codes,
                                  float *pcm);
 MOSHI_API int mimi_stream_reset(struct mimi_stream *stream);
+/* As moshi_session_snapshot. mimi_stream_restore puts the state into an open stream of the same codec
+ * and batch; on failure the stream is reset. */
+MOSHI_API int mimi_stream_snapshot(struct mimi_stream *stream, void *data, size_t *bytes);
+MOSHI_API int mimi_stream_restore(struct mimi_stream *stream, const void *data, size_t bytes);
 
 /* Whole signals, equal to upstream's non-streaming calls. pcm[batch][samples] is padded with zeros
  * to a whole frame; frames = ceil(samples / frame_size); codes[batch][codebooks][frames]. */

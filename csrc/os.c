@@ -25,6 +25,7 @@
 #include <unistd.h>
 #ifdef __linux__
 #include <linux/futex.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #endif
 
@@ -425,3 +426,69 @@ void os_wake_word(uint32_t *word)
 }
 
 #endif
+
+/* A pipe whose reading end is watched; on Linux both ends are one eventfd. */
+struct os_event {
+    int reading, writing;
+};
+
+int os_event_create(struct os_event **event)
+{
+    *event = NULL;
+    struct os_event *made = malloc(sizeof *made);
+    if (made == NULL) {
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an event");
+    }
+#ifdef __linux__
+    made->reading = made->writing = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int failed = made->reading < 0;
+#else
+    int ends[2];
+    int failed = pipe(ends) != 0;
+    for (int i = 0; i < 2 && !failed; i++) {
+        (void)fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+        (void)fcntl(ends[i], F_SETFL, O_NONBLOCK);
+    }
+    made->reading = ends[0];
+    made->writing = ends[1];
+#endif
+    if (failed) {
+        char buffer[128];
+        int error = errno;
+        free(made);
+        return moshi_fail(MOSHI_ERROR_DEVICE, "no descriptor for an event loop: %s",
+                          error_text(error, buffer, sizeof buffer));
+    }
+    *event = made;
+    return MOSHI_OK;
+}
+
+void os_event_destroy(struct os_event *event)
+{
+    if (event == NULL) {
+        return;
+    }
+    close(event->reading);
+    if (event->writing != event->reading) {
+        close(event->writing);
+    }
+    free(event);
+}
+
+int os_event_descriptor(const struct os_event *event)
+{
+    return event->reading;
+}
+
+void os_event_set(struct os_event *event)
+{
+    uint64_t one = 1; /* a full pipe is readable already */
+    ssize_t written = write(event->writing, &one, sizeof one);
+    (void)written;
+}
+
+void os_event_clear(struct os_event *event)
+{
+    uint64_t count;
+    while (read(event->reading, &count, sizeof count) > 0) {}
+}

@@ -55,4 +55,13 @@ void os_condition_wake_all(struct os_condition *condition);
 void os_wait_word(uint32_t *word, uint32_t value);
 void os_wake_word(uint32_t *word);
 
+/* A flag that an event loop can watch: its descriptor is readable from set until clear. */
+struct os_event;
+
+int os_event_create(struct os_event **event);
+void os_event_destroy(struct os_event *event);
+int os_event_descriptor(const struct os_event *event);
+void os_event_set(struct os_event *event);
+void os_event_clear(struct os_event *event);
+
 #endif

@@ -23,7 +23,9 @@ struct shard {
     char *path;
     const char *name; /* last part of path */
     char *names;      /* of its tensors, each with its NUL */
-    struct os_file file;
+    char *metadata;   /* key, NUL, value, NUL, ...; NULL without */
+    size_t metadata_bytes;
+    struct os_file file; /* empty when the bytes are the caller's */
 };
 
 struct entry {
@@ -304,21 +306,34 @@ static int add_tensors(struct tensor_file *file, struct shard *shard, const stru
     return check_tiling(shard->path, entries + first, file->count - first, data, data_bytes);
 }
 
-/* Takes over `path`, which may be NULL after a failed allocation. */
-static int open_shard(struct tensor_file *file, struct shard *shard, char *path, int copy)
+static int keep_metadata(struct shard *shard, const struct json *root)
 {
-    shard->path = path;
-    if (path == NULL) {
-        return fail_memory(file->path);
+    const struct json *metadata = json_get(root, "__metadata__");
+    size_t bytes = 0;
+    if (metadata == NULL) {
+        return MOSHI_OK;
     }
-    const char *slash = strrchr(path, '/');
-    shard->name = slash != NULL ? slash + 1 : path;
-    int status = os_file_open(path, copy, &shard->file);
-    if (status != MOSHI_OK) {
-        return status;
+    for (const struct json *node = metadata->first; node != NULL; node = node->next) {
+        bytes += node->type == JSON_STRING ? strlen(node->key) + strlen(node->string) + 2 : 0;
     }
-    const uint8_t *bytes = shard->file.data;
-    size_t rest = shard->file.bytes;
+    shard->metadata = malloc(bytes + 1);
+    if (shard->metadata == NULL) {
+        return fail_memory(shard->path);
+    }
+    char *to = shard->metadata;
+    for (const struct json *node = metadata->first; node != NULL; node = node->next) {
+        if (node->type == JSON_STRING) {
+            to = stpcpy(stpcpy(to, node->key) + 1, node->string) + 1;
+        }
+    }
+    shard->metadata_bytes = bytes;
+    return MOSHI_OK;
+}
+
+static int parse_shard(struct tensor_file *file, struct shard *shard, const uint8_t *bytes,
+                       size_t rest)
+{
+    const char *path = shard->path;
     if (rest < 8) {
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s: %zu bytes are too few for a safetensors file, expected the 8-byte "
@@ -343,13 +358,41 @@ static int open_shard(struct tensor_file *file, struct shard *shard, char *path,
                           path, (unsigned long long)header, rest);
     }
     struct json_document *document;
-    status = json_parse((const char *)bytes + 8, (size_t)header, path, &document);
+    int status = json_parse((const char *)bytes + 8, (size_t)header, path, &document);
     if (status != MOSHI_OK) {
         return status;
     }
     status = add_tensors(file, shard, json_root(document), bytes + 8 + header,
                          rest - (size_t)header);
+    if (status == MOSHI_OK) {
+        status = keep_metadata(shard, json_root(document));
+    }
     json_free(document);
+    return status;
+}
+
+/* Takes over `path`, which may be NULL after a failed allocation. */
+static int name_shard(struct tensor_file *file, struct shard *shard, char *path)
+{
+    shard->path = path;
+    if (path == NULL) {
+        return fail_memory(file->path);
+    }
+    const char *slash = strrchr(path, '/');
+    shard->name = slash != NULL ? slash + 1 : path;
+    return MOSHI_OK;
+}
+
+/* Takes over `path`, which may be NULL after a failed allocation. */
+static int open_shard(struct tensor_file *file, struct shard *shard, char *path, int copy)
+{
+    int status = name_shard(file, shard, path);
+    if (status == MOSHI_OK) {
+        status = os_file_open(path, copy, &shard->file);
+    }
+    if (status == MOSHI_OK) {
+        status = parse_shard(file, shard, shard->file.data, shard->file.bytes);
+    }
     return status;
 }
 
@@ -524,35 +567,60 @@ static int ends_with(const char *text, const char *end)
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
-int tensor_file_open(const char *path, int copy, struct tensor_file **file)
+/* A file without shards yet, or with one. */
+static struct tensor_file *make_file(const char *path, int n_shards)
 {
-    *file = NULL;
-    struct tensor_file *made = calloc(1, sizeof *made);
-    if (made == NULL || (made->path = copy_text(path, strlen(path))) == NULL) {
-        free(made);
-        return fail_memory(path);
+    struct tensor_file *file = calloc(1, sizeof *file);
+    if (file == NULL) {
+        return NULL;
     }
-    int status;
-    if (ends_with(path, ".json")) {
-        status = open_index(made, copy);
-    } else {
-        made->shards = calloc(1, sizeof *made->shards);
-        if (made->shards == NULL) {
-            status = fail_memory(path);
-        } else {
-            made->n_shards = 1;
-            status = open_shard(made, made->shards, copy_text(path, strlen(path)), copy);
-        }
-        if (status == MOSHI_OK) {
-            status = sort_table(made);
-        }
+    file->path = copy_text(path, strlen(path));
+    file->shards = n_shards > 0 ? calloc((size_t)n_shards, sizeof *file->shards) : NULL;
+    file->n_shards = file->shards != NULL ? n_shards : 0;
+    if (file->path == NULL || file->n_shards != n_shards) {
+        tensor_file_close(file);
+        return NULL;
     }
+    return file;
+}
+
+static int finish(struct tensor_file *made, int status, struct tensor_file **file)
+{
     if (status != MOSHI_OK) {
         tensor_file_close(made);
         return status;
     }
     *file = made;
     return MOSHI_OK;
+}
+
+int tensor_file_open(const char *path, int copy, struct tensor_file **file)
+{
+    *file = NULL;
+    int index = ends_with(path, ".json");
+    struct tensor_file *made = make_file(path, index ? 0 : 1);
+    if (made == NULL) {
+        return fail_memory(path);
+    }
+    if (index) {
+        return finish(made, open_index(made, copy), file);
+    }
+    int status = open_shard(made, made->shards, copy_text(path, strlen(path)), copy);
+    return finish(made, status == MOSHI_OK ? sort_table(made) : status, file);
+}
+
+int tensor_file_parse(const void *data, size_t bytes, const char *name, struct tensor_file **file)
+{
+    *file = NULL;
+    struct tensor_file *made = make_file(name, 1);
+    if (made == NULL) {
+        return fail_memory(name);
+    }
+    int status = name_shard(made, made->shards, copy_text(name, strlen(name)));
+    if (status == MOSHI_OK) {
+        status = parse_shard(made, made->shards, data, bytes);
+    }
+    return finish(made, status == MOSHI_OK ? sort_table(made) : status, file);
 }
 
 void tensor_file_close(struct tensor_file *file)
@@ -563,6 +631,7 @@ void tensor_file_close(struct tensor_file *file)
     for (int i = 0; i < file->n_shards; i++) {
         os_file_close(&file->shards[i].file);
         free(file->shards[i].names);
+        free(file->shards[i].metadata);
         free(file->shards[i].path);
     }
     free(file->shards);
@@ -603,4 +672,44 @@ int64_t tensor_file_mapped_bytes(const struct tensor_file *file)
         bytes += file->shards[i].file.mapped ? (int64_t)file->shards[i].file.bytes : 0;
     }
     return bytes;
+}
+
+const char *tensor_file_metadata(const struct tensor_file *file, const char *key)
+{
+    const struct shard *shard = file->n_shards > 0 ? file->shards : NULL;
+    const char *at = shard != NULL ? shard->metadata : NULL;
+    const char *end = at != NULL ? at + shard->metadata_bytes : NULL;
+    while (at < end) {
+        const char *value = at + strlen(at) + 1;
+        if (strcmp(at, key) == 0) {
+            return value;
+        }
+        at = value + strlen(value) + 1;
+    }
+    return NULL;
+}
+
+uint64_t fingerprint_bytes(uint64_t hash, const void *data, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++) {
+        hash = (hash ^ ((const uint8_t *)data)[i]) * UINT64_C(0x100000001b3);
+    }
+    return hash;
+}
+
+#define SAMPLE_BYTES 64
+
+uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash)
+{
+    for (int i = 0; i < file->count; i++) {
+        const struct tensor *tensor = &file->entries[i].tensor;
+        size_t sample = tensor->bytes < SAMPLE_BYTES ? tensor->bytes : SAMPLE_BYTES;
+        hash = fingerprint_bytes(hash, tensor->name, strlen(tensor->name) + 1);
+        hash = fingerprint_bytes(hash, tensor_dtype_name(tensor->dtype),
+                                 strlen(tensor_dtype_name(tensor->dtype)) + 1);
+        hash = fingerprint_bytes(hash, tensor->dims, (size_t)tensor->n_dims * sizeof *tensor->dims);
+        hash = fingerprint_bytes(hash, (const uint8_t *)tensor->data + (tensor->bytes - sample) / 2,
+                                 sample);
+    }
+    return hash;
 }

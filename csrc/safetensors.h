@@ -46,6 +46,9 @@ struct tensor_file;
 /* path: a .safetensors file, or an index (a name ending in .json: {"weight_map": {name: shard}},
  * shards beside it, no folders in their names). MOSHI_ERROR_CHECKPOINT names the file and tensor. */
 int tensor_file_open(const char *path, int copy, struct tensor_file **file);
+/* The same for the bytes of a .safetensors file in memory, which must outlive the result. `name`
+ * stands for the path in messages. */
+int tensor_file_parse(const void *data, size_t bytes, const char *name, struct tensor_file **file);
 void tensor_file_close(struct tensor_file *file);
 const char *tensor_file_path(const struct tensor_file *file);
 int tensor_file_count(const struct tensor_file *file);
@@ -53,6 +56,15 @@ struct tensor *tensor_file_at(struct tensor_file *file, int index);
 /* By binary search; NULL if there is none. */
 struct tensor *tensor_file_find(struct tensor_file *file, const char *name);
 int64_t tensor_file_mapped_bytes(const struct tensor_file *file);
+/* An entry of the header's "__metadata__" (of the first shard), or NULL. */
+const char *tensor_file_metadata(const struct tensor_file *file, const char *key);
+/* Tells files apart without reading them whole: a hash of every tensor's name, dtype and shape and of
+ * a few bytes in its middle, continuing from `hash`. */
+uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash);
+
+#define FINGERPRINT_START UINT64_C(0xcbf29ce484222325)
+/* FNV-1a, 64 bits. */
+uint64_t fingerprint_bytes(uint64_t hash, const void *data, size_t bytes);
 
 const char *tensor_dtype_name(enum tensor_dtype dtype); /* "F32", as in the file */
 size_t tensor_dtype_bytes(enum tensor_dtype dtype);

@@ -126,21 +126,16 @@ static void free_session(struct moshi_session *session)
     free(session->logits);
     free(session->condition);
     free(session->forced);
+    os_event_destroy(session->event);
     free(session);
 }
 
-int moshi_session_create(struct moshi_engine *engine, const struct moshi_session_options *options,
-                         struct moshi_session **result)
+int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
+                struct moshi_session **result)
 {
     *result = NULL;
     int status = model_check_process(engine->model);
-    if (status) return status;
-    struct moshi_session_options defaults;
-    if (!options) {
-        moshi_session_options_init(engine->model, &defaults);
-        options = &defaults;
-    }
-    status = check_options(engine->model, options);
+    if (!status) status = check_options(engine->model, options);
     if (status) return status;
     struct moshi_session *session = calloc(1, sizeof *session);
     if (!session) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a session");
@@ -148,6 +143,7 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
     session->slot = -1;
     session->options = *options;
     session->options.conditions = session->options.null_conditions = NULL;
+    session->options.n_conditions = session->options.n_null_conditions = 0;
     struct slot_params *params = &session->params;
     params->temperature[0] = options->text_temperature;
     params->temperature[1] = options->audio_temperature;
@@ -157,12 +153,19 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
     params->cfg_no_text = options->cfg_no_text;
     params->cfg_masked_until = options->cfg_masked_until;
     set_seed(session, options->seed);
+    clear_forcing(session);
     status = create_buffers(session, engine->model, options);
     if (status) {
         free_session(session);
         return status;
     }
+    *result = session;
+    return MOSHI_OK;
+}
 
+int session_take_slot(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
     os_mutex_lock(engine->model->backend_lock);
     os_mutex_lock(engine->lock);
     for (int slot = 0; slot < engine->max_sessions && session->slot < 0; ++slot)
@@ -175,14 +178,30 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
         os_mutex_unlock(engine->lock);
     }
     os_mutex_unlock(engine->model->backend_lock);
-    if (session->slot < 0) {
-        int slots = engine->max_sessions;
-        free_session(session);
+    if (session->slot < 0)
         return moshi_fail(
             MOSHI_ERROR_SESSION,
             "all %d sessions of this model are open: close one, or open the model with "
             "a larger max_sessions",
-            slots);
+            engine->max_sessions);
+    return MOSHI_OK;
+}
+
+int moshi_session_create(struct moshi_engine *engine, const struct moshi_session_options *options,
+                         struct moshi_session **result)
+{
+    *result = NULL;
+    struct moshi_session_options defaults;
+    if (!options) {
+        moshi_session_options_init(engine->model, &defaults);
+        options = &defaults;
+    }
+    struct moshi_session *session;
+    int status = session_new(engine, options, &session);
+    if (!status) status = session_take_slot(session);
+    if (status) {
+        moshi_session_destroy(session);
+        return status;
     }
     *result = session;
     return MOSHI_OK;
@@ -191,7 +210,7 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
 void moshi_session_destroy(struct moshi_session *session)
 {
     if (!session) return;
-    struct moshi_engine *engine = session->engine;
+    struct moshi_engine *engine = session->slot >= 0 ? session->engine : NULL;
     if (engine && model_check_process(engine->model)) return;
     if (engine) {
         /* A frame that was submitted and not waited for: the tick must be done with it. */
@@ -210,10 +229,15 @@ void moshi_session_destroy(struct moshi_session *session)
     free_session(session);
 }
 
+uint64_t moshi_session_seed(const struct moshi_session *session)
+{
+    return session->options.seed;
+}
+
 /* ---- submit and wait -------------------------------------------------------------------- */
 
 /* One caller at a time: the second gets an error at once. */
-static int enter(struct moshi_session *session)
+int session_enter(struct moshi_session *session)
 {
     int status = session->engine ? model_check_process(session->engine->model) : MOSHI_OK;
     if (status) return status;
@@ -229,7 +253,7 @@ static int enter(struct moshi_session *session)
     return status;
 }
 
-static void leave(struct moshi_session *session)
+void session_leave(struct moshi_session *session)
 {
     __atomic_store_n(&session->busy, 0u, __ATOMIC_RELEASE);
 }
@@ -296,10 +320,10 @@ int moshi_sessions_step(struct moshi_session *const *sessions, int count, const 
                           "%d sessions given, expected one or more with samples or codes", count);
     int entered = 0, status = MOSHI_OK;
     for (; entered < count; ++entered) {
-        status = enter(sessions[entered]);
+        status = session_enter(sessions[entered]);
         if (status) break;
         if (sessions[entered]->engine != sessions[0]->engine) {
-            leave(sessions[entered]);
+            session_leave(sessions[entered]);
             status = moshi_fail(MOSHI_ERROR_ARGUMENT,
                                 "session %d belongs to another model than session 0", entered);
             break;
@@ -309,7 +333,7 @@ int moshi_sessions_step(struct moshi_session *const *sessions, int count, const 
         status = take_input(sessions[i], pcms ? pcms[i] : NULL, codes ? codes[i] : NULL,
                             &frames[i]);
     if (status) {
-        for (int i = 0; i < entered; ++i) leave(sessions[i]);
+        for (int i = 0; i < entered; ++i) session_leave(sessions[i]);
         return status;
     }
     struct moshi_engine *engine = sessions[0]->engine;
@@ -327,11 +351,11 @@ int moshi_sessions_step(struct moshi_session *const *sessions, int count, const 
 
 int moshi_session_submit(struct moshi_session *session, const float *pcm, struct moshi_frame *frame)
 {
-    int status = enter(session);
+    int status = session_enter(session);
     if (status) return status;
     status = take_input(session, pcm, NULL, frame);
     if (status) {
-        leave(session);
+        session_leave(session);
         return status;
     }
     struct moshi_engine *engine = session->engine;
@@ -357,7 +381,7 @@ int moshi_session_wait(struct moshi_session *session)
     struct moshi_engine *engine = session->engine;
     if (!engine) {
         session->phase = SESSION_IDLE;
-        leave(session);
+        session_leave(session);
         return moshi_fail(MOSHI_ERROR_SESSION, "the session's engine was closed");
     }
     int status = model_check_process(engine->model);
@@ -367,11 +391,41 @@ int moshi_session_wait(struct moshi_session *session)
     while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
         os_condition_wait(engine->done, engine->lock);
     session->phase = SESSION_IDLE;
+    if (session->event) os_event_clear(session->event);
     status = session->status;
     os_mutex_unlock(engine->lock);
     if (!submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
     if (status) moshi_fail(status, "%s", session->sentence);
-    leave(session);
+    session_leave(session);
+    return status;
+}
+
+int moshi_session_withdraw(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
+    if (!engine || model_check_process(engine->model)) return 0;
+    os_mutex_lock(engine->lock);
+    int withdrawn = session->phase == SESSION_SUBMITTED;
+    if (withdrawn) session->phase = SESSION_IDLE;
+    os_mutex_unlock(engine->lock);
+    if (withdrawn) session_leave(session);
+    return withdrawn;
+}
+
+int moshi_session_descriptor(struct moshi_session *session, int *descriptor)
+{
+    *descriptor = -1;
+    int status = session_enter(session);
+    if (status) return status;
+    if (!session->event) {
+        struct os_event *event;
+        status = os_event_create(&event);
+        os_mutex_lock(session->engine->lock);
+        session->event = event;
+        os_mutex_unlock(session->engine->lock);
+    }
+    if (!status) *descriptor = os_event_descriptor(session->event);
+    session_leave(session);
     return status;
 }
 
@@ -399,9 +453,28 @@ static int check_text(const struct moshi_session *session, int32_t token)
     return MOSHI_OK;
 }
 
+int session_reserve_forced(struct moshi_session *session, int count)
+{
+    int left = session->forced_end - session->forced_first;
+    int32_t *room = session->forced;
+    if (count > session->forced_capacity) {
+        room = malloc((size_t)count * sizeof *room);
+        if (!room) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d tokens", count);
+    }
+    if (left) memmove(room, session->forced + session->forced_first, (size_t)left * sizeof *room);
+    if (room != session->forced) {
+        free(session->forced);
+        session->forced = room;
+        session->forced_capacity = count;
+    }
+    session->forced_first = 0;
+    session->forced_end = left;
+    return MOSHI_OK;
+}
+
 int moshi_session_force_text(struct moshi_session *session, const int32_t *tokens, int count)
 {
-    int status = enter(session);
+    int status = session_enter(session);
     if (status) return status;
     int left = session->forced_end - session->forced_first;
     if (count < 0 || count > MAX_FORCED - left)
@@ -409,30 +482,12 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
                             "%d tokens given with %d still to come, expected at most %d in all",
                             count, left, MAX_FORCED);
     for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
-    if (!status && left + count > session->forced_capacity) {
-        int32_t *larger = malloc((size_t)(left + count) * sizeof *larger);
-        if (!larger) {
-            status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d tokens", left + count);
-        } else {
-            if (left)
-                memcpy(larger, session->forced + session->forced_first,
-                       (size_t)left * sizeof *larger);
-            free(session->forced);
-            session->forced = larger;
-            session->forced_capacity = left + count;
-            session->forced_first = 0;
-            session->forced_end = left;
-        }
-    } else if (!status && left) {
-        memmove(session->forced, session->forced + session->forced_first,
-                (size_t)left * sizeof *session->forced);
+    if (!status) status = session_reserve_forced(session, left + count);
+    if (!status && count) {
+        memcpy(session->forced + session->forced_end, tokens, (size_t)count * sizeof *tokens);
+        session->forced_end += count;
     }
-    if (!status) {
-        session->forced_first = 0;
-        session->forced_end = left + count;
-        if (count) memcpy(session->forced + left, tokens, (size_t)count * sizeof *tokens);
-    }
-    leave(session);
+    session_leave(session);
     return status;
 }
 
@@ -443,7 +498,7 @@ int moshi_session_forced_left(struct moshi_session *session)
 
 int moshi_session_force_next(struct moshi_session *session, int32_t text, const int32_t *audio)
 {
-    int status = enter(session);
+    int status = session_enter(session);
     if (status) return status;
     const struct moshi_model_info *info = &session->engine->model->info;
     if (text >= 0) status = check_text(session, text);
@@ -456,13 +511,13 @@ int moshi_session_force_next(struct moshi_session *session, int32_t text, const 
         for (int k = 0; k < info->dep_q; ++k)
             session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
     }
-    leave(session);
+    session_leave(session);
     return status;
 }
 
 int moshi_session_logits(struct moshi_session *session, float *text, float *audio)
 {
-    int status = enter(session);
+    int status = session_enter(session);
     if (status) return status;
     const struct moshi_model_info *info = &session->engine->model->info;
     const size_t text_card = (size_t)info->text_card;
@@ -475,18 +530,272 @@ int moshi_session_logits(struct moshi_session *session, float *text, float *audi
     if (!status && audio)
         memcpy(audio, session->logits + text_card,
                (size_t)info->dep_q * (size_t)info->card * sizeof *audio);
-    leave(session);
+    session_leave(session);
+    return status;
+}
+
+int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
+                       struct moshi_session **result)
+{
+    *result = NULL;
+    int status = session_enter(session);
+    if (status) return status;
+    struct moshi_engine *engine = session->engine;
+    struct moshi_session *fork;
+    const int left = session->forced_end - session->forced_first;
+    status = session_new(engine, &session->options, &fork);
+    if (!status) status = session_reserve_forced(fork, left);
+    if (!status) status = session_take_slot(fork);
+    if (!status) {
+        const struct moshi_model_info *info = &engine->model->info;
+        if (session->condition)
+            memcpy(fork->condition, session->condition,
+                   2 * (size_t)engine->model->lm.config.temporal.dim * sizeof(float));
+        if (session->logits)
+            memcpy(fork->logits, session->logits,
+                   ((size_t)info->text_card + (size_t)info->dep_q * (size_t)info->card) *
+                       sizeof(float));
+        if (left)
+            memcpy(fork->forced, session->forced + session->forced_first,
+                   (size_t)left * sizeof(int32_t));
+        fork->forced_end = left;
+        fork->has_logits = session->has_logits;
+        fork->index = session->index;
+        fork->next_text = session->next_text;
+        memcpy(fork->next_audio, session->next_audio, sizeof fork->next_audio);
+        if (new_seed) set_seed(fork, *new_seed);
+        os_mutex_lock(engine->model->backend_lock);
+        lm_state_copy(&engine->lm, session->slot, fork->slot);
+        if (engine->mimi.backend) mimi_state_copy(&engine->mimi, session->slot, fork->slot);
+        os_mutex_unlock(engine->model->backend_lock);
+        *result = fork;
+    } else {
+        moshi_session_destroy(fork);
+    }
+    session_leave(session);
     return status;
 }
 
 int moshi_session_reset(struct moshi_session *session, const uint64_t *new_seed)
 {
-    int status = enter(session);
+    int status = session_enter(session);
     if (status) return status;
     if (new_seed) set_seed(session, *new_seed);
     os_mutex_lock(session->engine->model->backend_lock);
     reset_slot(session);
     os_mutex_unlock(session->engine->model->backend_lock);
-    leave(session);
+    session_leave(session);
+    return status;
+}
+
+/* ---- snapshots -------------------------------------------------------------------------- */
+
+/* What a session is besides its slot, as plain arrays. */
+struct saved_options {
+    int64_t frames;
+    uint64_t seed;
+    float sampling[3];   /* text_temperature, audio_temperature, cfg_coef */
+    int32_t settings[7]; /* text_top_k, audio_top_k, cfg_masked_until, cfg_no_text, start,
+                            keep_logits, has_logits */
+};
+
+static void list_options(struct saved_options *saved, struct snapshot *snapshot)
+{
+    snapshot_host(snapshot, "session.frames", TENSOR_I64, 1, &saved->frames);
+    snapshot_host(snapshot, "session.seed", TENSOR_U64, 1, &saved->seed);
+    snapshot_host(snapshot, "session.sampling", TENSOR_F32, 3, saved->sampling);
+    snapshot_host(snapshot, "session.settings", TENSOR_I32, 7, saved->settings);
+}
+
+static void list_session(struct moshi_session *session, struct snapshot *snapshot)
+{
+    const struct moshi_model_info *info = &session->engine->model->info;
+    snapshot_host(snapshot, "session.next_text", TENSOR_I32, 1, &session->next_text);
+    snapshot_host(snapshot, "session.next_audio", TENSOR_I32, info->dep_q, session->next_audio);
+    snapshot_host(snapshot, "session.forced", TENSOR_I32,
+                  session->forced_end - session->forced_first,
+                  session->forced + session->forced_first);
+    if (session->condition)
+        snapshot_host(snapshot, "session.condition", TENSOR_F32,
+                      2 * (int64_t)session->engine->model->lm.config.temporal.dim,
+                      session->condition);
+    if (session->has_logits)
+        snapshot_host(snapshot, "session.logits", TENSOR_F32,
+                      info->text_card + (int64_t)info->dep_q * info->card, session->logits);
+}
+
+static void describe(const struct moshi_engine *engine, struct snapshot *snapshot)
+{
+    const struct moshi_model *model = engine->model;
+    snapshot_init(snapshot, "moshi-c session");
+    snapshot_fact(snapshot, "model", "%016llx", (unsigned long long)model->lm_fingerprint);
+    snapshot_fact(snapshot, "codec", "%016llx", (unsigned long long)model->mimi_fingerprint);
+    snapshot_fact(snapshot, "device", "%s", engine->backend->device);
+    snapshot_fact(snapshot, "dtype", "%s", model->info.dtype);
+    snapshot_fact(snapshot, "kv_dtype", "%s", moshi_dtype_name(engine->lm.kv.cache.dtype));
+    snapshot_fact(snapshot, "context", "%d", engine->lm.context);
+}
+
+static int is_guided(const struct moshi_session *session)
+{
+    return session->params.cfg_coef != 1.0f;
+}
+
+int moshi_session_snapshot(struct moshi_session *session, const void *note, size_t note_bytes,
+                           void *data, size_t *bytes)
+{
+    int status = session_enter(session);
+    if (status) return status;
+    struct moshi_engine *engine = session->engine;
+    const struct moshi_session_options *options = &session->options;
+    struct saved_options saved = {
+        .frames = session->index,
+        .seed = options->seed,
+        .sampling = {options->text_temperature, options->audio_temperature, options->cfg_coef},
+        .settings = {options->text_top_k, options->audio_top_k, options->cfg_masked_until,
+                     options->cfg_no_text, (int32_t)options->start, options->keep_logits,
+                     session->has_logits}};
+    struct snapshot snapshot;
+    describe(engine, &snapshot);
+    list_options(&saved, &snapshot);
+    list_session(session, &snapshot);
+    /* The session is not stepping, and others do not write to pages that it reads: they need not
+     * wait for the copy of what may be a gigabyte. */
+    lm_state_list(&engine->lm, session->slot, is_guided(session), &snapshot);
+    if (engine->mimi.backend) mimi_state_list(&engine->mimi, session->slot, "", &snapshot);
+    /* The cast drops a const that the list does not use: it is only read from. */
+    if (note_bytes)
+        snapshot_host(&snapshot, "note", TENSOR_U8, (int64_t)note_bytes, (void *)(uintptr_t)note);
+    status = snapshot_write(&snapshot, data, bytes);
+    snapshot_free(&snapshot);
+    session_leave(session);
+    return status;
+}
+
+/* The options that a snapshot claims; MOSHI_ERROR_CHECKPOINT when they cannot be a session's. */
+static int read_options(struct moshi_engine *engine, struct tensor_file *file,
+                        struct saved_options *saved, struct moshi_session_options *options)
+{
+    struct snapshot items = {0};
+    list_options(saved, &items);
+    int status = snapshot_read(&items, file);
+    snapshot_free(&items);
+    if (status) return status;
+    if (saved->frames < 0 || saved->frames > MAX_FRAMES)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "snapshot: the field session.frames is %lld, expected 0 to %d",
+                          (long long)saved->frames, MAX_FRAMES);
+    for (int i = 3; i < 7; ++i)
+        if (saved->settings[i] < 0 || saved->settings[i] > 1)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "snapshot: the field session.settings has %d at %d, expected 0 or 1",
+                              saved->settings[i], i);
+    moshi_session_options_init(engine->model, options);
+    options->seed = saved->seed;
+    options->text_temperature = saved->sampling[0];
+    options->audio_temperature = saved->sampling[1];
+    options->cfg_coef = saved->sampling[2];
+    options->text_top_k = saved->settings[0];
+    options->audio_top_k = saved->settings[1];
+    options->cfg_masked_until = saved->settings[2];
+    options->cfg_no_text = saved->settings[3];
+    options->start = saved->settings[4] ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
+    options->keep_logits = saved->settings[5];
+    if (saved->settings[6] && !options->keep_logits)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "snapshot: the field session.settings has logits and does not keep them");
+    return MOSHI_OK;
+}
+
+/* Reads what list_session lists; the forced tokens are as many as the snapshot has. */
+static int read_session(struct moshi_session *session, struct tensor_file *file)
+{
+    const struct moshi_model_info *info = &session->engine->model->info;
+    const struct tensor *forced;
+    int status = snapshot_find(file, "session.forced", TENSOR_I32, &forced);
+    if (!status && forced->elements > MAX_FORCED)
+        status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                            "snapshot: %lld forced tokens, expected at most %d",
+                            (long long)forced->elements, MAX_FORCED);
+    if (!status) status = session_reserve_forced(session, (int)forced->elements);
+    if (status) return status;
+    session->forced_end = (int)forced->elements;
+    struct snapshot items = {0};
+    list_session(session, &items);
+    status = snapshot_read(&items, file);
+    snapshot_free(&items);
+    if (!status && session->next_text != TOKEN_FREE)
+        status = check_text(session, session->next_text);
+    for (int i = 0; i < session->forced_end && !status; ++i)
+        status = check_text(session, session->forced[i]);
+    for (int k = 0; k < info->dep_q && !status; ++k) {
+        int32_t code = session->next_audio[k];
+        if (code != TOKEN_FREE && (code < 0 || code >= info->card))
+            status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "code %d is %d, expected 0 to %d", k, code,
+                                info->card - 1);
+    }
+    return status ? moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot") : MOSHI_OK;
+}
+
+static int read_slot(struct moshi_session *session, struct tensor_file *file)
+{
+    struct moshi_engine *engine = session->engine;
+    const int slot = session->slot, guided = is_guided(session);
+    os_mutex_lock(engine->model->backend_lock);
+    int status = lm_state_make_room(&engine->lm, slot, guided, file);
+    if (!status && engine->mimi.backend)
+        status = mimi_state_make_room(&engine->mimi, slot, "", file);
+    os_mutex_unlock(engine->model->backend_lock);
+    /* From here on nobody else touches what is written: other sessions need not wait. */
+    if (!status) status = lm_state_restore(&engine->lm, slot, guided, file);
+    if (!status && engine->mimi.backend) status = mimi_state_restore(&engine->mimi, slot, "", file);
+    return status;
+}
+
+int moshi_session_restore(struct moshi_engine *engine, const void *data, size_t bytes,
+                          struct moshi_session **result, const void **note, size_t *note_bytes)
+{
+    *result = NULL;
+    *note = NULL;
+    *note_bytes = 0;
+    if (!engine->model->info.has_lm)
+        return moshi_fail(MOSHI_ERROR_SESSION,
+                          "this model is a codec alone; a session needs a language model");
+    struct snapshot facts;
+    struct tensor_file *file = NULL;
+    struct saved_options saved;
+    struct moshi_session_options options;
+    struct moshi_session *session = NULL;
+    describe(engine, &facts);
+    int status = tensor_file_parse(data, bytes, "snapshot", &file);
+    if (!status) status = snapshot_check_facts(&facts, file);
+    if (!status) status = read_options(engine, file, &saved, &options);
+    if (!status) {
+        status = session_new(engine, &options, &session);
+        if (status == MOSHI_ERROR_ARGUMENT)
+            status = moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot");
+    }
+    if (!status) status = session_take_slot(session);
+    if (!status) {
+        session->index = saved.frames;
+        session->has_logits = saved.settings[6];
+        status = read_session(session, file);
+    }
+    if (!status) status = read_slot(session, file);
+    if (!status && tensor_file_find(file, "note")) {
+        const struct tensor *tensor;
+        status = snapshot_find(file, "note", TENSOR_U8, &tensor);
+        if (!status) {
+            *note = tensor->data;
+            *note_bytes = tensor->bytes;
+        }
+    }
+    if (!status) status = snapshot_finish(file);
+    if (status)
+        moshi_session_destroy(session);
+    else
+        *result = session;
+    tensor_file_close(file);
+    snapshot_free(&facts);
     return status;
 }

@@ -8,7 +8,7 @@
 
 #include "status.h"
 
-static size_t field_bytes(const struct state_field *field)
+size_t state_field_bytes(const struct state_field *field)
 {
     return field->elements * (field->type == FIELD_U8 ? 1 : 4);
 }
@@ -23,7 +23,7 @@ void state_init(struct state_table *table, struct backend *backend, int lanes)
 /* Reset values are integers whose bytes are equal (0, -1) or small arrays of int32 (-2). */
 static void reset_lane_of_field(struct backend *backend, const struct state_field *field, int lane)
 {
-    size_t bytes = field_bytes(field);
+    size_t bytes = state_field_bytes(field);
     char *start = (char *)field->data + (size_t)lane * bytes;
     if (field->reset == 0 || field->reset == -1 || field->type == FIELD_U8) {
         backend->ops->clear(backend, start, (int)(field->reset & 0xff), bytes);
@@ -48,7 +48,7 @@ void *state_add(struct state_table *table, enum field_type type, size_t elements
     field->type = type;
     field->elements = elements;
     field->reset = reset;
-    size_t bytes = field_bytes(field) * (size_t)table->lanes;
+    size_t bytes = state_field_bytes(field) * (size_t)table->lanes;
     field->data = table->backend->ops->allocate(table->backend, bytes ? bytes : 1);
     if (!field->data) {
         moshi_fail(MOSHI_ERROR_MEMORY,
@@ -69,10 +69,20 @@ void state_reset_lane(struct state_table *table, int lane)
         reset_lane_of_field(table->backend, &table->fields[i], lane);
 }
 
+void state_copy_lane(struct state_table *table, int from, int to)
+{
+    for (int i = 0; i < table->n_fields; ++i) {
+        const struct state_field *field = &table->fields[i];
+        size_t bytes = state_field_bytes(field);
+        table->backend->ops->copy(table->backend, (char *)field->data + (size_t)to * bytes,
+                                  (const char *)field->data + (size_t)from * bytes, bytes);
+    }
+}
+
 void state_release(struct state_table *table)
 {
     for (int i = 0; i < table->n_fields; ++i) {
-        size_t bytes = field_bytes(&table->fields[i]) * (size_t)table->lanes;
+        size_t bytes = state_field_bytes(&table->fields[i]) * (size_t)table->lanes;
         table->backend->ops->release(table->backend, table->fields[i].data, bytes ? bytes : 1);
     }
     table->n_fields = 0;
@@ -81,7 +91,7 @@ void state_release(struct state_table *table)
 size_t state_lane_bytes(const struct state_table *table)
 {
     size_t total = 0;
-    for (int i = 0; i < table->n_fields; ++i) total += field_bytes(&table->fields[i]);
+    for (int i = 0; i < table->n_fields; ++i) total += state_field_bytes(&table->fields[i]);
     return total;
 }
 
@@ -91,6 +101,7 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
     memset(kv, 0, sizeof *kv);
     kv->backend = backend;
     kv->lanes = lanes;
+    kv->positions = ring_positions;
     struct kv_cache *cache = &kv->cache;
     cache->page_positions = KV_PAGE_POSITIONS;
     cache->pages_per_lane = (ring_positions + KV_PAGE_POSITIONS - 1) / KV_PAGE_POSITIONS;
@@ -141,6 +152,22 @@ void kv_pages_destroy(struct kv_pages *kv)
     memset(kv, 0, sizeof *kv);
 }
 
+static char *page_address(const struct kv_pages *kv, int32_t page)
+{
+    return (char *)kv->cache.pages + (size_t)page * kv->cache.page_bytes;
+}
+
+static void set_free(struct kv_pages *kv, int n_free)
+{
+    __atomic_store_n(&kv->n_free, n_free, __ATOMIC_RELAXED); /* kv_pages_used may look */
+}
+
+static void set_page(struct kv_pages *kv, size_t entry, int32_t page)
+{
+    kv->host_table[entry] = page;
+    kv->backend->ops->upload(kv->backend, kv->device_table + entry, &page, sizeof page);
+}
+
 int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
 {
     int per_lane = kv->cache.pages_per_lane;
@@ -148,14 +175,20 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
     for (int64_t position = first; position < first + steps;) {
         int block = (int)(position % ring) / KV_PAGE_POSITIONS;
         size_t entry = (size_t)lane * (size_t)per_lane + (size_t)block;
-        if (kv->host_table[entry] < 0) {
+        int32_t shared = kv->host_table[entry];
+        if (shared < 0 || kv->references[shared] > 1) {
+            /* There are as many pages as entries, so a shared one leaves another one free. */
             if (kv->n_free == 0)
                 return moshi_fail(MOSHI_ERROR_INTERNAL, "no page of keys and values is free");
             int32_t page = kv->free_pages[kv->n_free - 1];
-            __atomic_store_n(&kv->n_free, kv->n_free - 1, __ATOMIC_RELAXED);
-            kv->host_table[entry] = page;
+            set_free(kv, kv->n_free - 1);
             kv->references[page] = 1;
-            kv->backend->ops->upload(kv->backend, kv->device_table + entry, &page, sizeof page);
+            if (shared >= 0) {
+                kv->backend->ops->copy(kv->backend, page_address(kv, page),
+                                       page_address(kv, shared), kv->cache.page_bytes);
+                --kv->references[shared];
+            }
+            set_page(kv, entry, page);
         }
         position += KV_PAGE_POSITIONS - position % KV_PAGE_POSITIONS;
     }
@@ -171,11 +204,9 @@ static void forget(struct kv_pages *kv, int lane, int decommit)
         kv->host_table[entry] = -1;
         if (--kv->references[page] > 0) continue;
         if (decommit)
-            kv->backend->ops->decommit(
-                kv->backend, (char *)kv->cache.pages + (size_t)page * kv->cache.page_bytes,
-                kv->cache.page_bytes);
+            kv->backend->ops->decommit(kv->backend, page_address(kv, page), kv->cache.page_bytes);
         kv->free_pages[kv->n_free] = page;
-        __atomic_store_n(&kv->n_free, kv->n_free + 1, __ATOMIC_RELAXED);
+        set_free(kv, kv->n_free + 1);
     }
 }
 
@@ -187,6 +218,72 @@ void kv_pages_reset(struct kv_pages *kv, int lane)
 void kv_pages_release(struct kv_pages *kv, int lane)
 {
     forget(kv, lane, 1);
+}
+
+void kv_pages_share(struct kv_pages *kv, int from, int to)
+{
+    forget(kv, to, 0);
+    const size_t per_lane = (size_t)kv->cache.pages_per_lane;
+    for (size_t block = 0; block < per_lane; ++block) {
+        int32_t page = kv->host_table[(size_t)from * per_lane + block];
+        if (page < 0) continue;
+        ++kv->references[page];
+        set_page(kv, (size_t)to * per_lane + block, page);
+    }
+}
+
+/* One run of positions within a page: where it lies, and where it goes in the host's array. */
+struct run {
+    char *device;
+    size_t host, bytes;
+};
+
+/* The run of `plane` (layer, key or value, head) that begins at position first + done. */
+static struct run find_run(const struct kv_pages *kv, int lane, int64_t first, int count, int done,
+                           size_t plane)
+{
+    const struct kv_cache *cache = &kv->cache;
+    const size_t row = (size_t)cache->head_dim * (cache->dtype == MOSHI_F32 ? 4 : 2);
+    int64_t ring = (int64_t)cache->pages_per_lane * KV_PAGE_POSITIONS;
+    int place = (int)((first + done) % ring), within = place % KV_PAGE_POSITIONS;
+    int length = KV_PAGE_POSITIONS - within < count - done ? KV_PAGE_POSITIONS - within
+                                                            : count - done;
+    int32_t page = kv->host_table[(size_t)lane * (size_t)cache->pages_per_lane +
+                                  (size_t)(place / KV_PAGE_POSITIONS)];
+    return (struct run){
+        .device = page_address(kv, page) + (plane * KV_PAGE_POSITIONS + (size_t)within) * row,
+        .host = (plane * (size_t)count + (size_t)done) * row,
+        .bytes = (size_t)length * row};
+}
+
+static size_t planes(const struct kv_pages *kv)
+{
+    return (size_t)kv->cache.layers * 2 * (size_t)kv->cache.kv_heads;
+}
+
+static int run_end(int done, int64_t first)
+{
+    return done + KV_PAGE_POSITIONS - (int)((first + done) % KV_PAGE_POSITIONS);
+}
+
+void kv_pages_read(const struct kv_pages *kv, int lane, int64_t first, int count, void *values)
+{
+    for (size_t plane = 0; plane < planes(kv); ++plane)
+        for (int done = 0; done < count; done = run_end(done, first)) {
+            struct run run = find_run(kv, lane, first, count, done, plane);
+            kv->backend->ops->download(kv->backend, (char *)values + run.host, run.device,
+                                       run.bytes);
+        }
+}
+
+void kv_pages_write(struct kv_pages *kv, int lane, int64_t first, int count, const void *values)
+{
+    for (size_t plane = 0; plane < planes(kv); ++plane)
+        for (int done = 0; done < count; done = run_end(done, first)) {
+            struct run run = find_run(kv, lane, first, count, done, plane);
+            kv->backend->ops->upload(kv->backend, run.device, (const char *)values + run.host,
+                                     run.bytes);
+        }
 }
 
 int kv_pages_used(const struct kv_pages *kv)

@@ -32,17 +32,21 @@ void state_init(struct state_table *table, struct backend *backend, int lanes);
 void *state_add(struct state_table *table, enum field_type type, size_t elements, int32_t reset,
                 const char *name, ...) __attribute__((format(printf, 5, 6)));
 void state_reset_lane(struct state_table *table, int lane);
+void state_copy_lane(struct state_table *table, int from, int to);
+size_t state_field_bytes(const struct state_field *field); /* of one lane */
 void state_release(struct state_table *table);
 size_t state_lane_bytes(const struct state_table *table);
 
 #define KV_PAGE_POSITIONS 64
 
 /* Pages of keys and values of one transformer stack. A page holds KV_PAGE_POSITIONS positions of
- * all layers; `references` counts the lanes that read it. */
+ * all layers; `references` counts the lanes that read it. A lane that is about to write to a page
+ * which others read too gets a copy of it first. */
 struct kv_pages {
     struct backend *backend;
     struct kv_cache cache; /* what operations see */
     int lanes, n_pages, n_free;
+    int positions;       /* that a lane may still look back at */
     int32_t *host_table; /* [lanes][pages_per_lane], -1: no page yet */
     int32_t *references; /* [n_pages] */
     int32_t *free_pages; /* stack */
@@ -54,8 +58,14 @@ struct kv_pages {
 int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int ring_positions,
                     const struct transformer_config *config, enum moshi_dtype dtype);
 void kv_pages_destroy(struct kv_pages *kv);
-/* Gives `lane` pages for positions first .. first+steps-1. */
+/* Gives `lane` pages of its own for positions first .. first+steps-1. */
 int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps);
+/* Lane `to` forgets its history and reads that of `from`; no page is copied. */
+void kv_pages_share(struct kv_pages *kv, int from, int to);
+/* Copies positions first .. first+count-1 of a lane, which it has pages for, to or from the host:
+ * [layers][2][kv_heads][count][head_dim]. */
+void kv_pages_read(const struct kv_pages *kv, int lane, int64_t first, int count, void *values);
+void kv_pages_write(struct kv_pages *kv, int lane, int64_t first, int count, const void *values);
 /* Forgets a lane's history. kv_pages_release gives the memory back to the system too. */
 void kv_pages_reset(struct kv_pages *kv, int lane);
 void kv_pages_release(struct kv_pages *kv, int lane);

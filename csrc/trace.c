@@ -320,6 +320,11 @@ static void trace_download(struct backend *backend, void *host, const void *devi
     inner_of(backend)->ops->download(inner_of(backend), host, device, bytes);
 }
 
+static void trace_copy(struct backend *backend, void *to, const void *from, size_t bytes)
+{
+    inner_of(backend)->ops->copy(inner_of(backend), to, from, bytes);
+}
+
 static void trace_clear(struct backend *backend, void *device, int byte, size_t bytes)
 {
     inner_of(backend)->ops->clear(inner_of(backend), device, byte, bytes);
@@ -402,6 +407,7 @@ static const struct backend_ops trace_ops = {
     .release = trace_release,
     .upload = trace_upload,
     .download = trace_download,
+    .copy = trace_copy,
     .clear = trace_clear,
     .decommit = trace_decommit,
     .prepare_matrix = trace_prepare_matrix,

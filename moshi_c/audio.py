@@ -8,9 +8,11 @@ and the same as resampling the whole signal at once.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,38 +120,107 @@ def resample(pcm: Pcm, rate_in: int, rate_out: int) -> Pcm:
     return np.asarray(soxr.resample(pcm, rate_in, rate_out), np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class ResamplerState:
+    """Where a StreamResampler is in its signal: what it was fed last, from sample `first` on, and
+    how many samples it has given."""
+
+    first: int
+    history: Pcm
+    given: int
+
+
 class StreamResampler:
     """Changes the rate of one signal that comes in pieces.
 
     The filter has to look ahead, so the output starts some 40 ms late and `flush` gives the rest.
+
+    libsoxr's own state cannot be saved. `state` keeps the last half second of input instead, more
+    than the filter sees, and `resume` feeds that to a new filter: what follows differs by rounding.
     """
+
+    _HISTORY_SECONDS = 0.5
 
     def __init__(self, rate_in: int, rate_out: int) -> None:
         self.rate_in = check_rate(rate_in)
         self.rate_out = check_rate(rate_out)
-        self._stream: Any = None
+        divisor = math.gcd(self.rate_in, self.rate_out)
+        # The signals have a sample at the same time once a period, where a new filter may start.
+        self._period_in, self._period_out = self.rate_in // divisor, self.rate_out // divisor
+        self.reset()
 
     def process(self, pcm: Pcm) -> Pcm:
         """float32[n] -> float32[m]: what is ready by now, maybe nothing."""
         if self.rate_in == self.rate_out:
             return pcm
-        if self._stream is None:
-            import soxr
-
-            self._stream = soxr.ResampleStream(self.rate_in, self.rate_out, 1, dtype="float32")
-        return np.asarray(self._stream.resample_chunk(pcm), np.float32)
+        self._remember(pcm)
+        return self._give(self._filter(pcm))
 
     def flush(self) -> Pcm:
         """The end of the signal; the next `process` starts another one."""
         if self._stream is None:
             return np.zeros(0, np.float32)
-        tail = self._stream.resample_chunk(np.zeros(0, np.float32), last=True)
-        self._stream = None
-        return np.asarray(tail, np.float32)
+        tail = self._give(self._filter(np.zeros(0, np.float32), last=True))
+        self.reset()
+        return tail
 
     def reset(self) -> None:
         """Forgets the signal."""
-        self._stream = None
+        self._stream: Any = None
+        self._history: Pcm = np.zeros(0, np.float32)
+        self._first = self._given = self._skip = 0
+        self._ahead: Pcm = np.zeros(0, np.float32)
+
+    def state(self) -> ResamplerState:
+        """For `resume`."""
+        return ResamplerState(self._first, self._history, self._given)
+
+    def resume(self, state: ResamplerState) -> None:
+        """Goes on where another resampler of these rates was.
+
+        Raises:
+            AudioError: no resampler of these rates can be there.
+        """
+        self.reset()
+        if len(state.history) == 0:
+            return
+        made = self._filter(state.history)
+        end = state.first // self._period_in * self._period_out + len(made)
+        ahead = end - state.given
+        if state.first % self._period_in or abs(ahead) > min(len(made), self.rate_out // 4):
+            raise AudioError(
+                f"a resampler from {self.rate_in} to {self.rate_out} Hz has given {state.given} "
+                f"samples; expected about {end} after {state.first + len(state.history)}"
+            )
+        self._first, self._history = state.first, state.history
+        self._given = state.given
+        self._skip = max(0, -ahead)
+        self._ahead = made[len(made) - max(0, ahead) :]
+
+    def _filter(self, pcm: Pcm, last: bool = False) -> Pcm:
+        if self._stream is None:
+            import soxr
+
+            self._stream = soxr.ResampleStream(self.rate_in, self.rate_out, 1, dtype="float32")
+        return np.asarray(self._stream.resample_chunk(pcm, last=last), np.float32)
+
+    def _remember(self, pcm: Pcm) -> None:
+        self._history = np.concatenate([self._history, pcm])
+        old = len(self._history) - int(self._HISTORY_SECONDS * self.rate_in)
+        if old >= self._period_in:
+            old -= old % self._period_in
+            self._history = self._history[old:]
+            self._first += old
+
+    def _give(self, made: Pcm) -> Pcm:
+        """What is new of it, after a `resume` that was behind or ahead."""
+        if len(self._ahead):
+            made = np.concatenate([self._ahead, made])
+            self._ahead = self._ahead[:0]
+        skip = min(self._skip, len(made))
+        self._skip -= skip
+        self._given += len(made) - skip
+        return made[skip:]
 
 
 @functools.lru_cache(maxsize=64)

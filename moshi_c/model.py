@@ -539,6 +539,25 @@ class MimiStream:
         """Back to the state of a new stream."""
         self._core.reset()
 
+    def snapshot(self) -> bytes:
+        """The whole state of both directions, for `restore`.
+
+        Raises:
+            SessionError: closed, or in use by another thread.
+        """
+        return self._core.snapshot()
+
+    def restore(self, data: bytes) -> None:
+        """Goes on where a stream of the same codec and batch took a snapshot, bit for bit on the
+        same kind of processor.
+
+        Raises:
+            CheckpointError: damaged, or of another codec, device, batch or version; the stream is
+                as new then.
+            SessionError: closed, or in use by another thread.
+        """
+        self._core.restore(bytes(data))
+
     @property
     def closed(self) -> bool:
         """Whether `close` has been called."""

@@ -11,7 +11,7 @@ class Bar:
     def __init__(self, shown: bool, seconds: float) -> None:
         self._bar: Any = None
         if shown:
-            from tqdm.auto import tqdm
+            from tqdm import tqdm
 
             layout = "{percentage:3.0f}%|{bar}| {n:.1f} of {total:.1f} s [{elapsed}<{remaining}]"
             self._bar = tqdm(total=seconds, bar_format=layout)
@@ -19,7 +19,8 @@ class Bar:
     def update(self, seconds: float) -> None:
         """That much more is done."""
         if self._bar is not None:
-            self._bar.update(seconds)
+            # Sums of fractions may end a little above the whole, which tqdm warns of.
+            self._bar.update(min(seconds, self._bar.total - self._bar.n))
 
     def __enter__(self) -> Bar:
         return self

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .audio import Pcm, write_audio
+from .display import recording_html, shortened
 from .errors import AudioError
 
-#: Longer recordings are not put into a notebook page.
-_PLAYER_SECONDS = 300.0
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Letters of the text that repr shows.
+_REPR_LETTERS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Recording:
     user_codes: int32[K, T], one column for each frame.
     sample_rate: of `pcm`, in Hz.
     frame_rate: frames a second.
+    user_pcm: float32[N], what the model heard, at the rate and with the length of a voice; None
+        when it was not kept.
     """
 
     pcm: Pcm | None
@@ -58,6 +61,7 @@ class Recording:
     user_codes: NDArray[np.int32]
     sample_rate: int
     frame_rate: float
+    user_pcm: Pcm | None = None
 
     @property
     def duration(self) -> float:
@@ -106,31 +110,37 @@ class Recording:
             raise AudioError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
 
+    def plot(self, *, start: float = 0.0, end: float | None = None) -> Figure:
+        """Draws the conversation over one time axis: the sound of both sides, the model's words,
+        spectrograms, and the codes. `plot().savefig("picture.png")` makes a file of it.
+
+        Args:
+            start, end: the part to draw, in seconds; None for the end of the recording.
+
+        Returns:
+            A matplotlib figure, which notebooks show.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: an empty part, or one that begins outside the recording.
+        """
+        try:
+            from .plot import draw
+        except ImportError as error:
+            raise ImportError(
+                "Recording.plot needs matplotlib, which could not be imported "
+                f"({error}); install it with: pip install 'moshi_c[notebook]'"
+            ) from error
+        return draw(self, start, self.duration if end is None else end)
+
     def _repr_html_(self) -> str:
-        """A player and the words with their times, for notebooks."""
-        parts = ["<div>"]
-        if self.pcm is not None and self.duration <= _PLAYER_SECONDS:
-            sound = base64.b64encode(_wav(self.pcm, self.sample_rate)).decode("ascii")
-            parts.append(f'<audio controls src="data:audio/wav;base64,{sound}"></audio>')
-        elif self.pcm is not None:
-            parts.append(f"<p>{self.duration:.0f} s of sound: use save() to listen</p>")
-        spans = (
-            f'<span title="{word.start:.2f} to {word.end:.2f} s">{html.escape(word.text)}</span>'
-            for word in self.words
-        )
-        parts.append(f"<p>{' '.join(spans)}</p></div>")
-        return "".join(parts)
+        """For notebooks: a player, both sides in time, and the words."""
+        return recording_html(self)
 
     def __repr__(self) -> str:
-        return f"<Recording {self.duration:.2f} s: {self.text.strip()!r}>"
-
-
-def _wav(pcm: Pcm, rate: int) -> bytes:
-    import soundfile
-
-    out = io.BytesIO()
-    soundfile.write(out, pcm, rate, format="WAV", subtype="PCM_16")
-    return out.getvalue()
+        count = f"{len(self.words)} word{'s' * (len(self.words) != 1)}"
+        text = shortened(self.text.strip(), _REPR_LETTERS)
+        return f"<Recording {self.duration:.2f} s, {count}: {text!r}>"
 
 
 _RUNS = re.compile(r"\s+|\S+")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,11 @@ from .audio import (
     resample,
     resampler_shortage,
 )
-from .errors import AudioError, CheckpointError, SessionError
+from .display import frame_html
+from .errors import AudioError, CheckpointError, MoshiError, SessionError
 from .fields import Fields
 from .model import Model
+from .note import Note
 from .progress import Bar
 from .recording import Recording, assemble_words, stack_codes
 from .say import spoken_tokens
@@ -71,10 +75,14 @@ class Frame:
     heads: NDArray[np.float32] | None
     event: str | None = None
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same on one line, with the level as a bar."""
+        return frame_html(self)
+
     def __repr__(self) -> str:
         return (
             f"<Frame {self.index} at {self.time:.2f} s: {self.text!r}"
-            f"{', speaking' if self.speaking else ''}>"
+            f"{', speaking' if self.speaking else ''}, user at {self.level:.0f} dBFS>"
         )
 
 
@@ -148,6 +156,20 @@ class _Feed:
         self._waiting: Pcm = np.zeros(0, np.float32)
         self._started = False
         self._steady = self._shortage == 0  # every frame in has one frame out
+
+    def save(self, note: Note) -> None:
+        """Puts the state into the note of a snapshot."""
+        note.put_array("feed.waiting", self._waiting)
+        note.put_flag("feed.started", self._started)
+        note.put_flag("feed.steady", self._steady)
+        note.put_resampler("feed.resampler", self._resampler.state())
+
+    def load(self, note: Note) -> None:
+        """Takes it back."""
+        self._waiting = note.array("feed.waiting")
+        self._started = note.flag("feed.started")
+        self._steady = note.flag("feed.steady")
+        self._resampler.resume(note.resampler("feed.resampler"))
 
     @property
     def empty(self) -> bool:
@@ -245,30 +267,41 @@ class Session:
             conditions = {"description": "very_good"}
             if null_conditions is None and cfg_coef != 1.0:
                 null_conditions = {"description": "very_bad"}
+        self._prepare(model, sample_rate, output_sample_rate)
+        self._begin(
+            _core.Session(
+                model._core,
+                seed=seed,
+                text_temperature=text_temperature,
+                text_top_k=text_top_k,
+                audio_temperature=audio_temperature,
+                audio_top_k=audio_top_k,
+                cfg_coef=cfg_coef,
+                cfg_masked_until=-1 if cfg_masked_until is None else cfg_masked_until,
+                cfg_no_text=cfg_is_no_text,
+                conditions=conditions,
+                null_conditions=null_conditions,
+                keep_logits=keep_logits,
+            )
+        )
+
+    def _prepare(self, model: Model, rate: int, output_rate: int) -> None:
+        """Everything but the core's session, which needs a slot."""
         self._model = model
-        self._rate = self._check_rate("sample_rate", sample_rate)
-        self._output_rate = self._check_rate("output_sample_rate", output_sample_rate)
+        self._rate = self._check_rate("sample_rate", rate)
+        self._output_rate = self._check_rate("output_sample_rate", output_rate)
         self._inside: list[object] = []
         self._clock = _Clock(1.0 / model.frame_rate)
         self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
         self._feed = _Feed(self._rate, model.sample_rate, model.frame_size)
         self._forced: list[int] = []
+        self._descriptor: int | None = None
+        self._abandoned = False  # a frame is in flight that nobody waits for
         self._start()
-        self._core = _core.Session(
-            model._core,
-            seed=seed,
-            text_temperature=text_temperature,
-            text_top_k=text_top_k,
-            audio_temperature=audio_temperature,
-            audio_top_k=audio_top_k,
-            cfg_coef=cfg_coef,
-            cfg_masked_until=-1 if cfg_masked_until is None else cfg_masked_until,
-            cfg_no_text=cfg_is_no_text,
-            conditions=conditions,
-            null_conditions=null_conditions,
-            keep_logits=keep_logits,
-        )
-        model._open.add(self)
+
+    def _begin(self, core: _core.Session) -> None:
+        self._core = core
+        self._model._open.add(self)
 
     def _check_rate(self, name: str, rate: int) -> int:
         rate = check_rate(rate, name)
@@ -297,7 +330,7 @@ class Session:
         self._output_waiting: Pcm = np.zeros(shortage, np.float32)
 
     @contextlib.contextmanager
-    def _busy(self) -> Iterator[None]:
+    def _held(self) -> Iterator[None]:
         """One thread at a time. A list instead of a lock: Ctrl-C may fall behind any call, and
         would leave a lock taken that was acquired in front of the try."""
         self._core.check_open()
@@ -311,6 +344,18 @@ class Session:
             yield
         finally:
             self._inside.remove(ticket)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        with self._held():
+            self._settle()
+            yield
+
+    def _settle(self) -> None:
+        """Takes the frame of a cancelled astep, which the model has said to nobody."""
+        if self._abandoned:
+            self._abandoned = False
+            self._frame(self._core.finish())
 
     # ---- what it is ----------------------------------------------------------------------------
 
@@ -367,7 +412,47 @@ class Session:
                 return self._frame(self._core.step(pcm, decode, dtype))
             self._feed.check_step()
             self._feed.step(self._one_frame(pcm, dtype))
-            return next(self._step_waiting(decode))
+            return self._frame(next(self._drain(decode)))
+
+    async def astep(self, pcm: Any, *, decode: bool = True, dtype: str | None = None) -> Frame:
+        """`step` for asyncio: other tasks run while the engine steps the frame, without a thread of
+        their own; any number of sessions may wait at once.
+
+        Cancelled before the engine has begun, nothing has happened. Cancelled later, the frame is
+        stepped all the same and what the model said in it is lost; the session can be used at once.
+
+        Args:
+            pcm, decode, dtype: as for `step`.
+
+        Raises:
+            AudioError: another length or type, NaN or infinity; nothing has changed.
+            SessionError: closed, or in use by another task or thread.
+        """
+        with self._held():
+            descriptor = self._watched()
+            if self._abandoned:
+                await _readable(descriptor)
+                self._settle()
+            fed = not self._feed.empty
+            if fed:
+                self._feed.check_step()
+                self._feed.step(self._one_frame(pcm, dtype))
+                self._core.submit(self._feed.take(), decode)
+            else:
+                self._core.submit(pcm, decode, dtype)
+            try:
+                await _readable(descriptor)
+            except BaseException:
+                self._abandoned = fed or not self._core.withdraw()
+                raise
+            return self._frame(self._core.finish())
+
+    def _watched(self) -> int:
+        """The descriptor that tells an event loop of a frame that is done."""
+        if self._descriptor is None:
+            self._settle()  # the core gives it between two frames
+            self._descriptor = self._core.descriptor()
+        return self._descriptor
 
     def _one_frame(self, pcm: Any, dtype: str | None = None) -> Pcm:
         """Exactly one frame at the session's rate, when it cannot go straight to the core."""
@@ -435,15 +520,22 @@ class Session:
     def _step_waiting(self, decode: bool = True) -> Iterator[Frame]:
         return (self._frame(raw) for raw in self._drain(decode))
 
-    def _drain(self, decode: bool = True) -> Iterator[_core.FrameTuple]:
+    def _drain(
+        self, decode: bool = True, heard: list[Pcm] | None = None
+    ) -> Iterator[_core.FrameTuple]:
         while (frame := self._feed.take()) is not None:
-            yield self._core.step(frame, decode)
+            raw = self._core.step(frame, decode)
+            if heard is not None:
+                heard.append(frame)
+            yield raw
 
-    def _flush(self) -> Iterator[_core.FrameTuple]:
+    def _flush(self, heard: list[Pcm] | None = None) -> Iterator[_core.FrameTuple]:
         self._feed.finish()
-        yield from self._drain()
+        yield from self._drain(heard=heard)
         silence = np.zeros(self._model.frame_size, np.float32)
         for _ in range(self._model.max_delay):
+            if heard is not None:
+                heard.append(silence)
             yield self._core.step(silence, True)
 
     def _ended(self, frames: list[Frame]) -> list[Frame]:
@@ -499,21 +591,20 @@ class Session:
         samples = as_pcm(audio, "audio")
         with self._busy(), Bar(progress, len(samples) / self._rate) as bar:
             frames: list[Frame] = []
+            heard: list[Pcm] = []
             for start in range(0, len(samples), self._feed.frame_in):
                 piece = samples[start : start + self._feed.frame_in]
                 self._feed.push(piece)
-                frames += [self._frame(raw, resampled=False) for raw in self._drain()]
+                frames += [self._frame(raw, resampled=False) for raw in self._drain(heard=heard)]
                 bar.update(len(piece) / self._rate)
-            frames += [self._frame(raw, resampled=False) for raw in self._flush()]
-            return self._recording(self._ended(frames))
+            frames += [self._frame(raw, resampled=False) for raw in self._flush(heard)]
+            return self._recording(self._ended(frames), heard)
 
-    def _recording(self, frames: Sequence[Frame]) -> Recording:
+    def _recording(self, frames: Sequence[Frame], heard: Sequence[Pcm] | None = None) -> Recording:
         model = self._model
         pcm: Pcm | None = None
         if model._info["has_mimi"] and model._info["dep_q"] > 0:
-            parts = [frame.pcm for frame in frames if frame.pcm is not None]
-            voice = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-            pcm = resample(voice, model.sample_rate, self._output_rate)
+            pcm = self._joined([frame.pcm for frame in frames if frame.pcm is not None])
         return Recording(
             pcm=pcm,
             text="".join(frame.text for frame in frames),
@@ -527,7 +618,13 @@ class Session:
             user_codes=stack_codes([frame.user_codes for frame in frames], model._info["user_q"]),
             sample_rate=self._output_rate,
             frame_rate=model.frame_rate,
+            user_pcm=None if heard is None else self._joined(heard),
         )
+
+    def _joined(self, parts: Sequence[Pcm]) -> Pcm:
+        """Frames of the model's rate as one signal of the output's."""
+        whole = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return resample(whole, self._model.sample_rate, self._output_rate)
 
     # ---- words put into its mouth --------------------------------------------------------------
 
@@ -599,6 +696,115 @@ class Session:
             self._core.reset(seed)
             self._start()
 
+    def snapshot(self, path: str | os.PathLike[str] | None = None) -> bytes:
+        """The whole state, for `from_snapshot` in this process or another.
+
+        It has the layout of a safetensors file: the history of the language model and the codec as
+        fields by name, the random numbers to come, samples and text that wait. Its size grows with
+        the call up to the context's length: `model.memory.per_session` at most. The step times in
+        `stats` are not part of it.
+
+        Args:
+            path: a file to write it to as well, which is replaced as a whole.
+
+        Raises:
+            SessionError: closed, or in use by another thread.
+        """
+        with self._busy():
+            data = self._core.snapshot(self._note().encode())
+        if path is not None:
+            part = Path(f"{os.fspath(path)}.{secrets.token_hex(4)}.part")
+            try:
+                part.write_bytes(data)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return data
+
+    @classmethod
+    def from_snapshot(
+        cls, model: Model, data: bytes | bytearray | memoryview | str | os.PathLike[str]
+    ) -> Session:
+        """A session that goes on where a snapshot was taken, bit for bit on the same kind of
+        processor. At another `sample_rate` or `output_sample_rate` than the model's, the resampler
+        starts anew from the last half second, which changes the sound by rounding.
+
+        Args:
+            model: the same weights, device, dtype and context as the snapshot's.
+            data: what `snapshot` gave, or the path it was written to.
+
+        Raises:
+            CheckpointError: damaged, or of another model, device, dtype, context or version.
+            SessionError: the model is closed or has no free slot.
+        """
+        if isinstance(data, (str, os.PathLike)):
+            try:
+                data = Path(data).read_bytes()
+            except OSError as error:
+                raise CheckpointError(
+                    f"the snapshot {os.fspath(data)!r} could not be read ({error.strerror})"
+                ) from error
+        core, note = _core.Session.restore(model._core, bytes(data))
+        try:
+            return cls._resumed(model, core, Note.decode(note))
+        except AudioError as error:
+            core.close()
+            raise Note.damaged(str(error)) from error
+        except BaseException:
+            core.close()
+            raise
+
+    def fork(self, seed: int | None = None) -> Session:
+        """Another session in the same state, as cheap as a new one: what was heard and said so far
+        is shared until one of the two goes on.
+
+        Args:
+            seed: of the fork; None for the same random numbers as this session will have.
+
+        Raises:
+            SessionError: closed, in use by another thread, or the model has no free slot.
+        """
+        with self._busy():
+            core = self._core.fork(seed)
+            try:
+                return self._resumed(self._model, core, self._note())
+            except BaseException:
+                core.close()
+                raise
+
+    def _note(self) -> Note:
+        """What the core does not know of the state."""
+        note = Note()
+        note.put_number("sample_rate", self._rate)
+        note.put_number("output_sample_rate", self._output_rate)
+        note.put_numbers("forced", self._left())
+        note.put_bytes("text", self._detokenizer.pending if self._detokenizer else b"")
+        note.put_number("since_word", self._since_word)
+        note.put_floats("power", list(self._power))
+        self._feed.save(note)
+        note.put_resampler("output.resampler", self._output.state())
+        note.put_array("output.waiting", self._output_waiting)
+        return note
+
+    @classmethod
+    def _resumed(cls, model: Model, core: _core.Session, note: Note) -> Session:
+        self = cls.__new__(cls)
+        self._prepare(model, note.number("sample_rate"), note.number("output_sample_rate"))
+        self._forced = note.numbers("forced")
+        if len(self._forced) != core.forced_left:
+            raise note.damaged(
+                f"{len(self._forced)} forced tokens; expected {core.forced_left} as in the state"
+            )
+        if self._detokenizer:
+            self._detokenizer.pending = note.bytes("text")
+        self._since_word = note.number("since_word")
+        self._power.extend(note.floats("power"))
+        self._feed.load(note)
+        self._output.resume(note.resampler("output.resampler"))
+        self._output_waiting = note.array("output.waiting")
+        self._begin(core)
+        return self
+
     @property
     def closed(self) -> bool:
         """Whether `close` has been called."""
@@ -606,6 +812,9 @@ class Session:
 
     def close(self) -> None:
         """Gives the slot back. A second call does nothing."""
+        if self._abandoned:
+            with contextlib.suppress(MoshiError), self._held():
+                self._settle()
         self._core.close()
 
     def __enter__(self) -> Session:
@@ -617,6 +826,23 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.stats.frames} frames"
         return f"<Session of {self._model._source}, seed {self.seed}, {state}>"
+
+
+async def _readable(descriptor: int) -> None:
+    """Waits until there is something to read, in the running event loop."""
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def wake() -> None:
+        loop.remove_reader(descriptor)
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(descriptor, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def step_many(

@@ -144,3 +144,13 @@ class Detokenizer:
     def reset(self) -> None:
         """Forgets what is held back."""
         self._bytes.reset()
+
+    @property
+    def pending(self) -> bytes:
+        """What is held back: the first bytes of a character, at most three."""
+        return self._bytes.getstate()[0]
+
+    @pending.setter
+    def pending(self, value: bytes) -> None:
+        self._bytes.reset()
+        self._bytes.decode(value[:3])

@@ -4,6 +4,7 @@ interpreter. Run as a fresh process: `hostile_process.py SCENARIO`; its exit cod
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import faulthandler
@@ -172,6 +173,7 @@ def forked() -> None:
     expected = codes_of(session, 4)
     session.reset()
     session.step(voice(4)[:FRAME])
+    snapshot, after = session.snapshot(), expected[1:]
 
     def child() -> None:
         for call in (
@@ -186,6 +188,10 @@ def forked() -> None:
             lambda: session.logits,
             session.flush,
             session.reset,
+            session.snapshot,
+            session.fork,
+            lambda: asyncio.run(session.astep(SILENCE)),
+            lambda: moshi_c.Session.from_snapshot(model, snapshot),
             lambda: moshi_c.Session(model),
             lambda: model.memory,
             lambda: model.stats,
@@ -199,6 +205,9 @@ def forked() -> None:
             _refused(call)
         with moshi_c.load() as own, moshi_c.Session(own, seed=1) as fresh:
             assert codes_of(fresh, 4) == expected
+            with moshi_c.Session.from_snapshot(own, snapshot) as moved:
+                rest = [moved.step(frame) for frame in voice(4).reshape(-1, FRAME)[1:]]
+            assert [frame.codes.tobytes() for frame in rest if frame.codes is not None] == after
         session.close()
         stream.close()
         model.close()
@@ -208,7 +217,7 @@ def forked() -> None:
 
     _in_child(child)
     rest = [session.step(frame) for frame in voice(4).reshape(-1, FRAME)[1:]]
-    assert [frame.codes.tobytes() for frame in rest if frame.codes is not None] == expected[1:]
+    assert [frame.codes.tobytes() for frame in rest if frame.codes is not None] == after
     with model:
         pass
 

@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("config", "safetensors"),
     ("backend",),
     ("cpu/", "trace", "state", "weights"),
-    ("transformer",),
+    ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
     ("model",),

@@ -34,6 +34,12 @@ static void cpu_download(struct backend *backend, void *host, const void *device
     if (bytes) memcpy(host, device, bytes);
 }
 
+static void cpu_copy(struct backend *backend, void *to, const void *from, size_t bytes)
+{
+    (void)backend;
+    memcpy(to, from, bytes);
+}
+
 static void cpu_clear(struct backend *backend, void *device, int byte, size_t bytes)
 {
     (void)backend;
@@ -198,6 +204,7 @@ static const struct backend_ops cpu_ops = {
     .release = cpu_release,
     .upload = cpu_upload,
     .download = cpu_download,
+    .copy = cpu_copy,
     .clear = cpu_clear,
     .decommit = cpu_decommit,
     .prepare_matrix = cpu_prepare_matrix,

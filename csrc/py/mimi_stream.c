@@ -213,6 +213,53 @@ static PyObject *stream_reset(PyObject *object, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
+static PyObject *stream_snapshot(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    struct stream_object *self = stream_of(object);
+    const struct module_state *state = state_of(object);
+    if (guard_enter(&self->guard, state, THIS_STREAM) < 0) return NULL;
+    size_t bytes;
+    PyObject *result = NULL;
+    int status = mimi_stream_snapshot(self->stream, NULL, &bytes);
+    if (status == MOSHI_OK) {
+        result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)bytes);
+        char *room = result ? PyBytes_AsString(result) : NULL;
+        if (room) {
+            Py_BEGIN_ALLOW_THREADS
+            status = mimi_stream_snapshot(self->stream, room, &bytes);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        Py_CLEAR(result);
+        raise_status(state, status);
+    }
+    return result;
+}
+
+static PyObject *stream_restore(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"data", NULL};
+    struct stream_object *self = stream_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *data;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "S:restore", names, &data)) return NULL;
+    const char *bytes = PyBytes_AsString(data);
+    const size_t size = (size_t)PyBytes_Size(data);
+    if (guard_enter(&self->guard, state, THIS_STREAM) < 0) return NULL;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mimi_stream_restore(self->stream, bytes, size);
+    Py_END_ALLOW_THREADS
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        raise_status(state, status);
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyObject *stream_closed(PyObject *object, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(atomic_load(&stream_of(object)->guard.closed));
@@ -225,6 +272,10 @@ static PyMethodDef stream_methods[] = {
      PyDoc_STR("decode($self, codes)\n--\n\nint32[batch, K] -> float32[batch, frame_size].")},
     {"reset", stream_reset, METH_NOARGS,
      PyDoc_STR("reset($self, /)\n--\n\nForgets what came before, both ways.")},
+    {"snapshot", stream_snapshot, METH_NOARGS,
+     PyDoc_STR("snapshot($self, /)\n--\n\nThe whole state.")},
+    {"restore", KEYWORDS(stream_restore),
+     PyDoc_STR("restore($self, data)\n--\n\nGoes on where a snapshot was taken.")},
     {"close", stream_close, METH_NOARGS, PyDoc_STR("close($self, /)\n--\n\nFrees the state.")},
     {NULL, NULL, 0, NULL},
 };

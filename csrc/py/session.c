@@ -13,6 +13,10 @@ struct session_object {
     /* from the model's info */
     int frame_size, sample_rate, user_q, dep_q, card, text_card, head_dim;
     int has_voice; /* there is sound to decode */
+    /* a frame between submit and finish, which hold the guard meanwhile */
+    atomic_int submitted;
+    struct moshi_frame frame;
+    PyObject *room;
 };
 
 static const char THIS_SESSION[] = "this session";
@@ -94,12 +98,21 @@ static int float_or_default(PyObject *object, float *value)
     return 0;
 }
 
-/* Attaches to the model and makes the session of C. */
-static int session_open(struct session_object *self, const struct module_state *state,
-                        struct model_object *model, const struct moshi_session_options *options)
+/* A session of C that belongs to nobody yet: new, restored, or a fork. */
+static PyObject *session_alloc(PyTypeObject *type)
+{
+    struct session_object *self = (struct session_object *)PyType_GenericAlloc(type, 0);
+    if (self) guard_init(&self->guard);
+    return (PyObject *)self;
+}
+
+/* Attaches to the model, whose engine it gives; NULL with an exception. */
+static struct moshi_engine *session_attach(struct session_object *self,
+                                           const struct module_state *state,
+                                           struct model_object *model)
 {
     struct moshi_engine *engine = model_attach(model, state);
-    if (!engine) return -1;
+    if (!engine) return NULL;
     self->model = model;
     const struct moshi_model_info *info = moshi_model_get_info(model->model);
     self->frame_size = info->frame_size;
@@ -110,13 +123,28 @@ static int session_open(struct session_object *self, const struct module_state *
     self->text_card = info->text_card;
     self->head_dim = info->head_dim;
     self->has_voice = info->has_mimi && info->dep_q > 0;
+    return engine;
+}
+
+/* After the core has made the session, or failed to. */
+static int session_opened(struct session_object *self, const struct module_state *state, int status)
+{
+    if (status != MOSHI_OK) return raise_status(state, status);
+    atomic_store(&self->seed, moshi_session_seed(self->session));
+    atomic_store(&self->guard.closed, 0);
+    return 0;
+}
+
+static int session_create(struct session_object *self, const struct module_state *state,
+                          struct model_object *model, const struct moshi_session_options *options)
+{
+    struct moshi_engine *engine = session_attach(self, state, model);
+    if (!engine) return -1;
     int status;
     Py_BEGIN_ALLOW_THREADS
     status = moshi_session_create(engine, options, &self->session);
     Py_END_ALLOW_THREADS
-    if (status != MOSHI_OK) return raise_status(state, status);
-    atomic_store(&self->guard.closed, 0);
-    return 0;
+    return session_opened(self, state, status);
 }
 
 static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -166,11 +194,8 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     options.start = offline_start ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options.keep_logits = keep_logits;
 
-    self = (struct session_object *)PyType_GenericAlloc(type, 0);
-    if (!self) goto done;
-    guard_init(&self->guard);
-    atomic_init(&self->seed, options.seed);
-    if (session_open(self, state, model_self, &options) < 0) Py_CLEAR(self);
+    self = session_of(session_alloc(type));
+    if (self && session_create(self, state, model_self, &options) < 0) Py_CLEAR(self);
 
 done:
     model_leave(model_self);
@@ -187,8 +212,9 @@ static void session_destroy(struct session_object *self)
     self->session = NULL;
     self->model = NULL;
     Py_BEGIN_ALLOW_THREADS
-    moshi_session_destroy(session);
+    moshi_session_destroy(session); /* waits for a frame in flight */
     Py_END_ALLOW_THREADS
+    Py_CLEAR(self->room);
     if (model) model_detach(model);
 }
 
@@ -334,6 +360,181 @@ static PyObject *session_step_codes(PyObject *object, PyObject *args, PyObject *
         result = step_with(self, state, NULL, codes.data, decode);
     input_release(&codes);
     return result;
+}
+
+/* ---- submit and finish ------------------------------------------------------------------- */
+
+static PyObject *session_submit(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"pcm", "decode", "dtype", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *arg;
+    int decode = 1, status = MOSHI_ERROR_ARGUMENT;
+    const char *dtype = NULL;
+    struct input pcm;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|pz:submit", names, &arg, &decode, &dtype))
+        return NULL;
+    if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    if (input_pcm(&pcm, state, arg, "pcm", dtype) < 0) return NULL;
+    if (input_expect_frame(&pcm, state, self->frame_size, self->sample_rate) == 0 &&
+        guard_enter(&self->guard, state, THIS_SESSION) == 0) {
+        memset(&self->frame, 0, sizeof self->frame);
+        self->room = pcm_room(self, decode, &self->frame);
+        if (self->room || !PyErr_Occurred()) {
+            status = moshi_session_submit(self->session, pcm.data, &self->frame);
+            if (status != MOSHI_OK) raise_status(state, status);
+        }
+        if (status == MOSHI_OK) {
+            atomic_store(&self->submitted, 1);
+        } else {
+            Py_CLEAR(self->room);
+            guard_leave(&self->guard);
+        }
+    }
+    input_release(&pcm);
+    return status == MOSHI_OK ? none() : NULL;
+}
+
+/* One caller gets the frame in flight; the others, and those without one, a SessionError. */
+static int take_flight(struct session_object *self, const struct module_state *state)
+{
+    if (atomic_exchange(&self->submitted, 0)) return 0;
+    PyErr_SetString(state->session_error, "this session has no frame in flight; submit one first");
+    return -1;
+}
+
+static PyObject *session_finish(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    if (take_flight(self, state) < 0) return NULL;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = moshi_session_wait(self->session);
+    Py_END_ALLOW_THREADS
+    PyObject *room = self->room, *result = NULL;
+    self->room = NULL;
+    if (status == MOSHI_OK) {
+        result = frame_tuple(self, &self->frame, room);
+    } else {
+        raise_status(state, status);
+        Py_XDECREF(room);
+    }
+    guard_leave(&self->guard);
+    return result;
+}
+
+static PyObject *session_withdraw(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    struct session_object *self = session_of(object);
+    if (take_flight(self, state_of(object)) < 0) return NULL;
+    if (!moshi_session_withdraw(self->session)) {
+        atomic_store(&self->submitted, 1); /* too late: it is to be finished */
+        Py_RETURN_FALSE;
+    }
+    Py_CLEAR(self->room);
+    guard_leave(&self->guard);
+    Py_RETURN_TRUE;
+}
+
+static PyObject *session_descriptor(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    int descriptor;
+    if (guard_enter(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    int status = moshi_session_descriptor(self->session, &descriptor);
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        raise_status(state, status);
+        return NULL;
+    }
+    return PyLong_FromLong(descriptor);
+}
+
+/* ---- snapshot, restore, fork ------------------------------------------------------------- */
+
+static PyObject *session_snapshot(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"note", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *note;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "S:snapshot", names, &note)) return NULL;
+    const char *note_data = PyBytes_AsString(note);
+    const size_t note_bytes = (size_t)PyBytes_Size(note);
+    if (guard_enter(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    size_t bytes;
+    PyObject *result = NULL;
+    int status = moshi_session_snapshot(self->session, note_data, note_bytes, NULL, &bytes);
+    if (status == MOSHI_OK) {
+        result = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)bytes);
+        char *room = result ? PyBytes_AsString(result) : NULL;
+        if (room) {
+            Py_BEGIN_ALLOW_THREADS
+            status = moshi_session_snapshot(self->session, note_data, note_bytes, room, &bytes);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        Py_CLEAR(result);
+        raise_status(state, status);
+    }
+    return result;
+}
+
+static PyObject *session_restore(PyObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"model", "data", NULL};
+    const struct module_state *state = PyType_GetModuleState((PyTypeObject *)type);
+    PyObject *model, *data;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!S:restore", names, state->model_type, &model,
+                                     &data))
+        return NULL;
+    struct session_object *self = session_of(session_alloc((PyTypeObject *)type));
+    if (!self) return NULL;
+    const char *bytes = PyBytes_AsString(data);
+    const size_t size = (size_t)PyBytes_Size(data);
+    const void *note;
+    size_t note_bytes;
+    struct moshi_engine *engine = session_attach(self, state, (struct model_object *)model);
+    if (engine) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = moshi_session_restore(engine, bytes, size, &self->session, &note, &note_bytes);
+        Py_END_ALLOW_THREADS
+        if (session_opened(self, state, status) == 0)
+            return Py_BuildValue("(Ny#)", self, note_bytes ? note : "", (Py_ssize_t)note_bytes);
+    }
+    Py_DECREF(self);
+    return NULL;
+}
+
+static PyObject *session_fork(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"seed", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *seed_arg = Py_None;
+    uint64_t seed = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:fork", names, &seed_arg)) return NULL;
+    if (seed_arg != Py_None && seed_from_object(seed_arg, &seed) < 0) return NULL;
+    if (guard_enter(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    struct session_object *fork = session_of(session_alloc(Py_TYPE(object)));
+    int failed = !fork || !session_attach(fork, state, self->model);
+    if (!failed) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = moshi_session_fork(self->session, seed_arg != Py_None ? &seed : NULL,
+                                    &fork->session);
+        Py_END_ALLOW_THREADS
+        failed = session_opened(fork, state, status) < 0;
+    }
+    guard_leave(&self->guard);
+    if (failed) Py_CLEAR(fork);
+    return (PyObject *)fork;
 }
 
 /* ---- step_many -------------------------------------------------------------------------- */
@@ -627,6 +828,22 @@ static PyMethodDef session_methods[] = {
      PyDoc_STR("reset($self, seed=None)\n--\n\nBack to the start; None keeps the seed.")},
     {"check_open", session_check_open, METH_NOARGS,
      PyDoc_STR("check_open($self, /)\n--\n\nSessionError when closed or in a forked process.")},
+    {"submit", KEYWORDS(session_submit),
+     PyDoc_STR("submit($self, pcm, decode=True, dtype=None)\n--\n\n"
+               "The first half of step: returns while the frame is being stepped.")},
+    {"finish", session_finish, METH_NOARGS,
+     PyDoc_STR("finish($self, /)\n--\n\nThe second half of step; waits for the frame.")},
+    {"withdraw", session_withdraw, METH_NOARGS,
+     PyDoc_STR("withdraw($self, /)\n--\n\nTakes a submitted frame back, if it is not too late.")},
+    {"descriptor", session_descriptor, METH_NOARGS,
+     PyDoc_STR("descriptor($self, /)\n--\n\nReadable while a frame waits to be finished.")},
+    {"snapshot", KEYWORDS(session_snapshot),
+     PyDoc_STR("snapshot($self, note)\n--\n\nThe whole state, with a note for restore.")},
+    {"restore", (PyCFunction)(void (*)(void))session_restore,
+     METH_VARARGS | METH_KEYWORDS | METH_CLASS,
+     PyDoc_STR("restore($type, model, data)\n--\n\nThe session of a snapshot, and its note.")},
+    {"fork", KEYWORDS(session_fork),
+     PyDoc_STR("fork($self, seed=None)\n--\n\nA second session in the same state.")},
     {"close", session_close, METH_NOARGS, PyDoc_STR("close($self, /)\n--\n\nGives the slot back.")},
     {NULL, NULL, 0, NULL},
 };

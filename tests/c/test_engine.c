@@ -2,6 +2,7 @@
  * not depend on company, a step calls no allocator, errors change nothing. Run it under TSan too.
  * usage: test_engine [model folder] */
 #include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -362,6 +363,8 @@ static int child_of(struct moshi_session *session, struct mimi_stream *stream)
     struct moshi_engine *other;
     struct moshi_session *another;
     struct mimi_stream *second;
+    size_t bytes = 0;
+    int descriptor;
     int good = is_refused_here(moshi_session_step(session, pcm, &frame)) &&
                is_refused_here(moshi_session_step_codes(session, codes, &frame)) &&
                is_refused_here(moshi_session_submit(session, pcm, &frame)) &&
@@ -370,6 +373,12 @@ static int child_of(struct moshi_session *session, struct mimi_stream *stream)
                is_refused_here(moshi_session_force_next(session, 1, NULL)) &&
                is_refused_here(moshi_session_logits(session, NULL, NULL)) &&
                is_refused_here(moshi_session_reset(session, NULL)) &&
+               is_refused_here(moshi_session_fork(session, NULL, &another)) && !another &&
+               is_refused_here(moshi_session_snapshot(session, NULL, 0, NULL, &bytes)) &&
+               is_refused_here(moshi_session_descriptor(session, &descriptor)) &&
+               !moshi_session_withdraw(session) &&
+               is_refused_here(mimi_stream_snapshot(stream, NULL, &bytes)) &&
+               is_refused_here(mimi_stream_restore(stream, pcm, sizeof pcm)) &&
                is_refused_here(moshi_session_create(engine, NULL, &another)) && !another &&
                is_refused_here(moshi_engine_create(model, NULL, &other)) && !other &&
                is_refused_here(moshi_engine_memory(engine, &memory)) &&
@@ -495,6 +504,100 @@ static int test_an_offline_start_forces_each_token_once(void)
     return 1;
 }
 
+/* A conversation of FRAMES frames whose second half is stepped by `session`. */
+static int goes_on(struct moshi_session *session)
+{
+    float pcm[FRAME_SIZE];
+    for (int t = FRAMES / 2; t < FRAMES; ++t) {
+        make_frame(0, t, pcm);
+        memset(&again.frames[t], 0, sizeof again.frames[t]);
+        again.frames[t].pcm = again.pcm[t];
+        if (moshi_session_step(session, pcm, &again.frames[t])) return 0;
+    }
+    return same(&alone[0], &again);
+}
+
+static int first_half(struct moshi_session *session)
+{
+    float pcm[FRAME_SIZE];
+    for (int t = 0; t < FRAMES / 2; ++t) {
+        make_frame(0, t, pcm);
+        memset(&again.frames[t], 0, sizeof again.frames[t]);
+        again.frames[t].pcm = again.pcm[t];
+        if (moshi_session_step(session, pcm, &again.frames[t])) return 0;
+    }
+    return 1;
+}
+
+static int test_forks_and_snapshots_go_on(void)
+{
+    struct moshi_session *session, *fork, *restored;
+    struct moshi_frame frame = {0};
+    const void *note;
+    size_t bytes, note_bytes, little = 10;
+    CHECK(open_session(100, &session) == MOSHI_OK);
+    CHECK(first_half(session));
+    CHECK(moshi_session_snapshot(session, "note", 4, NULL, &bytes) == MOSHI_OK);
+    char *data = malloc(bytes);
+    CHECK(data);
+    CHECK(moshi_session_snapshot(session, "note", 4, data, &little) == MOSHI_ERROR_ARGUMENT);
+    CHECK(moshi_session_snapshot(session, "note", 4, data, &bytes) == MOSHI_OK);
+    CHECK(moshi_session_fork(session, NULL, &fork) == MOSHI_OK);
+    CHECK(moshi_session_restore(engine, data, bytes, &restored, &note, &note_bytes) == MOSHI_OK);
+    CHECK(note_bytes == 4 && memcmp(note, "note", 4) == 0);
+    /* What one does with the shared history, the others don't feel. */
+    CHECK(moshi_session_step(session, again.pcm[0], &frame) == MOSHI_OK);
+    moshi_session_destroy(session);
+    CHECK(goes_on(fork));
+    moshi_session_destroy(fork);
+    CHECK(goes_on(restored));
+    moshi_session_destroy(restored);
+    CHECK(moshi_session_restore(engine, data, bytes - 1, &restored, &note, &note_bytes) ==
+          MOSHI_ERROR_CHECKPOINT);
+    free(data);
+    return 1;
+}
+
+static int test_a_descriptor_tells_of_a_finished_frame(void)
+{
+    struct moshi_session *session;
+    struct pollfd watched = {.events = POLLIN};
+    static float pcm[FRAME_SIZE], out[FRAME_SIZE];
+    struct moshi_frame frame = {.pcm = out};
+    CHECK(open_session(100, &session) == MOSHI_OK);
+    CHECK(moshi_session_descriptor(session, &watched.fd) == MOSHI_OK);
+    for (int i = 0; i < 3; ++i) {
+        CHECK(poll(&watched, 1, 0) == 0);
+        CHECK(moshi_session_submit(session, pcm, &frame) == MOSHI_OK);
+        CHECK(poll(&watched, 1, 60000) == 1);
+        CHECK(moshi_session_ready(session));
+        CHECK(!moshi_session_withdraw(session));
+        CHECK(moshi_session_wait(session) == MOSHI_OK && frame.index == i);
+    }
+    moshi_session_destroy(session);
+    return 1;
+}
+
+static int test_a_withdrawn_frame_was_never_stepped(void)
+{
+    struct moshi_session *session;
+    static float pcm[FRAME_SIZE], out[FRAME_SIZE];
+    struct moshi_frame frame = {.pcm = out};
+    int64_t stepped = 0;
+    CHECK(open_session(100, &session) == MOSHI_OK);
+    CHECK(!moshi_session_withdraw(session));
+    for (int i = 0; i < 200; ++i) {
+        CHECK(moshi_session_submit(session, pcm, &frame) == MOSHI_OK);
+        if (!moshi_session_withdraw(session)) {
+            CHECK(moshi_session_wait(session) == MOSHI_OK);
+            CHECK(frame.index == stepped++);
+        }
+    }
+    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK && frame.index == stepped);
+    moshi_session_destroy(session);
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     struct moshi_model_options options = {.folder = argc > 1 ? argv[1] : "moshi_c/data/moshi-tiny",
@@ -521,6 +624,9 @@ int main(int argc, char **argv)
     RUN(test_a_submitted_session_can_be_destroyed);
     RUN(test_absurd_arguments_are_refused);
     RUN(test_an_offline_start_forces_each_token_once);
+    RUN(test_forks_and_snapshots_go_on);
+    RUN(test_a_descriptor_tells_of_a_finished_frame);
+    RUN(test_a_withdrawn_frame_was_never_stepped);
     RUN(test_whole_files_and_streams_agree_on_the_first_seconds);
     moshi_engine_destroy(engine);
     moshi_model_close(model);

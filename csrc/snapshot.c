@@ -1,0 +1,319 @@
+/* snapshot.c: lists of items, written to and read from the layout of a safetensors file. */
+#include "snapshot.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+struct snapshot_item {
+    char name[80];
+    enum tensor_dtype dtype;
+    int n_dims;
+    int64_t dims[5];
+    size_t bytes;
+    /* where it lives: keys and values of a lane, device memory of a backend, or host memory */
+    struct kv_pages *kv;
+    int lane;
+    int64_t first;
+    struct backend *backend;
+    void *memory;
+};
+
+/* ---- the list --------------------------------------------------------------------------- */
+
+void snapshot_init(struct snapshot *snapshot, const char *format)
+{
+    memset(snapshot, 0, sizeof *snapshot);
+    snapshot_fact(snapshot, "format", "%s", format);
+    snapshot_fact(snapshot, "version", "%s", SNAPSHOT_VERSION);
+}
+
+void snapshot_free(struct snapshot *snapshot)
+{
+    free(snapshot->items);
+    memset(snapshot, 0, sizeof *snapshot);
+}
+
+void snapshot_fact(struct snapshot *snapshot, const char *key, const char *format, ...)
+{
+    if (snapshot->n_facts == SNAPSHOT_MAX_FACTS) {
+        snapshot->status = moshi_fail(MOSHI_ERROR_INTERNAL, "a snapshot with too many facts");
+        return;
+    }
+    va_list arguments;
+    va_start(arguments, format);
+    snapshot->facts[snapshot->n_facts].key = key;
+    vsnprintf(snapshot->facts[snapshot->n_facts].value, sizeof snapshot->facts[0].value, format,
+              arguments);
+    va_end(arguments);
+    ++snapshot->n_facts;
+}
+
+static void add(struct snapshot *snapshot, struct snapshot_item item, const char *name,
+                const char *suffix)
+{
+    if (snapshot->status) return;
+    if (snapshot->n_items == snapshot->capacity) {
+        int capacity = snapshot->capacity ? 2 * snapshot->capacity : 64;
+        struct snapshot_item *items = realloc(snapshot->items, (size_t)capacity * sizeof *items);
+        if (!items) {
+            snapshot->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a snapshot");
+            return;
+        }
+        snapshot->items = items;
+        snapshot->capacity = capacity;
+    }
+    item.bytes = tensor_dtype_bytes(item.dtype);
+    for (int i = 0; i < item.n_dims; ++i) item.bytes *= (size_t)item.dims[i];
+    snprintf(item.name, sizeof item.name, "%s%s", name, suffix);
+    snapshot->items[snapshot->n_items++] = item;
+}
+
+void snapshot_host(struct snapshot *snapshot, const char *name, enum tensor_dtype dtype,
+                   int64_t count, void *memory)
+{
+    add(snapshot,
+        (struct snapshot_item){.dtype = dtype, .n_dims = 1, .dims = {count}, .memory = memory},
+        name, "");
+}
+
+void snapshot_lane(struct snapshot *snapshot, const struct state_table *table, int lane,
+                   const char *suffix)
+{
+    static const enum tensor_dtype dtypes[] = {
+        [FIELD_F32] = TENSOR_F32, [FIELD_I32] = TENSOR_I32, [FIELD_U8] = TENSOR_U8};
+    for (int i = 0; i < table->n_fields; ++i) {
+        const struct state_field *field = &table->fields[i];
+        add(snapshot,
+            (struct snapshot_item){
+                .dtype = dtypes[field->type],
+                .n_dims = 1,
+                .dims = {(int64_t)field->elements},
+                .backend = table->backend,
+                .memory = (char *)field->data + (size_t)lane * state_field_bytes(field)},
+            field->name, suffix);
+    }
+}
+
+static int64_t visible(const struct kv_pages *kv, int64_t offset)
+{
+    return offset < kv->positions ? offset : kv->positions;
+}
+
+void snapshot_pages(struct snapshot *snapshot, struct kv_pages *kv, int lane, int64_t offset,
+                    const char *name, const char *suffix)
+{
+    const struct kv_cache *cache = &kv->cache;
+    const int64_t count = visible(kv, offset);
+    add(snapshot,
+        (struct snapshot_item){.dtype = cache->dtype == MOSHI_F32 ? TENSOR_F32 : TENSOR_BF16,
+                               .n_dims = 5,
+                               .dims = {cache->layers, 2, cache->kv_heads, count, cache->head_dim},
+                               .kv = kv,
+                               .lane = lane,
+                               .first = offset - count},
+        name, suffix);
+}
+
+int snapshot_make_room(struct kv_pages *kv, int lane, int64_t offset)
+{
+    const int64_t count = visible(kv, offset);
+    return kv_pages_grow(kv, lane, offset - count, (int)count);
+}
+
+/* ---- writing ---------------------------------------------------------------------------- */
+
+/* A text that counts what does not fit. */
+struct text {
+    char *to;
+    size_t room, length;
+};
+
+static void put(struct text *text, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+static void put(struct text *text, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    size_t left = text->length < text->room ? text->room - text->length : 0;
+    int written = vsnprintf(left ? text->to + text->length : NULL, left, format, arguments);
+    va_end(arguments);
+    text->length += written > 0 ? (size_t)written : 0;
+}
+
+/* The names and facts are ours: nothing in them needs escaping. */
+static void put_header(struct text *text, const struct snapshot *snapshot)
+{
+    put(text, "{\"__metadata__\":{");
+    for (int i = 0; i < snapshot->n_facts; ++i)
+        put(text, "%s\"%s\":\"%s\"", i ? "," : "", snapshot->facts[i].key,
+            snapshot->facts[i].value);
+    put(text, "}");
+    size_t at = 0;
+    for (int i = 0; i < snapshot->n_items; ++i) {
+        const struct snapshot_item *item = &snapshot->items[i];
+        char shape[160];
+        put(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", item->name,
+            tensor_dtype_name(item->dtype),
+            tensor_shape_text(item->dims, item->n_dims, shape, sizeof shape), at,
+            at + item->bytes);
+        at += item->bytes;
+    }
+    put(text, "}");
+    while (text->length % 8) put(text, " ");
+}
+
+int snapshot_write(const struct snapshot *snapshot, void *data, size_t *bytes)
+{
+    if (snapshot->status) return snapshot->status;
+    struct text text = {0};
+    put_header(&text, snapshot);
+    const size_t header = text.length;
+    size_t total = 8 + header;
+    for (int i = 0; i < snapshot->n_items; ++i) total += snapshot->items[i].bytes;
+    if (!data) {
+        *bytes = total;
+        return MOSHI_OK;
+    }
+    if (*bytes < total)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "%zu bytes for a snapshot, expected %zu", *bytes,
+                          total);
+    char *copy = malloc(header + 1);
+    if (!copy) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the header of a snapshot");
+    text = (struct text){.to = copy, .room = header + 1};
+    put_header(&text, snapshot);
+    uint8_t *to = data;
+    for (int i = 0; i < 8; ++i) *to++ = (uint8_t)((uint64_t)header >> 8 * i);
+    memcpy(to, copy, header);
+    to += header;
+    free(copy);
+    for (int i = 0; i < snapshot->n_items; ++i) {
+        const struct snapshot_item *item = &snapshot->items[i];
+        if (item->kv)
+            kv_pages_read(item->kv, item->lane, item->first, (int)item->dims[3], to);
+        else if (item->backend)
+            item->backend->ops->download(item->backend, to, item->memory, item->bytes);
+        else if (item->bytes)
+            memcpy(to, item->memory, item->bytes);
+        to += item->bytes;
+    }
+    *bytes = total;
+    return MOSHI_OK;
+}
+
+/* ---- reading ---------------------------------------------------------------------------- */
+
+int snapshot_check_facts(const struct snapshot *snapshot, const struct tensor_file *file)
+{
+    for (int i = 0; i < snapshot->n_facts; ++i) {
+        const char *key = snapshot->facts[i].key, *expected = snapshot->facts[i].value;
+        const char *found = tensor_file_metadata(file, key);
+        if (!found)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: it does not name its %s, expected \"%s\"; is it a snapshot?",
+                              tensor_file_path(file), key, expected);
+        if (strcmp(found, expected) != 0)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: its %s is \"%.80s\", expected \"%s\", which is open here",
+                              tensor_file_path(file), key, found, expected);
+    }
+    return MOSHI_OK;
+}
+
+/* The tensor with exactly this dtype and shape; marks it used. */
+static int find(struct tensor_file *file, const char *name, enum tensor_dtype dtype, int n_dims,
+                const int64_t *dims, const struct tensor **result)
+{
+    struct tensor *tensor = tensor_file_find(file, name);
+    if (!tensor)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the field %s is missing",
+                          tensor_file_path(file), name);
+    int same = tensor->dtype == dtype && tensor->n_dims == n_dims;
+    for (int i = 0; i < n_dims && same; ++i) same = dims[i] < 0 || tensor->dims[i] == dims[i];
+    if (!same) {
+        char found[160], expected[160];
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the field %s is %s %s, expected %s %s",
+                          tensor_file_path(file), name, tensor_dtype_name(tensor->dtype),
+                          tensor_shape_text(tensor->dims, tensor->n_dims, found, sizeof found),
+                          tensor_dtype_name(dtype),
+                          dims[0] < 0
+                              ? "of one dimension"
+                              : tensor_shape_text(dims, n_dims, expected, sizeof expected));
+    }
+    tensor->used = 1;
+    *result = tensor;
+    return MOSHI_OK;
+}
+
+static int all_finite(const struct tensor *tensor)
+{
+    for (int64_t i = 0; i < tensor->elements; ++i) {
+        uint32_t bits;
+        memcpy(&bits, (const char *)tensor->data + 4 * i, 4);
+        if ((bits & 0x7f800000u) == 0x7f800000u) return 0;
+    }
+    return 1;
+}
+
+int snapshot_read(const struct snapshot *snapshot, struct tensor_file *file)
+{
+    if (snapshot->status) return snapshot->status;
+    for (int i = 0; i < snapshot->n_items; ++i) {
+        const struct snapshot_item *item = &snapshot->items[i];
+        const struct tensor *tensor;
+        int status = find(file, item->name, item->dtype, item->n_dims, item->dims, &tensor);
+        if (status) return status;
+        if (item->dtype == TENSOR_F32 && !all_finite(tensor))
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: the field %s holds NaN or infinity, expected finite numbers",
+                              tensor_file_path(file), item->name);
+        if (item->kv)
+            kv_pages_write(item->kv, item->lane, item->first, (int)item->dims[3], tensor->data);
+        else if (item->backend)
+            item->backend->ops->upload(item->backend, item->memory, tensor->data, item->bytes);
+        else if (item->bytes)
+            memcpy(item->memory, tensor->data, item->bytes);
+    }
+    return MOSHI_OK;
+}
+
+int snapshot_finish(struct tensor_file *file)
+{
+    for (int i = 0; i < tensor_file_count(file); ++i) {
+        const struct tensor *tensor = tensor_file_at(file, i);
+        if (!tensor->used)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "%s: the field %.60s is not one of this model's state",
+                              tensor_file_path(file), tensor->name);
+    }
+    return MOSHI_OK;
+}
+
+int snapshot_find(struct tensor_file *file, const char *name, enum tensor_dtype dtype,
+                  const struct tensor **tensor)
+{
+    const int64_t any = -1;
+    return find(file, name, dtype, 1, &any, tensor);
+}
+
+int snapshot_count(struct tensor_file *file, int64_t limit, int64_t *value, const char *format, ...)
+{
+    char name[80];
+    const struct tensor *tensor;
+    const int64_t one = 1;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
+    int status = find(file, name, TENSOR_I64, 1, &one, &tensor);
+    if (status) return status;
+    memcpy(value, tensor->data, sizeof *value);
+    if (*value < 0 || *value > limit)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the field %s is %lld, expected 0 to %lld",
+                          tensor_file_path(file), name, (long long)*value, (long long)limit);
+    return MOSHI_OK;
+}
