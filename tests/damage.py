@@ -375,7 +375,7 @@ def use(folder: Path) -> None:
     import moshi_c
 
     silence = np.zeros(1920, np.float32)
-    with moshi_c.load(folder, max_sessions=2, threads=2, progress=False) as model:
+    with moshi_c.load(folder, max_sessions=2, threads=1, progress=False) as model:
         size = model.frame_size
         with moshi_c.Session(model, seed=1) as session:
             for _ in range(model.max_delay + 2):
