@@ -428,7 +428,7 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
         if (session->dead) continue;
         ++session->index;
         if (session->next_text == TOKEN_FREE && session->forced_first < session->forced_end)
-            ++session->forced_first;
+            __atomic_store_n(&session->forced_first, session->forced_first + 1, __ATOMIC_RELAXED);
         session->next_text = TOKEN_FREE;
         for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
         session->frame->step_s = end - session->submitted_s;

@@ -33,7 +33,7 @@ struct moshi_session {
         *event; /* set when the frame is done; NULL until asked for; under engine->lock */
     /* policy */
     int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
-    int forced_first, forced_end, forced_capacity;
+    int forced_first, forced_end, forced_capacity; /* first: atomic, asked for during a tick */
     int32_t next_text, next_audio[MOSHI_MAX_CODEBOOKS]; /* teacher forcing, TOKEN_FREE if not */
     float *logits; /* [text_card + dep_q * card], with keep_logits */
     int has_logits;

@@ -74,8 +74,9 @@ int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader 
     }
     load_embedding(loader, "text_emb", config->text_card + 1, dim, 0, config->norm_emb,
                    &lm->text_embedding);
-    if (strcmp(config->family, "hibiki") == 0) {
-        /* Translation models may end (EOS) too early; upstream makes them read a PAD there. */
+    if (strcmp(config->family, "hibiki") == 0 && config->text_card >= 3) {
+        /* Translation models may end (EOS) too early; upstream makes them read a PAD there, where
+         * the vocabulary has one. */
         lm->text_embedding.alias = 2;
         lm->text_embedding.alias_of = 3;
     }

@@ -92,7 +92,10 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
                    &rvq->in_proj);
     weights_matrix(loader, weights_need(loader, "%s.output_proj.weight", prefix), width, dim,
                    &rvq->out_proj);
-    if (loader->status || levels == 0) return;
+    /* The config's sizes are claims until a tensor has them. */
+    const int64_t dims[2] = {bins, dim};
+    if (loader->status || weights_check(loader, codebook_tensor(loader, prefix, 0, sums), 2, dims))
+        return;
     size_t entries = (size_t)levels * (size_t)bins;
     float *codebooks = weight_store_allocate(loader->store, entries * (size_t)dim * 4);
     float *half_norms = weight_store_allocate(loader->store, entries * 4);
@@ -106,7 +109,6 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
     for (int level = 0; level < levels && !loader->status; ++level) {
         struct tensor *sum = codebook_tensor(loader, prefix, level, sums);
         struct tensor *usage = codebook_tensor(loader, prefix, level, usages);
-        int64_t dims[2] = {bins, dim};
         if (weights_check(loader, sum, 2, dims) || weights_check(loader, usage, 1, dims)) break;
         if (!weights_find(loader, "%s.vq.layers.%d._codebook._initialized", prefix, level))
             weights_find(loader, "%s.vq.layers.%d._codebook.inited", prefix, level);
@@ -389,8 +391,7 @@ static void list_side(struct mimi_state *state, int decoder, int lane, const cha
 void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,
                      struct snapshot *snapshot)
 {
-    for (int decoder = 0; decoder < 2; ++decoder)
-        list_side(state, decoder, lane, suffix, snapshot);
+    for (int decoder = 0; decoder < 2; ++decoder) list_side(state, decoder, lane, suffix, snapshot);
 }
 
 int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
@@ -398,8 +399,7 @@ int mimi_state_make_room(struct mimi_state *state, int lane, const char *suffix,
 {
     int64_t *encoded = &state->encoder_offset[lane], *decoded = &state->decoder_offset[lane];
     int status = snapshot_count(file, MAX_FRAMES, encoded, "mimi.encoder.steps%s", suffix);
-    if (!status)
-        status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
+    if (!status) status = snapshot_count(file, MAX_FRAMES, decoded, "mimi.decoder.steps%s", suffix);
     if (!status) status = snapshot_make_room(&state->encoder_kv, lane, *encoded);
     if (!status) status = snapshot_make_room(&state->decoder_kv, lane, *decoded);
     return status;

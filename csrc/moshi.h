@@ -263,7 +263,7 @@ MOSHI_API int moshi_session_withdraw(struct moshi_session *session);
 /* Appends tokens that the inner monologue takes from the next frame on, one a frame. */
 MOSHI_API int moshi_session_force_text(struct moshi_session *session, const int32_t *tokens,
                                        int count);
-/* How many of them are still to come. */
+/* How many of them are still to come; may be asked between submit and wait. */
 MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
 /* Teacher forcing: the next step reads and stores these instead of what it would sample. text < 0
  * or audio == NULL leave that part free. audio: dep_q codes. */

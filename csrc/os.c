@@ -35,6 +35,18 @@
 #define MAP_NORESERVE 0
 #endif
 
+#ifndef __has_feature
+#define __has_feature(feature) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define GUARD_BYTES 4096
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) (void)0
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) (void)0
+#define GUARD_BYTES 0
+#endif
+
 struct os_thread {
     pthread_t handle;
     void (*body)(void *);
@@ -72,6 +84,13 @@ static void *map_anonymous(void *where, size_t bytes, int flags)
     void *memory = mmap(where, bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
     return memory == MAP_FAILED ? NULL : memory;
+}
+
+/* What is mapped for a block. The address sanitizer knows the ends of what malloc gives; of these
+ * pages it has to be told, and forbids what lies behind them. */
+static size_t mapped_bytes(size_t bytes)
+{
+    return (bytes > 0 ? bytes : 1) + GUARD_BYTES;
 }
 
 static int read_whole(int fd, const char *path, uint8_t *data, size_t bytes)
@@ -168,13 +187,18 @@ int64_t os_path_bytes(const char *path)
 
 void *os_reserve(size_t bytes)
 {
-    return map_anonymous(NULL, bytes > 0 ? bytes : 1, 0);
+    void *memory = map_anonymous(NULL, mapped_bytes(bytes), 0);
+    if (memory != NULL) {
+        ASAN_POISON_MEMORY_REGION((char *)memory + bytes, GUARD_BYTES);
+    }
+    return memory;
 }
 
 void os_release(void *memory, size_t bytes)
 {
     if (memory != NULL) {
-        munmap(memory, bytes > 0 ? bytes : 1);
+        ASAN_UNPOISON_MEMORY_REGION((char *)memory + bytes, GUARD_BYTES);
+        munmap(memory, mapped_bytes(bytes));
     }
 }
 

@@ -493,7 +493,7 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
 
 int moshi_session_forced_left(struct moshi_session *session)
 {
-    return session->forced_end - session->forced_first;
+    return session->forced_end - __atomic_load_n(&session->forced_first, __ATOMIC_RELAXED);
 }
 
 int moshi_session_force_next(struct moshi_session *session, int32_t text, const int32_t *audio)
@@ -614,7 +614,7 @@ static void list_session(struct moshi_session *session, struct snapshot *snapsho
     snapshot_host(snapshot, "session.next_audio", TENSOR_I32, info->dep_q, session->next_audio);
     snapshot_host(snapshot, "session.forced", TENSOR_I32,
                   session->forced_end - session->forced_first,
-                  session->forced + session->forced_first);
+                  session->forced ? session->forced + session->forced_first : NULL);
     if (session->condition)
         snapshot_host(snapshot, "session.condition", TENSOR_F32,
                       2 * (int64_t)session->engine->model->lm.config.temporal.dim,

@@ -88,12 +88,12 @@ void snapshot_lane(struct snapshot *snapshot, const struct state_table *table, i
     for (int i = 0; i < table->n_fields; ++i) {
         const struct state_field *field = &table->fields[i];
         add(snapshot,
-            (struct snapshot_item){
-                .dtype = dtypes[field->type],
-                .n_dims = 1,
-                .dims = {(int64_t)field->elements},
-                .backend = table->backend,
-                .memory = (char *)field->data + (size_t)lane * state_field_bytes(field)},
+            (struct snapshot_item){.dtype = dtypes[field->type],
+                                   .n_dims = 1,
+                                   .dims = {(int64_t)field->elements},
+                                   .backend = table->backend,
+                                   .memory = (char *)field->data +
+                                             (size_t)lane * state_field_bytes(field)},
             field->name, suffix);
     }
 }
@@ -132,8 +132,7 @@ struct text {
     size_t room, length;
 };
 
-static void put(struct text *text, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
+static void put(struct text *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 static void put(struct text *text, const char *format, ...)
 {
@@ -159,8 +158,7 @@ static void put_header(struct text *text, const struct snapshot *snapshot)
         char shape[160];
         put(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", item->name,
             tensor_dtype_name(item->dtype),
-            tensor_shape_text(item->dims, item->n_dims, shape, sizeof shape), at,
-            at + item->bytes);
+            tensor_shape_text(item->dims, item->n_dims, shape, sizeof shape), at, at + item->bytes);
         at += item->bytes;
     }
     put(text, "}");
@@ -240,9 +238,8 @@ static int find(struct tensor_file *file, const char *name, enum tensor_dtype dt
                           tensor_file_path(file), name, tensor_dtype_name(tensor->dtype),
                           tensor_shape_text(tensor->dims, tensor->n_dims, found, sizeof found),
                           tensor_dtype_name(dtype),
-                          dims[0] < 0
-                              ? "of one dimension"
-                              : tensor_shape_text(dims, n_dims, expected, sizeof expected));
+                          dims[0] < 0 ? "of one dimension"
+                                      : tensor_shape_text(dims, n_dims, expected, sizeof expected));
     }
     tensor->used = 1;
     *result = tensor;

@@ -247,13 +247,13 @@ static struct run find_run(const struct kv_pages *kv, int lane, int64_t first, i
     int64_t ring = (int64_t)cache->pages_per_lane * KV_PAGE_POSITIONS;
     int place = (int)((first + done) % ring), within = place % KV_PAGE_POSITIONS;
     int length = KV_PAGE_POSITIONS - within < count - done ? KV_PAGE_POSITIONS - within
-                                                            : count - done;
+                                                           : count - done;
     int32_t page = kv->host_table[(size_t)lane * (size_t)cache->pages_per_lane +
                                   (size_t)(place / KV_PAGE_POSITIONS)];
-    return (struct run){
-        .device = page_address(kv, page) + (plane * KV_PAGE_POSITIONS + (size_t)within) * row,
-        .host = (plane * (size_t)count + (size_t)done) * row,
-        .bytes = (size_t)length * row};
+    return (struct run){.device = page_address(kv, page) +
+                                  (plane * KV_PAGE_POSITIONS + (size_t)within) * row,
+                        .host = (plane * (size_t)count + (size_t)done) * row,
+                        .bytes = (size_t)length * row};
 }
 
 static size_t planes(const struct kv_pages *kv)

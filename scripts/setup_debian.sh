@@ -17,6 +17,11 @@ has_header() {
     echo "#include <$1>" | cc -E - >/dev/null
 }
 
+has_fuzzer() {
+    echo 'int LLVMFuzzerTestOneInput(const char *a, long n) { return !a + !n; }' |
+        clang -fsanitize=fuzzer -x c - -o /dev/null
+}
+
 has_python_header() {
     test -f "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
 }
@@ -33,6 +38,10 @@ for what in "$@"; do
     sound)
         need espeak-ng command -v espeak-ng
         need libsndfile1 .venv/bin/python -c 'import soundfile'
+        ;;
+    fuzzer)
+        need clang command -v clang
+        need libclang-rt-dev has_fuzzer
         ;;
     clang) need clang command -v clang ;;
     *)

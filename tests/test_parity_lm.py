@@ -125,6 +125,7 @@ def test_teacher_forced_logits_equal_upstreams(made: Checkpoints, name: str) -> 
     assert logits_distance(ours, theirs) <= bound("logits_f32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDE)
 def test_published_widths_equal_upstream(made: Checkpoints, name: str) -> None:
     """Two layers of the 7B and of the 2B; the file is bf16, both sides compute in float32."""
@@ -333,6 +334,7 @@ def test_16_bit_file_with_f32_keys_equals_upstreams_float32_run_on_its_weights(
     assert logits_distance(ours, reference.run) <= bound("logits_f32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moshi", "depth16", "stt"])
 @pytest.mark.parametrize("load", [{}, {"kv_dtype": "bf16"}, {"dtype": "bf16"}], ids=str)
 def test_bf16_is_no_further_from_float32_than_upstreams_own_bf16(
@@ -389,6 +391,7 @@ def random_tokens(shape: Shape, steps: int, seed: int) -> tuple[Codes, Codes, Co
     return user, stream(shape.text_card), audio
 
 
+@pytest.mark.slow
 def test_swapping_two_rows_of_any_matrix_moves_the_logits(
     made: Checkpoints, tmp_path: Path
 ) -> None:

@@ -74,11 +74,13 @@ def far(ours: Floats, theirs: Floats) -> float:
 # ---- a minute of sound, published sizes --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_minute_uses_many_codes_of_every_codebook(minute: Minute) -> None:
     distinct = [len(set(row.tolist())) for row in minute.codes]
     assert len(distinct) == 32 and min(distinct) >= bound("distinct_codes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codebooks", "frames"), [(8, 750), (32, 200)])
 def test_codes_of_a_minute_equal_upstreams_but_for_ties(
     mimi_full: Path, minute: Minute, codebooks: int, frames: int
@@ -90,6 +92,7 @@ def test_codes_of_a_minute_equal_upstreams_but_for_ties(
     assert_same_codes(minute.mimi, minute.latents, ours, theirs, bound("mimi_frames"))
 
 
+@pytest.mark.slow
 def test_sound_equals_upstreams(mimi_full: Path, minute: Minute) -> None:
     """Half a minute, decoded at once; the session test decodes a whole one frame by frame."""
     codes = np.ascontiguousarray(minute.codes[:8, 200:575])
@@ -99,6 +102,7 @@ def test_sound_equals_upstreams(mimi_full: Path, minute: Minute) -> None:
     assert far(ours, theirs) <= bound("mimi_sound")
 
 
+@pytest.mark.slow
 def test_streaming_equals_upstreams_streaming_past_ten_seconds(
     mimi_full: Path, conversation: Conversation
 ) -> None:
@@ -116,6 +120,7 @@ def test_streaming_equals_upstreams_streaming_past_ten_seconds(
     )
 
 
+@pytest.mark.slow
 def test_whole_files_are_decoded_with_the_full_window(
     mimi_full: Path, conversation: Conversation, minute: Minute
 ) -> None:
@@ -226,6 +231,7 @@ def test_rows_of_a_batched_stream_equal_streams_alone(mimi_small: Path) -> None:
 # ---- every tensor ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_swapping_two_rows_of_any_tensor_changes_codes_or_sound(
     mimi_small: Path, small: MimiModel, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from tolerances import bound
 
 import moshi_c
 
-pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.timeout(900)]
 
 FRAME = sound.FRAME
 SCRIPT = Path(__file__).with_name("session_process.py")

@@ -25,7 +25,7 @@ from upstream import Codes, Floats
 
 import moshi_c
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 DRAWS = 20_000
 SHAPE = SHAPES["draws"]

@@ -287,6 +287,21 @@ static void given_back_pages_read_as_zeros(void)
     os_release(nothing, 0);
 }
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+
+static void the_sanitizer_knows_where_reserved_memory_ends(void)
+{
+    for (size_t bytes = 4090; bytes < 4103; bytes++) {
+        uint8_t *memory = os_reserve(bytes);
+        CHECK(memory != NULL && __asan_region_is_poisoned(memory, bytes) == NULL);
+        CHECK(__asan_address_is_poisoned(memory + bytes));
+        os_release(memory, bytes);
+        CHECK(!__asan_address_is_poisoned(memory + bytes));
+    }
+}
+#endif
+
 static void the_machine_answers(void)
 {
     CHECK(os_cpu_count() >= 1);
@@ -1690,6 +1705,9 @@ static const struct {
     TEST(a_mapped_file_equals_a_copied_one),
     TEST(what_is_no_file_gives_a_sentence),
     TEST(given_back_pages_read_as_zeros),
+#ifdef __SANITIZE_ADDRESS__
+    TEST(the_sanitizer_knows_where_reserved_memory_ends),
+#endif
     TEST(the_machine_answers),
     TEST(one_wake_reaches_every_waiting_thread),
     TEST(json_values_are_read),
