@@ -109,6 +109,8 @@ static int codec_open(struct codec *codec, struct moshi_engine *engine, int batc
 
 static int check_codec(const struct moshi_engine *engine, int batch)
 {
+    int status = model_check_process(engine->model);
+    if (status) return status;
     if (!engine->model->info.has_mimi)
         return moshi_fail(MOSHI_ERROR_SESSION, "the model was opened without a codec");
     if (batch < 1 || batch > 1024)
@@ -116,13 +118,36 @@ static int check_codec(const struct moshi_engine *engine, int batch)
     return MOSHI_OK;
 }
 
-static int check_finite(const float *pcm, size_t samples)
+int samples_are_finite(const float *pcm, size_t samples)
 {
-    for (size_t i = 0; i < samples; ++i)
-        if (!isfinite(pcm[i]))
-            return moshi_fail(MOSHI_ERROR_AUDIO, "sample %zu is %s, expected finite numbers", i,
-                              isnan(pcm[i]) ? "not a number" : "infinite");
+    int bad = 0;
+    for (size_t i = 0; i < samples; ++i) bad |= !isfinite(pcm[i]);
+    return !bad;
+}
+
+int check_samples(const float *pcm, size_t samples)
+{
+    for (size_t i = 0; i < samples; ++i) {
+        if (fabsf(pcm[i]) <= MOSHI_MAX_SAMPLE) continue;
+        if (isfinite(pcm[i]))
+            return moshi_fail(MOSHI_ERROR_AUDIO,
+                              "sample %zu is %g, expected -1 to 1 (integers of 16 bits go in as "
+                              "int16, or divided by 32768)",
+                              i, (double)pcm[i]);
+        return moshi_fail(MOSHI_ERROR_AUDIO, "sample %zu is %s, expected finite numbers", i,
+                          isnan(pcm[i]) ? "not a number" : "infinite");
+    }
     return MOSHI_OK;
+}
+
+static int check_sound(const struct moshi_engine *engine, const float *pcm, size_t samples)
+{
+    if (samples_are_finite(pcm, samples)) return MOSHI_OK;
+    return moshi_fail(
+        MOSHI_ERROR_CHECKPOINT,
+        "%s: the sound of these codes is not finite, expected numbers: the weights are "
+        "damaged",
+        engine->model->mimi_path);
 }
 
 static int check_codes(const struct moshi_engine *engine, const int32_t *codes, size_t count,
@@ -161,7 +186,7 @@ int mimi_stream_create(struct moshi_engine *engine, int batch, struct mimi_strea
 
 void mimi_stream_destroy(struct mimi_stream *stream)
 {
-    if (!stream) return;
+    if (!stream || model_check_process(stream->codec.engine->model)) return;
     struct os_mutex *lock = stream->codec.engine->model->backend_lock;
     os_mutex_lock(lock);
     codec_release(&stream->codec);
@@ -171,6 +196,8 @@ void mimi_stream_destroy(struct mimi_stream *stream)
 
 static int enter(struct mimi_stream *stream)
 {
+    int status = model_check_process(stream->codec.engine->model);
+    if (status) return status;
     if (__atomic_exchange_n(&stream->busy, 1u, __ATOMIC_ACQUIRE))
         return moshi_fail(MOSHI_ERROR_SESSION,
                           "the codec stream is in use by another thread; one call at a time");
@@ -191,7 +218,7 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
     const struct backend_ops *ops = engine->backend->ops;
     const int levels = engine->model->info.codebooks;
     const size_t samples = (size_t)codec->batch * (size_t)engine->frame_size;
-    status = check_finite(pcm, samples);
+    status = check_samples(pcm, samples);
     if (!status) {
         os_mutex_lock(engine->model->backend_lock);
         for (int lane = 0; lane < codec->batch && !status; ++lane)
@@ -228,6 +255,8 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
         os_mutex_unlock(engine->model->backend_lock);
+        if (!status)
+            status = check_sound(engine, pcm, (size_t)codec->batch * (size_t)engine->frame_size);
     }
     leave(stream);
     return status;
@@ -395,7 +424,7 @@ int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, 
     if (!status && (samples < 0 || samples > INT64_MAX / 8192))
         status = moshi_fail(MOSHI_ERROR_AUDIO, "%lld samples given, expected 0 or more",
                             (long long)samples);
-    if (!status) status = check_finite(pcm, (size_t)batch * (size_t)samples);
+    if (!status) status = check_samples(pcm, (size_t)batch * (size_t)samples);
     const int64_t frames = (samples + engine->frame_size - 1) / engine->frame_size;
     const int levels = engine->model->info.codebooks;
     for (int b = 0; b < batch && !status; b += WHOLE_BATCH)
@@ -455,5 +484,8 @@ int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int bat
         status = decode_batch(engine, codes + code_index(b, 0, 0, n_codes, frames),
                               batch - b < WHOLE_BATCH ? batch - b : WHOLE_BATCH, n_codes, frames,
                               pcm + b * frames * engine->frame_size);
+    if (!status)
+        status = check_sound(engine, pcm,
+                             (size_t)batch * (size_t)frames * (size_t)engine->frame_size);
     return status;
 }

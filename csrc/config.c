@@ -710,7 +710,8 @@ static int open_text(const char *text, size_t bytes, struct source *source,
     if (source->status == MOSHI_OK) {
         *reader = (struct reader){.source = source, .section = "", .object = json_root(*document)};
         if (reader->object->type != JSON_OBJECT) {
-            source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the file holds no JSON object",
+            source->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                        "%s: the file holds no JSON object, expected one",
                                         source->what);
         }
     }

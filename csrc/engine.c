@@ -102,6 +102,8 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
                         struct moshi_engine **result)
 {
     *result = NULL;
+    int status = model_check_process(model);
+    if (status) return status;
     const struct moshi_engine_options none = {0};
     if (!options) options = &none;
     int slots = options->max_sessions ? options->max_sessions : 8;
@@ -126,7 +128,7 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
     if (model->info.has_mimi && engine->decode_q > model->mimi.config.n_q)
         engine->decode_q = model->mimi.config.n_q;
     os_mutex_lock(model->backend_lock);
-    int status = create_state(engine, options);
+    status = create_state(engine, options);
     os_mutex_unlock(model->backend_lock);
     if (status) {
         moshi_engine_destroy(engine);
@@ -138,7 +140,7 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
 
 void moshi_engine_destroy(struct moshi_engine *engine)
 {
-    if (!engine) return;
+    if (!engine || model_check_process(engine->model)) return;
     if (engine->thread) {
         os_mutex_lock(engine->lock);
         engine->stop = 1;
@@ -173,6 +175,8 @@ void moshi_engine_destroy(struct moshi_engine *engine)
 
 int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory)
 {
+    int status = model_check_process(engine->model);
+    if (status) return status;
     memset(memory, 0, sizeof *memory);
     memory->weights_bytes = engine->model->info.weight_bytes;
     memory->free_bytes = os_memory_free();
@@ -193,6 +197,8 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
 
 int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_engine_stats *stats)
 {
+    int status = model_check_process(engine->model);
+    if (status) return status;
     os_mutex_lock(engine->lock);
     *stats = engine->stats;
     os_mutex_unlock(engine->lock);
@@ -338,6 +344,13 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
                                        (size_t)info->head_dim * sizeof(float));
 }
 
+static void end_session(struct moshi_session *session, int status)
+{
+    session->status = status;
+    session->dead = 1;
+    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+}
+
 /* Decodes the frames of the sessions that have output and want sound. */
 static int decode(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
@@ -360,17 +373,17 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
     }
     if (status || rows == 0) return status;
     status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows});
-    for (int i = 0; i < rows && !status; ++i)
-        ops->download(engine->backend, engine->subset[i]->frame->pcm,
+    for (int i = 0; i < rows && !status; ++i) {
+        struct moshi_session *session = engine->subset[i];
+        ops->download(engine->backend, session->frame->pcm,
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
+        if (!samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
+            end_session(session, moshi_fail(MOSHI_ERROR_SESSION,
+                                            "the voice of frame %lld is not finite, expected "
+                                            "numbers: the weights of the codec are damaged",
+                                            (long long)session->index));
+    }
     return status;
-}
-
-static void end_session(struct moshi_session *session, int status)
-{
-    session->status = status;
-    session->dead = 1;
-    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
 }
 
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
@@ -397,9 +410,10 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
         if (failed)
             end_session(
                 batch[i],
-                moshi_fail(MOSHI_ERROR_INTERNAL,
-                           "a logit of frame %lld is not finite: the weights or the options "
-                           "of this session give no numbers",
+                moshi_fail(MOSHI_ERROR_SESSION,
+                           "a logit of frame %lld is not finite, expected numbers: the weights are "
+                           "damaged (opening the model with their check names the tensor), or the "
+                           "options of this session are absurd",
                            (long long)batch[i]->index));
         fill_frame(engine, batch[i], i);
         if (batch[i]->logits) keep_logits(engine, batch[i], i, rows);

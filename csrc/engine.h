@@ -65,6 +65,11 @@ struct moshi_engine {
     int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
 };
 
+/* MOSHI_ERROR_AUDIO when a sample is not finite or beyond MOSHI_MAX_SAMPLE; codec.c. */
+int check_samples(const float *pcm, size_t samples);
+/* Whether all are numbers; what a codec of absurd weights makes may be none. */
+int samples_are_finite(const float *pcm, size_t samples);
+
 /* A session with its buffers and without a slot; its conditions are those of the options. */
 int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
                 struct moshi_session **session);

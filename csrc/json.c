@@ -320,7 +320,7 @@ static int parse_children(struct parser *p, int depth, struct json *parent)
     int closing = is_object ? '}' : ']';
     struct json **link = &parent->first;
     if (depth >= JSON_MAX_DEPTH) {
-        return fail(p, p->at - 1, "nested too deeply", "");
+        return fail(p, p->at - 1, "nested too deeply, expected at most 64 levels", "");
     }
     skip_space(p);
     if (peek(p) == closing) {

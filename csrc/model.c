@@ -36,9 +36,14 @@ static int named_file(const char *folder, const char *name, const char *key, cha
     return join_path(folder, name, path, capacity);
 }
 
+#define MAX_CONFIG_BYTES (16 << 20) /* a thousand times the published ones */
+
 static int read_config(const char *path, struct os_file *file)
 {
     memset(file, 0, sizeof *file);
+    if (path[0] && os_path_bytes(path) > MAX_CONFIG_BYTES)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s has %lld bytes, expected at most %d", path,
+                          (long long)os_path_bytes(path), MAX_CONFIG_BYTES);
     return path[0] ? os_file_open(path, 1, file) : MOSHI_OK;
 }
 
@@ -84,8 +89,10 @@ static int open_lm(struct moshi_model *model, const struct moshi_model_options *
     }
     model->lm_fingerprint = tensor_file_fingerprint(model->lm_file, model->lm_fingerprint);
     weight_store_init(&model->lm_store, model->backend);
-    struct weight_loader loader = {
-        .store = &model->lm_store, .file = model->lm_file, .dtype = options->dtype};
+    struct weight_loader loader = {.store = &model->lm_store,
+                                   .file = model->lm_file,
+                                   .dtype = options->dtype,
+                                   .check_finite = options->check_weights};
     return lm_load(&model->lm, config, &loader);
 }
 
@@ -127,8 +134,11 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
     if (status) return status;
     model->mimi_fingerprint = tensor_file_fingerprint(model->mimi_file, model->mimi_fingerprint);
     weight_store_init(&model->mimi_store, model->backend);
-    struct weight_loader loader = {
-        .store = &model->mimi_store, .file = model->mimi_file, .dtype = MOSHI_F32, .pack = 1};
+    struct weight_loader loader = {.store = &model->mimi_store,
+                                   .file = model->mimi_file,
+                                   .dtype = MOSHI_F32,
+                                   .pack = 1,
+                                   .check_finite = 1}; /* all of it is read now in any case */
     status = mimi_load(&model->mimi, &config, &loader);
     if (status) return status;
     /* Everything was copied into the backend's layout. */
@@ -242,6 +252,7 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
     *result = NULL;
     struct moshi_model *model = calloc(1, sizeof *model);
     if (!model) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a model");
+    model->process = os_process();
     int status = MOSHI_OK;
     if (options->folder && !os_path_is_folder(options->folder))
         status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s is not a folder", options->folder);
@@ -299,9 +310,19 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
     return MOSHI_OK;
 }
 
+int model_check_process(const struct moshi_model *model)
+{
+    int64_t here = os_process();
+    if (here == model->process) return MOSHI_OK;
+    return moshi_fail(MOSHI_ERROR_SESSION,
+                      "the model was opened by process %lld, and this is process %lld, forked from "
+                      "it without its threads; expected a model opened here",
+                      (long long)model->process, (long long)here);
+}
+
 void moshi_model_close(struct moshi_model *model)
 {
-    if (!model) return;
+    if (!model || model->process != os_process()) return;
     if (model->info.has_lm) lm_free(&model->lm);
     mimi_free(&model->mimi);
     weight_store_release(&model->lm_store);

@@ -15,8 +15,12 @@ struct moshi_model {
     struct moshi_model_info info;
     uint64_t lm_fingerprint, mimi_fingerprint; /* of configs and files; 0 where there is none */
     char lm_path[4096], mimi_path[4096], config_path[4096];
+    int64_t process; /* that opened it, the only one in which its threads and locks work */
     /* The backend has one caller at a time: held during a tick and by every other use of it. */
     struct os_mutex *backend_lock;
 };
+
+/* MOSHI_ERROR_SESSION in a process forked from the one that opened the model. */
+int model_check_process(const struct moshi_model *model);
 
 #endif

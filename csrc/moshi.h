@@ -10,6 +10,11 @@
  * MOSHI_ERROR_SESSION at once). A mimi_stream is the codec alone. Each object borrows the one above
  * it, which must outlive it. Destroy and close accept NULL.
  *
+ * Fork. A forked child has the memory of these objects, but not the threads behind them. There every
+ * call that would work gives MOSHI_ERROR_SESSION; destroy and close do nothing, since the memory is
+ * shared with the parent and goes with the process. The parent goes on undisturbed, and a model that
+ * the child opens itself is like any other.
+ *
  * Errors. Functions return MOSHI_OK or a negative status; moshi_error_detail() then holds one
  * sentence (what, found, expected) for the calling thread. Nothing here prints, exits or aborts.
  */
@@ -87,7 +92,12 @@ struct moshi_model_options {
     int mimi_codebooks; /* 1..32; 0: as many as the language model's larger side, else 8 */
     int threads; /* 0: MOSHI_C_THREADS, else one per core */
     int codec_only; /* open Mimi alone; lm_path and config_path are ignored */
-    int copy_weights; /* read the files instead of mapping them */
+    /* Read the files instead of mapping them. A mapped file that another process cuts short ends this
+     * one (SIGBUS) when the missing pages are read; the codec's file is never mapped for long. */
+    int copy_weights;
+    /* Read all weights of the language model once, and refuse one that is not finite. Without it, such
+     * a weight ends the sessions whose logits it reaches. The codec's are always checked. */
+    int check_weights;
 };
 
 /* What a caller needs to know about an open model. Strings live as long as the model. */
@@ -220,7 +230,12 @@ struct moshi_frame {
     double step_s; /* from submit to done */
 };
 
-/* pcm: frame_size floats. Not-finite samples give MOSHI_ERROR_AUDIO and change nothing. */
+/* Samples lie in -1..1; what is louder is taken up to this. Beyond it they are no sound but 16-bit
+ * integers in the wrong type, or damage. */
+#define MOSHI_MAX_SAMPLE 100.0f
+
+/* pcm: frame_size floats. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE, give
+ * MOSHI_ERROR_AUDIO and change nothing. */
 MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm,
                                  struct moshi_frame *frame);
 /* codes: user_q of them, 0..card (card itself is the initial or end token), skipping the encoder. */

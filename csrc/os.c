@@ -179,6 +179,12 @@ int os_path_is_folder(const char *path)
     return stat(path, &info) == 0 && S_ISDIR(info.st_mode);
 }
 
+int64_t os_path_bytes(const char *path)
+{
+    struct stat info;
+    return stat(path, &info) == 0 ? (int64_t)info.st_size : -1;
+}
+
 void *os_reserve(size_t bytes)
 {
     void *memory = map_anonymous(NULL, mapped_bytes(bytes), 0);
@@ -300,6 +306,11 @@ const char *os_environment(const char *name)
 {
     const char *value = getenv(name);
     return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+int64_t os_process(void)
+{
+    return (int64_t)getpid();
 }
 
 static void *thread_main(void *arg)

@@ -19,6 +19,7 @@ int os_file_open(const char *path, int copy, struct os_file *file);
 void os_file_close(struct os_file *file);
 int os_path_exists(const char *path);
 int os_path_is_folder(const char *path);
+int64_t os_path_bytes(const char *path); /* -1 when there is no such file */
 
 /* Zeroed memory, aligned to a page, committed by the system when first touched; NULL on failure. */
 void *os_reserve(size_t bytes);
@@ -30,10 +31,11 @@ void os_decommit(void *memory, size_t bytes);
 double os_clock(void);
 /* 64 bits from the system's random source. */
 uint64_t os_random(void);
-int os_cpu_count(void);       /* that this process may run on, at least 1 */
+int os_cpu_count(void); /* that this process may run on, at least 1 */
 int64_t os_memory_total(void); /* physical, 0 if unknown */
-int64_t os_memory_free(void);  /* available, 0 if unknown */
+int64_t os_memory_free(void); /* available, 0 if unknown */
 const char *os_environment(const char *name); /* NULL if unset or empty */
+int64_t os_process(void); /* this process's number */
 
 struct os_thread;
 struct os_mutex;

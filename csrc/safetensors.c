@@ -155,8 +155,9 @@ static int read_shape(const char *path, const struct json *node, struct tensor *
     if (overflow || (uint64_t)product > SIZE_MAX / 2) {
         char text[256];
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                          "%s: tensor '%.100s' has the shape %s, whose size overflows", path,
-                          node->key,
+                          "%s: tensor '%.100s' has the shape %s, whose size overflows, expected "
+                          "the shape of its data",
+                          path, node->key,
                           tensor_shape_text(tensor->dims, tensor->n_dims, text, sizeof text));
     }
     tensor->bytes = empty ? 0 : (size_t)product;
@@ -265,7 +266,8 @@ static int add_tensors(struct tensor_file *file, struct shard *shard, const stru
                        const uint8_t *data, size_t data_bytes)
 {
     if (root->type != JSON_OBJECT) {
-        return moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: the header is not a JSON object",
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "%s: the header is not a JSON object, expected one of tensors",
                           shard->path);
     }
     size_t names_bytes = 0, total;
@@ -516,8 +518,16 @@ static int open_shards(struct tensor_file *file, const struct json *map, int cop
         status = file->shards != NULL ? MOSHI_OK : fail_memory(file->path);
     }
     for (int i = 0; status == MOSHI_OK && i < count; i++) {
+        char *path = path_beside(file->path, names[i]);
+        if (path != NULL && !os_path_exists(path)) {
+            status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                "%s: names the shard '%.100s', expected that file beside it",
+                                file->path, names[i]);
+            free(path);
+            break;
+        }
         file->n_shards++;
-        status = open_shard(file, &file->shards[i], path_beside(file->path, names[i]), copy);
+        status = open_shard(file, &file->shards[i], path, copy);
     }
     free(names);
     if (status == MOSHI_OK) {

@@ -134,7 +134,8 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
                 struct moshi_session **result)
 {
     *result = NULL;
-    int status = check_options(engine->model, options);
+    int status = model_check_process(engine->model);
+    if (!status) status = check_options(engine->model, options);
     if (status) return status;
     struct moshi_session *session = calloc(1, sizeof *session);
     if (!session) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a session");
@@ -210,6 +211,7 @@ void moshi_session_destroy(struct moshi_session *session)
 {
     if (!session) return;
     struct moshi_engine *engine = session->slot >= 0 ? session->engine : NULL;
+    if (engine && model_check_process(engine->model)) return;
     if (engine) {
         /* A frame that was submitted and not waited for: the tick must be done with it. */
         os_mutex_lock(engine->lock);
@@ -237,10 +239,11 @@ uint64_t moshi_session_seed(const struct moshi_session *session)
 /* One caller at a time: the second gets an error at once. */
 int session_enter(struct moshi_session *session)
 {
+    int status = session->engine ? model_check_process(session->engine->model) : MOSHI_OK;
+    if (status) return status;
     if (__atomic_exchange_n(&session->busy, 1u, __ATOMIC_ACQUIRE))
         return moshi_fail(MOSHI_ERROR_SESSION,
                           "the session is in use by another thread; one step at a time");
-    int status = MOSHI_OK;
     if (!session->engine)
         status = moshi_fail(MOSHI_ERROR_SESSION, "the session's engine was closed");
     else if (session->dead)
@@ -264,13 +267,11 @@ static int take_pcm(struct moshi_session *session, const float *pcm, struct mosh
             "the model was opened without a codec: step by codes, or name a Mimi file");
     /* What is checked is the copy: the caller's buffer may change meanwhile. */
     memcpy(session->pcm, pcm, (size_t)info->frame_size * sizeof *pcm);
+    int status = check_samples(session->pcm, (size_t)info->frame_size);
+    if (status) return status;
     double energy = 0;
     for (int i = 0; i < info->frame_size; ++i) {
         float sample = session->pcm[i];
-        if (!isfinite(sample))
-            return moshi_fail(MOSHI_ERROR_AUDIO,
-                              "sample %d of the frame is %s, expected finite numbers", i,
-                              isnan(sample) ? "not a number" : "infinite");
         energy += (double)sample * (double)sample;
     }
     double rms = sqrt(energy / info->frame_size);
@@ -368,7 +369,7 @@ int moshi_session_submit(struct moshi_session *session, const float *pcm, struct
 int moshi_session_ready(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
-    if (!engine) return 1;
+    if (!engine || model_check_process(engine->model)) return 1;
     os_mutex_lock(engine->lock);
     int ready = session->phase == SESSION_DONE || session->phase == SESSION_IDLE;
     os_mutex_unlock(engine->lock);
@@ -383,13 +384,15 @@ int moshi_session_wait(struct moshi_session *session)
         session_leave(session);
         return moshi_fail(MOSHI_ERROR_SESSION, "the session's engine was closed");
     }
+    int status = model_check_process(engine->model);
+    if (status) return status;
     os_mutex_lock(engine->lock);
     int submitted = session->phase != SESSION_IDLE;
     while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
         os_condition_wait(engine->done, engine->lock);
     session->phase = SESSION_IDLE;
     if (session->event) os_event_clear(session->event);
-    int status = session->status;
+    status = session->status;
     os_mutex_unlock(engine->lock);
     if (!submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
     if (status) moshi_fail(status, "%s", session->sentence);
@@ -400,7 +403,7 @@ int moshi_session_wait(struct moshi_session *session)
 int moshi_session_withdraw(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
-    if (!engine) return 0;
+    if (!engine || model_check_process(engine->model)) return 0;
     os_mutex_lock(engine->lock);
     int withdrawn = session->phase == SESSION_SUBMITTED;
     if (withdrawn) session->phase = SESSION_IDLE;

@@ -1,6 +1,7 @@
 /* weights.c: binds tensors by name, dtype and shape. */
 #include "weights.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,9 +85,42 @@ struct tensor *weights_need(struct weight_loader *loader, const char *format, ..
     va_end(arguments);
     struct tensor *tensor = find(loader, name);
     if (!tensor)
-        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s: tensor %s is missing",
+        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                    "%s: tensor %s is missing, expected by the config",
                                     tensor_file_path(loader->file), name);
     return tensor;
+}
+
+/* Whether any of n numbers of `bytes` each has all bits of its exponent set: infinity or NaN. */
+static int any_not_finite(const void *data, size_t bytes, uint32_t exponent, size_t n)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; ++i) {
+        uint32_t bits = 0;
+        memcpy(&bits, (const char *)data + i * bytes, bytes);
+        bad |= (bits & exponent) == exponent;
+    }
+    return bad != 0;
+}
+
+static int check_finite(struct weight_loader *loader, const struct tensor *tensor)
+{
+    const size_t n = (size_t)tensor->elements;
+    int bad = tensor->dtype == TENSOR_F32   ? any_not_finite(tensor->data, 4, 0x7f800000u, n)
+              : tensor->dtype == TENSOR_F16 ? any_not_finite(tensor->data, 2, 0x7c00u, n)
+                                            : any_not_finite(tensor->data, 2, 0x7f80u, n);
+    if (!bad) return MOSHI_OK;
+    int64_t at = 0, count = 0;
+    for (int64_t i = tensor->elements; i-- > 0;)
+        if (!isfinite(tensor_element(tensor, i))) {
+            at = i;
+            ++count;
+        }
+    return loader->status = moshi_fail(
+               MOSHI_ERROR_CHECKPOINT,
+               "%s: tensor %s has %f at element %lld and %lld such values, expected finite numbers",
+               tensor_file_path(loader->file), tensor->name, (double)tensor_element(tensor, at),
+               (long long)at, (long long)count);
 }
 
 int weights_check(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
@@ -109,7 +143,7 @@ int weights_check(struct weight_loader *loader, const struct tensor *tensor, int
                    MOSHI_ERROR_CHECKPOINT,
                    "%s: tensor %s is stored as %s, expected F32, F16 or BF16",
                    tensor_file_path(loader->file), tensor->name, tensor_dtype_name(tensor->dtype));
-    return MOSHI_OK;
+    return loader->check_finite ? check_finite(loader, tensor) : MOSHI_OK;
 }
 
 static enum weight_format format_of(const struct tensor *tensor)

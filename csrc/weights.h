@@ -34,6 +34,7 @@ struct weight_loader {
     struct tensor_file *file;
     enum moshi_dtype dtype; /* of matrices; MOSHI_AUTO: as stored */
     int pack;               /* matrices get the backend's own layout */
+    int check_finite;       /* a weight that is not finite is a failure */
     int status;             /* the first failure */
 };
 
@@ -57,7 +58,8 @@ void weights_matrix_from(struct weight_loader *loader, float *values, int rows, 
                          struct matrix *matrix);
 /* Element i of a float tensor. */
 float tensor_element(const struct tensor *tensor, int64_t i);
-/* MOSHI_OK, or the failure; a dtype or shape other than expected is one. */
+/* MOSHI_OK, or the failure; a dtype or shape other than expected is one, and so is, with
+ * check_finite, a value that is not a number. */
 int weights_check(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
                   const int64_t *dims);
 /* Fails if a tensor of the file was not used. */

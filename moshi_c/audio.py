@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,9 +249,14 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     import soundfile
 
     path = Path(path)
-    if not path.exists():
-        raise AudioError(f"{path} does not exist")
-    if not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise AudioError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AudioError(f"{str(path)[:200]} could not be opened: {reason}") from error
+    if not stat.S_ISREG(mode):
         raise AudioError(f"{path} is not a file; expected WAV, FLAC, OGG, MP3 or AIFF")
     try:
         with soundfile.SoundFile(path) as file:

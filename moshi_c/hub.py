@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,12 @@ DEFAULT_LM = "model.safetensors"
 DEFAULT_MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 DEFAULT_TOKENIZER = "tokenizer_spm_32k_3.model"
 _INDEX = ".index.json"
+
+#: Bytes of a file's name, as file systems have it.
+_MAX_PART = 255
+
+#: Twenty times the largest index of shards.
+_MAX_JSON_BYTES = 100_000_000
 _WEIGHTS = (".safetensors", ".sft", ".sfts")
 
 #: The settings of the published 7B models, which came without a config.json.
@@ -101,9 +108,33 @@ class _Hub:
         """The local copy. Raises what huggingface_hub raises."""
         import huggingface_hub
 
+        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
         with _progress_bars(self.progress):
             path = huggingface_hub.hf_hub_download(repo, name, revision=revision, token=self.token)
+        if path != cached:
+            _check_digest(Path(path), f"{name} of {repo}")
         return Path(path)
+
+
+def _check_digest(path: Path, what: str) -> None:
+    """Compares a new file of the cache with its digest, after which the hub names what it stores:
+    SHA-256 of large files, Git's SHA-1 of small ones. A file that differs is removed."""
+    blob = path.resolve()
+    if not re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob.name):
+        return
+    digest = hashlib.sha256()
+    if len(blob.name) == 40:
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
+    with blob.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{what} arrived damaged and was removed: its digest is {digest.hexdigest()}, expected "
+            f"{blob.name}; load again to fetch it anew"
+        )
 
 
 @contextlib.contextmanager
@@ -124,6 +155,21 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 # ---- places ------------------------------------------------------------------------------------
 
 
+def _is_file(path: Path) -> bool:
+    """False also for names that no file can have: too long, or with a NUL."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Folder:
     path: Path
@@ -131,13 +177,16 @@ class _Folder:
 
     def find(self, name: str) -> Path | None:
         path = self.path / name
-        return path if path.is_file() else None
+        return path if _is_file(path) else None
 
     def get(self, name: str, role: str) -> Path:
         found = self.find(name)
         if found is None:
+            path = self.path / name
+            if os.path.lexists(path):
+                raise CheckpointError(f"{path}, {role}, is {_kind(path)}; expected a file")
             raise CheckpointError(
-                f"{self.path / name}, {role}, does not exist; the folder has {self._listing()}"
+                f"{path}, {role}, does not exist; the folder has {self._listing()}"
             )
         return found
 
@@ -150,6 +199,12 @@ class _Folder:
             return "no files"
         more = len(names) - 12
         return ", ".join(names[:12]) + (f" and {more} more" if more > 0 else "")
+
+
+def _kind(path: Path) -> str:
+    if not path.exists():
+        return "a link that leads nowhere"
+    return "a folder" if path.is_dir() else "a pipe, a socket or a device"
 
 
 @dataclass(frozen=True)
@@ -194,8 +249,9 @@ def _explain(error: Exception, repo: str, name: str, revision: str | None) -> Ch
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
+    # a refusal of the first request is the cause of another error, "not found locally"
+    responses = [getattr(e, "response", None) for e in (error, error.__cause__)]
+    status = next((r.status_code for r in responses if r is not None), None)
     unlock = f"accept the licence at {page} and set HF_TOKEN to a token of your account"
     what = f"{name} of {repo}"
     if isinstance(error, errors.GatedRepoError) or (
@@ -211,6 +267,11 @@ def _explain(error: Exception, repo: str, name: str, revision: str | None) -> Ch
         return CheckpointError(f"the repository {repo} has no revision {revision!r}: see {page}")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{repo!r} is no name of a repository; expected 'org/name'")
+    if isinstance(error, errors.LocalEntryNotFoundError) and status:
+        return CheckpointError(
+            f"{what} is not on this machine and the hub answered {status}; expected the file: try "
+            "again later, or give a folder"
+        )
     if isinstance(
         error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     ):
@@ -240,7 +301,15 @@ def _is_plain(name: str) -> bool:
         return False
     path = PurePosixPath(name)
     windows = PureWindowsPath(name)
+    if any(len(part.encode("utf-8", "surrogatepass")) > _MAX_PART for part in path.parts):
+        return False
     return not (path.is_absolute() or windows.drive or windows.root or ".." in path.parts)
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence: not as long as it likes."""
+    text = str(value) if isinstance(value, Path) else repr(value)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}"
 
 
 def _split_hub(reference: str) -> tuple[str, str]:
@@ -248,8 +317,15 @@ def _split_hub(reference: str) -> tuple[str, str]:
     parts = reference.removeprefix("hf://").split("/", 2)
     repo, name = "/".join(parts[:2]), parts[2] if len(parts) == 3 else ""
     if not _repository_id(repo) or (name and not _is_plain(name)):
-        raise CheckpointError(f"{reference!r} is no reference; expected hf://org/repo/file")
+        raise CheckpointError(f"{_shown(reference)} is no reference; expected hf://org/repo/file")
     return repo, name
+
+
+def _local(text: str) -> Path:
+    path = Path(text.removeprefix("file://"))
+    with contextlib.suppress(RuntimeError):  # "~name" of nobody
+        return path.expanduser()
+    return path
 
 
 def _given(value: PathLike, what: str, hub: _Hub) -> Path:
@@ -259,10 +335,10 @@ def _given(value: PathLike, what: str, hub: _Hub) -> Path:
         if not name:
             raise CheckpointError(f"{what} is {value!r}; expected hf://org/repo/file")
         return _Repository(repo, hub, None).get(name, what)
-    path = Path(os.fspath(value).removeprefix("file://")).expanduser()
-    if not path.is_file():
-        found = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"{path}, given as {what}, {found}")
+    path = _local(os.fsdecode(value))
+    if not _is_file(path):
+        found = "is a folder, not a file" if _is_folder(path) else "does not exist"
+        raise CheckpointError(f"{_shown(path)}, given as {what}, {found}; expected a file")
     return path
 
 
@@ -270,20 +346,22 @@ def _configured(value: Any, key: str, place: _Place, hub: _Hub) -> Path:
     """A file that a config names under `key`."""
     role = f"named as {key} in config.json"
     if not isinstance(value, str):
-        raise CheckpointError(f"config.json: {key} is {value!r}; expected the name of a file")
+        raise CheckpointError(f"config.json: {key} is {_shown(value)}; expected the name of a file")
     if value.startswith("hf://"):
         repo, name = _split_hub(value)
         if not name:
-            raise CheckpointError(f"config.json: {key} is {value!r}; expected hf://org/repo/file")
+            raise CheckpointError(
+                f"config.json: {key} is {_shown(value)}; expected hf://org/repo/file"
+            )
         return _Repository(repo, hub, None).get(name, role)
     if value.startswith("file://") and place.local:
         path = Path(value.removeprefix("file://"))
-        if not path.is_file():
-            raise CheckpointError(f"{path}, {role}, does not exist")
+        if not _is_file(path):
+            raise CheckpointError(f"{_shown(path)}, {role}, does not exist")
         return path
     if not _is_plain(value):
         raise CheckpointError(
-            f"config.json: {key} is {value!r}; expected a name inside {_name_of(place)}"
+            f"config.json: {key} is {_shown(value)}; expected a name inside {_name_of(place)}"
         )
     return place.get(value, role)
 
@@ -312,7 +390,9 @@ def _with_shards(path: Path, place: _Place) -> Path:
         raise CheckpointError(f"{path} has no weight_map")
     for shard in sorted({str(name) for name in weight_map.values()}):
         if not _is_plain(shard) or "/" in shard:
-            raise CheckpointError(f"{path} names the shard {shard!r}; expected a file beside it")
+            raise CheckpointError(
+                f"{path} names the shard {_shown(shard)}; expected a file beside it"
+            )
         place.get(shard, f"named in {path.name}")
     return path
 
@@ -320,14 +400,34 @@ def _with_shards(path: Path, place: _Place) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. CheckpointError when the file holds none."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; expected at most {_MAX_JSON_BYTES}")
+        value = json.loads(path.read_text("utf-8"), parse_int=_integer)
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not JSON: byte {error.start} is no part of a character; expected UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{path} is not JSON: its values are nested too deeply; expected a few levels"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        found = kinds.get(type(value), "a number")
+        raise CheckpointError(f"{path} holds {found}; expected a JSON object")
     return value
+
+
+def _integer(digits: str) -> int | float:
+    """What is longer than any integer of a config is left to those who check its range."""
+    return int(digits) if len(digits) < 100 else float(digits)
 
 
 # ---- the checkpoint ----------------------------------------------------------------------------
@@ -342,21 +442,21 @@ def _locate(source: PathLike | None, hub: _Hub) -> tuple[_Place, Path | None]:
     """Where the files are, and the one that the source itself is."""
     if source is None:
         return _Folder(packaged_model()), None
-    text = os.fspath(source)
+    text = os.fsdecode(source)
     if isinstance(source, str) and text.startswith("hf://"):
         repo, name = _split_hub(text)
         place = _Repository(repo, hub, hub.revision)
         return place, place.get(name, "the source") if name else None
-    path = Path(text.removeprefix("file://") or "\0").expanduser()
-    if path.is_dir():
+    path = _local(text) if text else Path("\0")
+    if _is_folder(path):
         return _Folder(path), None
-    if path.is_file():
+    if _is_file(path):
         return _Folder(path.parent), path
     if isinstance(source, str) and _repository_id(text) and path.suffix not in _WEIGHTS:
         return _Repository(text, hub, hub.revision), None
     raise CheckpointError(
-        f"{text} does not exist; expected a folder, a .safetensors file, or a repository on the "
-        "hub such as 'kyutai/moshiko-pytorch-bf16'"
+        f"{_shown(Path(text))} does not exist; expected a folder, a .safetensors file, or a "
+        "repository on the hub such as 'kyutai/moshiko-pytorch-bf16'"
     )
 
 

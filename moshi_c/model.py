@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -93,6 +94,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     mmap: bool = True,
+    check_weights: bool = False,
     progress: bool = True,
 ) -> Model:
     """Opens a model.
@@ -113,7 +115,11 @@ def load(
         revision: branch, tag or commit on the hub.
         token: for gated repositories; None for HF_TOKEN or the token stored on this machine.
         mmap: map the weight files instead of reading a copy. A mapped file must not be changed
-            while the model is open.
+            while the model is open: other bytes change what is said, and a file cut short ends the
+            process (SIGBUS), which no library can turn into an exception. Where others may write
+            to the files, False reads a copy and needs them no longer. The codec is always copied.
+        check_weights: read all weights now, and refuse NaN and infinity. Without it, such a weight
+            ends the sessions that it reaches. The codec's weights are always checked.
         progress: show the progress of downloads.
 
     Raises:
@@ -148,6 +154,7 @@ def load(
         dtype=dtype,
         threads=threads or 0,
         copy_weights=not mmap,
+        check_weights=check_weights,
         kv_dtype=kv_dtype,
         context=context or 0,
         max_sessions=max_sessions,
@@ -227,8 +234,11 @@ def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not 1 <= value <= 2**31 - 1):
-        raise ValueError(f"{name} is {value!r}; expected 1 or more")
+    if value is None or (
+        isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value < 2**31
+    ):
+        return
+    raise ValueError(f"{name} is {value!r}; expected a whole number of 1 or more")
 
 
 class Model:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -205,12 +204,13 @@ class _Feed:
         self._started = False
         self._steady = self._shortage == 0
 
-    def peek(self) -> Pcm | None:
-        """The next frame, float32[frame_size], or None; `drop` it once it is used."""
-        return self._waiting[: self._frame] if len(self._waiting) >= self._frame else None
-
-    def drop(self) -> None:
-        self._waiting = self._waiting[self._frame :]
+    def take(self) -> Pcm | None:
+        """The next frame, float32[frame_size], or None. It is gone before it is stepped: Ctrl-C
+        comes when the step is done, and the same frame must not be stepped again."""
+        if len(self._waiting) < self._frame:
+            return None
+        frame, self._waiting = self._waiting[: self._frame], self._waiting[self._frame :]
+        return frame
 
 
 class Session:
@@ -290,7 +290,7 @@ class Session:
         self._model = model
         self._rate = self._check_rate("sample_rate", rate)
         self._output_rate = self._check_rate("output_sample_rate", output_rate)
-        self._lock = threading.Lock()
+        self._inside: list[object] = []
         self._clock = _Clock(1.0 / model.frame_rate)
         self._detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
         self._feed = _Feed(self._rate, model.sample_rate, model.frame_size)
@@ -331,16 +331,19 @@ class Session:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "this session is in use by another thread; expected one thread at a time"
-            )
+        """One thread at a time. A list instead of a lock: Ctrl-C may fall behind any call, and
+        would leave a lock taken that was acquired in front of the try."""
+        self._core.check_open()
+        ticket = object()
         try:
-            if self._core.closed:
-                raise SessionError("this session is closed")
+            self._inside.append(ticket)
+            if self._inside[0] is not ticket:
+                raise SessionError(
+                    "this session is in use by another thread; expected one thread at a time"
+                )
             yield
         finally:
-            self._lock.release()
+            self._inside.remove(ticket)
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:
@@ -399,8 +402,10 @@ class Session:
             dtype: "float32" or "int16", little endian, for raw bytes.
 
         Raises:
-            AudioError: another length or type, NaN or infinity; nothing has changed.
-            SessionError: closed, or in use by another thread.
+            AudioError: another length or type, NaN, infinity or values far beyond -1..1; nothing
+                has changed.
+            SessionError: closed, in use by another thread, or in a forked process; or the model's
+                weights give no numbers, which ends this session.
         """
         with self._busy():
             if self._feed.empty:
@@ -432,8 +437,7 @@ class Session:
             if fed:
                 self._feed.check_step()
                 self._feed.step(self._one_frame(pcm, dtype))
-                self._core.submit(self._feed.peek(), decode)
-                self._feed.drop()
+                self._core.submit(self._feed.take(), decode)
             else:
                 self._core.submit(pcm, decode, dtype)
             try:
@@ -519,9 +523,8 @@ class Session:
     def _drain(
         self, decode: bool = True, heard: list[Pcm] | None = None
     ) -> Iterator[_core.FrameTuple]:
-        while (frame := self._feed.peek()) is not None:
+        while (frame := self._feed.take()) is not None:
             raw = self._core.step(frame, decode)
-            self._feed.drop()
             if heard is not None:
                 heard.append(frame)
             yield raw
@@ -549,7 +552,8 @@ class Session:
         if self._detokenizer and token >= 0:
             text = self._detokenizer.push(token)
         self._since_word = 0 if text else self._since_word + 1
-        self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        with np.errstate(over="ignore"):  # a voice of damaged weights
+            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
         loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
         if pcm is not None and resampled and self._output_rate != self._model.sample_rate:
             waiting = np.concatenate([self._output_waiting, self._output.process(pcm)])
@@ -808,12 +812,9 @@ class Session:
 
     def close(self) -> None:
         """Gives the slot back. A second call does nothing."""
-        if self._abandoned and self._lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(MoshiError):
-                    self._settle()
-            finally:
-                self._lock.release()
+        if self._abandoned:
+            with contextlib.suppress(MoshiError), self._held():
+                self._settle()
         self._core.close()
 
     def __enter__(self) -> Session:
@@ -879,8 +880,6 @@ def step_many(
             for i, session in enumerate(sessions):
                 if session in fed:
                     session._feed.step(pcms[i])
-                    pcms[i] = session._feed.peek()
+                    pcms[i] = session._feed.take()
         raws = _core.step_many([session._core for session in sessions], pcms, decode)
-        for session in fed:
-            session._feed.drop()
         return [session._frame(raw) for session, raw in zip(sessions, raws, strict=True)]

@@ -1,7 +1,8 @@
 """Text tokens to text and back, over SentencePiece.
 
-A token is printed when it carries text: padding, end of padding, begin and end of sentence and ids
-outside the vocabulary print nothing. "▁" is a space. Characters that the vocabulary lacks come as
+A token is printed when it carries text: padding, end of padding, begin and end of sentence print
+nothing, nor does -1, the token of a frame before the first output. Other ids outside the vocabulary
+print U+FFFD. "▁" is a space. Characters that the vocabulary lacks come as
 byte pieces, one byte a token; they are held back until they make whole characters.
 """
 
@@ -18,6 +19,17 @@ from .errors import CheckpointError
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"
 _REPLACEMENT = "\ufffd"
+
+#: A hundred times the published ones.
+_MAX_BYTES = 64 << 20
+
+
+def _reason(error: Exception) -> str:
+    """What SentencePiece says, without the places in its sources."""
+    if isinstance(error, UnicodeDecodeError):
+        return "a piece is not UTF-8"
+    text = str(error).removeprefix("INTERNAL: ").strip().rstrip(".")
+    return "it could not be parsed" if ".cc(" in text or not text else text
 
 
 class Tokenizer:
@@ -41,6 +53,11 @@ class Tokenizer:
         self.padding_id = padding_id
         self.end_padding_id = end_padding_id
         try:
+            size = self.path.stat().st_size
+            if size > _MAX_BYTES:
+                raise CheckpointError(
+                    f"the tokenizer {self.path} has {size} bytes; expected at most {_MAX_BYTES}"
+                )
             data = self.path.read_bytes()
         except OSError as error:
             raise CheckpointError(
@@ -57,7 +74,8 @@ class Tokenizer:
             self._pieces = [self._piece(i) for i in range(self._size)]
         except Exception as error:
             raise CheckpointError(
-                f"the tokenizer {self.path} is damaged ({error}); expected a SentencePiece model"
+                f"the tokenizer {self.path} is damaged ({_reason(error)}); expected a whole "
+                "SentencePiece model"
             ) from error
 
     def _piece(self, token: int) -> str | bytes:
@@ -81,7 +99,9 @@ class Tokenizer:
 
     def piece(self, token: int) -> str | bytes:
         """What one token prints: text, one byte of a character, or ""."""
-        return self._pieces[token] if 0 <= token < self._size else ""
+        if 0 <= token < self._size:
+            return self._pieces[token]
+        return "" if token == -1 else _REPLACEMENT
 
     def encode(self, text: str) -> list[int]:
         """Tokens of the text, without begin or end of sentence."""

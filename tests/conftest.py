@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class SkipRule:
             for nodeid, reason in self.offending:
                 terminalreporter.line(f"{nodeid}: {reason}")
             terminalreporter.line(f"allowed reasons are listed in {ALLOWED_SKIPS.name}")
+
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("moshi", deadline=None)
+hypothesis.settings.load_profile("moshi")
 
 
 def pytest_configure(config: pytest.Config) -> None:

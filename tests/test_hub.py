@@ -360,6 +360,18 @@ def test_a_failed_download_says_what_to_do(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [(403, "was refused by the hub: accept the licence"), (500, "the hub answered 500; expected")],
+)
+def test_a_refusal_behind_a_missing_file_is_told(fake: FakeHub, status: int, sentence: str) -> None:
+    fake.failure = failure(errors.LocalEntryNotFoundError, 0)
+    fake.failure.response = None  # type: ignore[attr-defined]
+    fake.failure.__cause__ = failure(errors.HfHubHTTPError, status)
+    with pytest.raises(CheckpointError, match=sentence):
+        hub.resolve(REPO)
+
+
 def test_a_file_that_a_repository_lacks_is_named(fake: FakeHub) -> None:
     touch(configured(fake.repo(OTHER), tokenizer_name="t.model"), hub.DEFAULT_LM)
     with pytest.raises(CheckpointError, match=r"has no t\.model, named as tokenizer_name"):

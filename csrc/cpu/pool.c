@@ -50,7 +50,7 @@ unsigned float_mode_flush(void)
 {
 #if defined(__x86_64__)
     unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040u); /* FTZ and DAZ */
+    _mm_setcsr(0x1f80u | 0x8040u); /* the state of a new process, with FTZ and DAZ */
     return mode;
 #else
     return 0;

@@ -20,8 +20,8 @@ void pool_destroy(struct pool *pool); /* NULL is fine */
 /* Runs all tasks and returns when they are done. One caller at a time; not from inside a task. */
 void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks);
 
-/* Makes this thread treat numbers below the normal range as zero; returns what float_mode_restore
- * takes. Workers always run so. */
+/* Makes this thread round to nearest, trap nothing and treat numbers below the normal range as zero,
+ * whatever the host program has set; returns what float_mode_restore takes. Workers always run so. */
 unsigned float_mode_flush(void);
 void float_mode_restore(unsigned mode);
 

@@ -50,14 +50,22 @@ int seed_from_object(PyObject *object, uint64_t *seed);
 PyObject *array_float32(int ndim, const npy_intp *shape);
 PyObject *array_int32(int ndim, const npy_intp *shape);
 
+/* SessionError and -1 in a process forked from `process`, which made the object: there the core does
+ * no work, and flags and locks may be held for ever by threads that the child does not have. `what`
+ * begins the sentence, e.g. "this session". */
+int check_process(long process, const struct module_state *state, const char *what);
+long this_process(void);
+
 /* One call at a time for an object that a thread may be using and another may want to close. */
 struct guard {
     atomic_int busy;
     atomic_int closed;
+    long process; /* the one in which it was made */
 };
 
-/* SessionError and -1 when closed or when another thread is inside. `what` begins the sentence, e.g.
- * "this session". */
+/* Of an object that is not open yet. */
+void guard_init(struct guard *guard);
+/* SessionError and -1 when closed, in a forked process, or when another thread is inside. */
 int guard_check_open(struct guard *guard, const struct module_state *state, const char *what);
 int guard_enter(struct guard *guard, const struct module_state *state, const char *what);
 void guard_leave(struct guard *guard);
@@ -68,6 +76,7 @@ struct model_object {
     struct moshi_engine *engine; /* made by the first call that needs it, under engine_lock */
     PyThread_type_lock engine_lock;
     struct moshi_engine_options engine_options;
+    long process;
     atomic_int users; /* calls in progress and open sessions and streams; -1: closed */
     atomic_int children; /* the sessions and streams among them, for the message of close */
 };

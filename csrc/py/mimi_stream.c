@@ -48,7 +48,7 @@ static PyObject *stream_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         return NULL;
     struct stream_object *self = (struct stream_object *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
-    atomic_init(&self->guard.closed, 1); /* until it is open */
+    guard_init(&self->guard);
     self->batch = batch;
     if (stream_open(self, state, (struct model_object *)model) < 0) Py_CLEAR(self);
     return (PyObject *)self;
@@ -71,6 +71,10 @@ static PyObject *stream_close(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     struct stream_object *self = stream_of(object);
     if (atomic_load(&self->guard.closed)) Py_RETURN_NONE;
+    if (self->guard.process != this_process()) { /* nothing of the parent's is given back here */
+        atomic_store(&self->guard.closed, 1);
+        Py_RETURN_NONE;
+    }
     if (guard_enter(&self->guard, state_of(object), THIS_STREAM) < 0) return NULL;
     atomic_store(&self->guard.closed, 1);
     stream_destroy(self);

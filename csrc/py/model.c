@@ -12,6 +12,7 @@ static struct model_object *model_of(PyObject *self)
 int model_enter(struct model_object *self, const struct module_state *state)
 {
     int users = atomic_load(&self->users);
+    if (users >= 0 && check_process(self->process, state, "this model") < 0) return -1;
     while (users >= 0)
         if (atomic_compare_exchange_weak(&self->users, &users, users + 1)) return 0;
     PyErr_SetString(state->session_error, "this model is closed");
@@ -100,10 +101,23 @@ static int parse_dtype(const struct module_state *state, const char *name, enum 
 
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"folder",           "config_path", "lm_path",      "mimi_path",
-                            "mimi_config_path", "device",      "dtype",        "mimi_dtype",
-                            "mimi_codebooks",   "threads",     "codec_only",   "copy_weights",
-                            "kv_dtype",         "context",     "max_sessions", NULL};
+    static char *names[] = {"folder",
+                            "config_path",
+                            "lm_path",
+                            "mimi_path",
+                            "mimi_config_path",
+                            "device",
+                            "dtype",
+                            "mimi_dtype",
+                            "mimi_codebooks",
+                            "threads",
+                            "codec_only",
+                            "copy_weights",
+                            "kv_dtype",
+                            "context",
+                            "max_sessions",
+                            "check_weights",
+                            NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *folder = NULL, *config = NULL, *lm = NULL, *mimi = NULL, *mimi_config = NULL;
     const char *dtype = "auto", *mimi_dtype = "auto", *kv_dtype = "auto";
@@ -112,13 +126,13 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     struct model_object *self = NULL;
     int status;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$O&O&O&O&O&sssiippsii:Model", names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$O&O&O&O&O&sssiippsiip:Model", names,
                                      path_or_none, &folder, path_or_none, &config, path_or_none,
                                      &lm, path_or_none, &mimi, path_or_none, &mimi_config,
                                      &options.device, &dtype, &mimi_dtype, &options.mimi_codebooks,
                                      &options.threads, &options.codec_only, &options.copy_weights,
                                      &kv_dtype, &engine_options.context,
-                                     &engine_options.max_sessions))
+                                     &engine_options.max_sessions, &options.check_weights))
         return NULL;
     if (parse_dtype(state, dtype, &options.dtype) < 0 ||
         parse_dtype(state, mimi_dtype, &options.mimi_dtype) < 0 ||
@@ -133,6 +147,7 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self = (struct model_object *)PyType_GenericAlloc(type, 0);
     if (!self) goto done;
     atomic_init(&self->users, -1); /* closed, until it is open */
+    self->process = this_process();
     self->engine_options = engine_options;
     self->engine_lock = PyThread_allocate_lock();
     if (!self->engine_lock) {
@@ -164,7 +179,9 @@ static PyObject *model_close(PyObject *object, PyObject *Py_UNUSED(ignored))
     struct model_object *self = model_of(object);
     const struct module_state *state = state_of(object);
     int users = 0;
-    if (atomic_compare_exchange_strong(&self->users, &users, -1)) {
+    if (self->process != this_process()) { /* nothing of the parent's is given back here */
+        atomic_store(&self->users, -1);
+    } else if (atomic_compare_exchange_strong(&self->users, &users, -1)) {
         model_destroy(self);
     } else if (users > 0) {
         int children = atomic_load(&self->children);

@@ -5,6 +5,7 @@
 
 #include <stdarg.h>
 #include <string.h>
+#include <unistd.h>
 
 static PyObject *exception_of(const struct module_state *state, int status)
 {
@@ -12,6 +13,7 @@ static PyObject *exception_of(const struct module_state *state, int status)
     case MOSHI_ERROR_CHECKPOINT:
         return state->checkpoint_error;
     case MOSHI_ERROR_DEVICE:
+    case MOSHI_ERROR_MEMORY: /* of the machine; Python's own is not exhausted */
         return state->device_error;
     case MOSHI_ERROR_AUDIO:
         return state->audio_error;
@@ -19,8 +21,6 @@ static PyObject *exception_of(const struct module_state *state, int status)
         return state->session_error;
     case MOSHI_ERROR_ARGUMENT:
         return PyExc_ValueError;
-    case MOSHI_ERROR_MEMORY:
-        return PyExc_MemoryError;
     default:
         return state->moshi_error;
     }
@@ -99,9 +99,32 @@ PyObject *array_int32(int ndim, const npy_intp *shape)
 
 /* ---- guard ------------------------------------------------------------------------------ */
 
+long this_process(void)
+{
+    return (long)getpid();
+}
+
+int check_process(long process, const struct module_state *state, const char *what)
+{
+    long here = this_process();
+    if (here == process) return 0;
+    PyErr_Format(state->session_error,
+                 "%s was made by process %ld, and this is process %ld, forked from it without its "
+                 "threads; expected a model loaded in this process",
+                 what, process, here);
+    return -1;
+}
+
+void guard_init(struct guard *guard)
+{
+    atomic_init(&guard->busy, 0);
+    atomic_init(&guard->closed, 1);
+    guard->process = this_process();
+}
+
 int guard_check_open(struct guard *guard, const struct module_state *state, const char *what)
 {
-    if (!atomic_load(&guard->closed)) return 0;
+    if (!atomic_load(&guard->closed)) return check_process(guard->process, state, what);
     PyErr_Format(state->session_error, "%s is closed", what);
     return -1;
 }
@@ -109,6 +132,7 @@ int guard_check_open(struct guard *guard, const struct module_state *state, cons
 int guard_enter(struct guard *guard, const struct module_state *state, const char *what)
 {
     int idle = 0;
+    if (guard_check_open(guard, state, what) < 0) return -1;
     if (!atomic_compare_exchange_strong(&guard->busy, &idle, 1)) {
         PyErr_Format(state->session_error,
                      "%s is in use by another thread; expected one thread at a time", what);

@@ -102,7 +102,7 @@ static int float_or_default(PyObject *object, float *value)
 static PyObject *session_alloc(PyTypeObject *type)
 {
     struct session_object *self = (struct session_object *)PyType_GenericAlloc(type, 0);
-    if (self) atomic_init(&self->guard.closed, 1); /* until it is open */
+    if (self) guard_init(&self->guard);
     return (PyObject *)self;
 }
 
@@ -222,6 +222,10 @@ static PyObject *session_close(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     struct session_object *self = session_of(object);
     if (atomic_load(&self->guard.closed)) Py_RETURN_NONE;
+    if (self->guard.process != this_process()) { /* nothing of the parent's is given back here */
+        atomic_store(&self->guard.closed, 1);
+        Py_RETURN_NONE;
+    }
     if (guard_enter(&self->guard, state_of(object), THIS_SESSION) < 0) return NULL;
     atomic_store(&self->guard.closed, 1);
     session_destroy(self);
@@ -777,6 +781,14 @@ static PyObject *session_reset(PyObject *object, PyObject *args, PyObject *kwarg
     Py_RETURN_NONE;
 }
 
+/* For what happens before the core is called. */
+static PyObject *session_check_open(PyObject *object, PyObject *Py_UNUSED(ignored))
+{
+    if (guard_check_open(&session_of(object)->guard, state_of(object), THIS_SESSION) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *session_seed(PyObject *object, void *Py_UNUSED(closure))
 {
     return PyLong_FromUnsignedLongLong(atomic_load(&session_of(object)->seed));
@@ -814,6 +826,8 @@ static PyMethodDef session_methods[] = {
      PyDoc_STR("logits($self, /)\n--\n\nOf the last step: text, audio. Needs keep_logits.")},
     {"reset", KEYWORDS(session_reset),
      PyDoc_STR("reset($self, seed=None)\n--\n\nBack to the start; None keeps the seed.")},
+    {"check_open", session_check_open, METH_NOARGS,
+     PyDoc_STR("check_open($self, /)\n--\n\nSessionError when closed or in a forked process.")},
     {"submit", KEYWORDS(session_submit),
      PyDoc_STR("submit($self, pcm, decode=True, dtype=None)\n--\n\n"
                "The first half of step: returns while the frame is being stepped.")},

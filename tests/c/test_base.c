@@ -927,7 +927,8 @@ static void each_lie_of_an_index_has_its_sentence(void)
         {"{\"weight_map\":{\"a\":\"x/two.safetensors\"}}", "without folders"},
         {"{\"weight_map\":{\"a\":\"..\"}}", "without folders"},
         {"{\"weight_map\":{\"a\":\"\"}}", "without folders"},
-        {"{\"weight_map\":{\"a\":\"three.safetensors\"}}", "three.safetensors: cannot open"},
+        {"{\"weight_map\":{\"a\":\"three.safetensors\"}}",
+         "names the shard 'three.safetensors', expected that file"},
         {"{\"weight_map\":{\"a\":\"two.safetensors\",\"x\":\"two.safetensors\"}}",
          "'x' is expected in shard 'two.safetensors', but found in no shard"},
         {"{\"weight_map\":{\"a\":\"two.safetensors\",\"b\":\"two.safetensors\","

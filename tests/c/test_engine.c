@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "moshi.h"
 
@@ -241,6 +243,9 @@ static int test_bad_samples_change_nothing(void)
     CHECK(strstr(moshi_error_detail(), "sample 7"));
     pcm[7] = INFINITY;
     CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_ERROR_AUDIO);
+    pcm[7] = -12345.0f; /* a sample of 16 bits in the wrong type */
+    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_ERROR_AUDIO);
+    CHECK(strstr(moshi_error_detail(), "sample 7 is -12345, expected -1 to 1"));
     int32_t codes[MOSHI_MAX_CODEBOOKS] = {0};
     codes[3] = moshi_model_get_info(model)->card + 1;
     CHECK(moshi_session_step_codes(session, codes, &frame) == MOSHI_ERROR_AUDIO);
@@ -342,6 +347,78 @@ static int test_whole_files_and_streams_agree_on_the_first_seconds(void)
     return 1;
 }
 
+static int is_refused_here(int status)
+{
+    return status == MOSHI_ERROR_SESSION && strstr(moshi_error_detail(), "forked") != NULL;
+}
+
+/* Every call of a child on what its parent made; its exit code, 0 when each ended as promised. */
+static int child_of(struct moshi_session *session, struct mimi_stream *stream)
+{
+    static float pcm[FRAME_SIZE];
+    static int32_t codes[MOSHI_MAX_CODEBOOKS];
+    struct moshi_frame frame = {0};
+    struct moshi_memory memory;
+    struct moshi_engine_stats stats;
+    struct moshi_engine *other;
+    struct moshi_session *another;
+    struct mimi_stream *second;
+    size_t bytes = 0;
+    int descriptor;
+    int good = is_refused_here(moshi_session_step(session, pcm, &frame)) &&
+               is_refused_here(moshi_session_step_codes(session, codes, &frame)) &&
+               is_refused_here(moshi_session_submit(session, pcm, &frame)) &&
+               is_refused_here(moshi_session_wait(session)) && moshi_session_ready(session) &&
+               is_refused_here(moshi_session_force_text(session, codes, 1)) &&
+               is_refused_here(moshi_session_force_next(session, 1, NULL)) &&
+               is_refused_here(moshi_session_logits(session, NULL, NULL)) &&
+               is_refused_here(moshi_session_reset(session, NULL)) &&
+               is_refused_here(moshi_session_fork(session, NULL, &another)) && !another &&
+               is_refused_here(moshi_session_snapshot(session, NULL, 0, NULL, &bytes)) &&
+               is_refused_here(moshi_session_descriptor(session, &descriptor)) &&
+               !moshi_session_withdraw(session) &&
+               is_refused_here(mimi_stream_snapshot(stream, NULL, &bytes)) &&
+               is_refused_here(mimi_stream_restore(stream, pcm, sizeof pcm)) &&
+               is_refused_here(moshi_session_create(engine, NULL, &another)) && !another &&
+               is_refused_here(moshi_engine_create(model, NULL, &other)) && !other &&
+               is_refused_here(moshi_engine_memory(engine, &memory)) &&
+               is_refused_here(moshi_engine_get_stats(engine, &stats)) &&
+               is_refused_here(mimi_stream_create(engine, 1, &second)) && !second &&
+               is_refused_here(mimi_stream_encode(stream, pcm, codes)) &&
+               is_refused_here(mimi_stream_decode(stream, codes, 8, pcm)) &&
+               is_refused_here(mimi_stream_reset(stream)) &&
+               is_refused_here(moshi_mimi_encode(engine, pcm, 1, FRAME_SIZE, codes)) &&
+               is_refused_here(moshi_mimi_decode(engine, codes, 1, 8, 1, pcm)) &&
+               moshi_model_get_info(model)->frame_size == FRAME_SIZE;
+    mimi_stream_destroy(stream);
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return good ? 0 : 1;
+}
+
+static int test_a_forked_child_is_refused_and_its_parent_goes_on(void)
+{
+    struct moshi_session *session;
+    struct mimi_stream *stream;
+    int outcome = -1;
+    CHECK(open_session(100, &session) == MOSHI_OK);
+    CHECK(mimi_stream_create(engine, 1, &stream) == MOSHI_OK);
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(20); /* a call that hangs is a failure, too */
+        _exit(child_of(session, stream));
+    }
+    CHECK(child > 0 && waitpid(child, &outcome, 0) == child);
+    CHECK(WIFEXITED(outcome) && WEXITSTATUS(outcome) == 0);
+    CHECK(talk(session, 0, &again) == MOSHI_OK);
+    CHECK(same(&alone[0], &again));
+    mimi_stream_destroy(stream);
+    moshi_session_destroy(session);
+    return 1;
+}
+
 static int test_a_session_without_finite_numbers_ends_alone(void)
 {
     struct moshi_session_options options;
@@ -358,7 +435,7 @@ static int test_a_session_without_finite_numbers_ends_alone(void)
     int status = MOSHI_OK;
     for (int t = 0; t < 8 && status == MOSHI_OK; ++t)
         status = moshi_sessions_step(both, 2, inputs, NULL, frames);
-    CHECK(status == MOSHI_ERROR_INTERNAL && strstr(moshi_error_detail(), "not finite"));
+    CHECK(status == MOSHI_ERROR_SESSION && strstr(moshi_error_detail(), "not finite"));
     CHECK(moshi_session_step(wild, pcm, &frames[0]) == MOSHI_ERROR_SESSION);
     CHECK(moshi_session_step(calm, pcm, &frames[1]) == MOSHI_OK);
     CHECK(moshi_session_reset(calm, NULL) == MOSHI_OK);
@@ -542,6 +619,7 @@ int main(int argc, char **argv)
     RUN(test_slots_run_out_with_a_reason_and_come_back);
     RUN(test_forced_text_comes_out_as_given);
     RUN(test_a_closed_engine_refuses_steps);
+    RUN(test_a_forked_child_is_refused_and_its_parent_goes_on);
     RUN(test_a_session_without_finite_numbers_ends_alone);
     RUN(test_a_submitted_session_can_be_destroyed);
     RUN(test_absurd_arguments_are_refused);
