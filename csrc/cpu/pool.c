@@ -50,8 +50,15 @@ unsigned float_mode_flush(void)
 {
 #if defined(__x86_64__)
     unsigned mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040u); /* FTZ and DAZ */
+
+    float_mode_restore(mode | 0x8040u); /* FTZ and DAZ */
     return mode;
+#elif defined(__aarch64__)
+    uint64_t mode;
+
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+    float_mode_restore((unsigned)mode | 1u << 24); /* FZ: results and operands */
+    return (unsigned)mode;
 #else
     return 0;
 #endif
@@ -61,6 +68,8 @@ void float_mode_restore(unsigned mode)
 {
 #if defined(__x86_64__)
     _mm_setcsr(mode);
+#elif defined(__aarch64__)
+    __asm__ __volatile__("msr fpcr, %0" : : "r"((uint64_t)mode));
 #else
     (void)mode;
 #endif
