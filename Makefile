@@ -223,12 +223,8 @@ fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time an
 	$(BIN)/python scripts/fresh.py
 
 .PHONY: full
-full: ## check, test, asan, tsan and the benchmarks
-	$(MAKE) check
-	$(MAKE) test
-	$(MAKE) asan
-	$(MAKE) tsan
-	$(MAKE) bench
+full: $(VENV)/.core ## everything but fresh, one after the other; JSON to benchmarks/results
+	$(BIN)/python scripts/full.py
 
 # ---- housekeeping ----------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ PACKAGES = ("git", "python3", "make", "ca-certificates")
 INSTALL = "DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends"
 STAGES = {
     "git, Python, make": f"apt-get update -qq && {INSTALL} {' '.join(PACKAGES)}",
-    "clone": "git clone -q /moshi-c.bundle moshi-c",
+    "clone": "git -c advice.detachedHead=false clone -q /moshi-c.bundle moshi-c",
     "make demo": "cd moshi-c && make demo",
     "make test": "cd moshi-c && make test",
 }
@@ -114,8 +114,13 @@ class Room:
 
     def run_inside(self, name: str, command: str) -> list[str]:
         root = shlex.quote(str(self.root))
-        mounts = [f"mount -t proc proc {root}/proc", f"mount -t sysfs -o ro sysfs {root}/sys"]
-        mounts += [f"mkdir -p {root}/dev/shm", f"mount -t tmpfs tmpfs {root}/dev/shm"]
+        mounts = [
+            f"mount -t proc proc {root}/proc",
+            f"mount -t sysfs -o ro sysfs {root}/sys",
+            f"mkdir -p {root}/dev/pts {root}/dev/shm",
+            f"mount -t devpts -o newinstance,ptmxmode=0666 devpts {root}/dev/pts",
+            f"mount -t tmpfs tmpfs {root}/dev/shm",
+        ]
         for source, target in self.mounts.items():
             where = shlex.quote(str(target))
             mounts.append(f"mkdir -p {where} && mount --bind {shlex.quote(str(source))} {where}")
