@@ -41,6 +41,7 @@ STAGES = {
 PASSED_ON = re.compile(r"(?i)(\w+_proxy|PIP_\w+|(SSL|REQUESTS|CURL)_\w*(CERT|CA)\w*)")
 PIP_FILES = (".config/pip/pip.conf", ".pip/pip.conf")
 CERTIFICATES = Path("usr/local/share/ca-certificates")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(*_: object) -> NoReturn:
@@ -192,9 +193,13 @@ class Room:
 
 
 def remove(folder: Path) -> None:
-    """Removes the folder; a mount that is left inside would take its contents with it."""
+    """Removes the folder, however often somebody asks to stop. What is mounted in it would lose
+    its contents."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if f" {folder}/" in Path("/proc/self/mounts").read_text():
         raise SystemExit(f"{folder} has something mounted in it; unmount that and remove it")
+    print(f"==== removing {folder}", flush=True)
     subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], check=True)
 
 
@@ -205,8 +210,8 @@ def main() -> None:
     options = parser.parse_args()
     if os.geteuid() != 0:
         raise SystemExit("make fresh needs root, since debootstrap, mount and chroot do")
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, stop)
+    for number in SIGNALS:
+        signal.signal(number, stop)
 
     commit = common.commit()
     folder = Path(tempfile.mkdtemp(prefix="moshi-c-fresh-", dir=options.folder))
