@@ -6,7 +6,8 @@ it. Each stage has mounts and processes of its own, which end with it, and the f
 the end whatever happens. Nothing of this machine is visible inside but how it reaches the
 network: sources, proxies and certificates of apt and pip, and the folders pip is told to look into.
 
-Needs root, a Debian, and about 4 GB; without a GPU's libraries in the package index.
+Needs root, a Debian and about 5 GB; more where the package index gives PyTorch with the libraries
+of a GPU.
 """
 
 from __future__ import annotations

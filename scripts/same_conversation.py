@@ -41,11 +41,13 @@ def converse(
 ) -> tuple[np.ndarray, list[list[str]]]:
     """What the model says, and the lines of the trace."""
     out, trace = question.with_name(f"{name}.f32"), question.with_name(f"{name}.trace")
-    subprocess.run(
+    done = subprocess.run(
         [*command, str(model), str(question), str(out)],
         env={**os.environ, "MOSHI_C_TRACE": str(trace), **environment},
-        check=True,
+        check=False,
     )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}, expected 0")
     lines = [line.split(" ") for line in trace.read_text().splitlines()]
     return np.fromfile(out, "<f4"), lines
 
