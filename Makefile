@@ -25,7 +25,7 @@ PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .PHONY: help
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 # ---- Python environment ----------------------------------------------------------------------
 
@@ -138,6 +138,25 @@ build/libmoshi.so: $(CORE:%.c=build/release/%.o)
 build/session: build/release/examples/session.o build/libmoshi.a
 	cc $^ -o $@ $(LINK)
 
+# ---- aarch64: cross-compiled, run by an emulator ---------------------------------------------
+
+CC_aarch64 := aarch64-linux-gnu-gcc
+FLAGS_aarch64 := -O3 -Werror
+QEMU_aarch64 := qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu
+$(eval $(call variant,aarch64))
+
+build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
+	@$(CC_aarch64) $(FLAGS_aarch64) $^ -o $@ $(LINK)
+
+.PHONY: aarch64 aarch64-session
+aarch64: aarch64-session ## the C tests and a conversation as on ARM, compared with this machine's
+	$(call run_c_tests,aarch64,$(C_TESTS),$(QEMU_aarch64))
+
+aarch64-session: $(VENV)/.core libmoshi
+	@scripts/setup_debian.sh aarch64 sound
+	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/session $(C_TESTS:tests/c/%.c=build/aarch64/%)
+	$(BIN)/python scripts/same_conversation.py build/session $(QEMU_aarch64) build/aarch64/session
+
 # ---- tests -----------------------------------------------------------------------------------
 
 .PHONY: test-c
@@ -237,13 +256,14 @@ bench: $(VENV)/.test ## ours and upstream's, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 
+.PHONY: fresh
+fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root
+	@scripts/setup_debian.sh fresh
+	$(BIN)/python scripts/fresh.py
+
 .PHONY: full
-full: ## check, test, asan, tsan and the benchmarks
-	$(MAKE) check
-	$(MAKE) test
-	$(MAKE) asan
-	$(MAKE) tsan
-	$(MAKE) bench
+full: $(VENV)/.core ## everything but fresh, one after the other; JSON to benchmarks/results
+	$(BIN)/python scripts/full.py
 
 # ---- housekeeping ----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# setup_debian.sh WHAT...: installs with apt-get what is missing for building, sound, clang.
+# setup_debian.sh WHAT...: installs with apt-get what is missing for building, sound, clang,
+# the other processor, the bare machine.
 # Where that cannot be done it says in one sentence what is missing, and fails.
 set -eu
 
@@ -44,8 +45,17 @@ for what in "$@"; do
         need libclang-rt-dev has_fuzzer
         ;;
     clang) need clang command -v clang ;;
+    aarch64)
+        need gcc-aarch64-linux-gnu command -v aarch64-linux-gnu-gcc
+        need libc6-dev-arm64-cross test -f /usr/aarch64-linux-gnu/include/stdio.h
+        need qemu-user command -v qemu-aarch64
+        ;;
+    fresh)
+        need debootstrap env PATH="$PATH:/usr/sbin" debootstrap --version
+        need git command -v git
+        ;;
     *)
-        echo "setup_debian.sh: unknown '$what'; expected build, sound or clang" >&2
+        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, aarch64, fresh" >&2
         exit 2
         ;;
     esac

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 # Before PyTorch is imported by any test: see `upstream`.
 os.environ.setdefault("NO_TORCH_COMPILE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# No test measures time: a busy machine is not a failure.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 

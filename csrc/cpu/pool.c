@@ -52,6 +52,12 @@ unsigned float_mode_flush(void)
     unsigned mode = _mm_getcsr();
     _mm_setcsr(0x1f80u | 0x8040u); /* the state of a new process, with FTZ and DAZ */
     return mode;
+#elif defined(__aarch64__)
+    uint64_t mode;
+
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+    float_mode_restore(1u << 24); /* the state of a new process, with FZ */
+    return (unsigned)mode;
 #else
     return 0;
 #endif
@@ -61,6 +67,8 @@ void float_mode_restore(unsigned mode)
 {
 #if defined(__x86_64__)
     _mm_setcsr(mode);
+#elif defined(__aarch64__)
+    __asm__ __volatile__("msr fpcr, %0" : : "r"((uint64_t)mode));
 #else
     (void)mode;
 #endif

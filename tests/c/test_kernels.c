@@ -1723,6 +1723,23 @@ static void test_too_little_scratch_is_an_error(void)
     verdict(good, "a call that exceeds the reserved scratch is an error");
 }
 
+static void halve_the_least(struct backend *backend, void *result)
+{
+    volatile float least = 0x1p-126f; /* of the normal ones */
+
+    (void)backend;
+    *(float *)result = 0.5f * least;
+}
+
+static void test_subnormals_are_zero_in_a_stage_alone(struct backend *backend)
+{
+    float inside = 1, outside = 0;
+
+    backend->ops->run(backend, 0, halve_the_least, &inside);
+    halve_the_least(backend, &outside);
+    verdict(inside == 0 && outside > 0, "subnormal numbers are zero in a stage, not after it");
+}
+
 static void test_unknown_instruction_set_is_an_error(void)
 {
     struct backend *backend;
@@ -2207,6 +2224,7 @@ int main(int argc, char **argv)
     test_unknown_instruction_set_is_an_error();
     test_too_little_scratch_is_an_error();
     test_bad_logits_are_an_error(backends[0]);
+    test_subnormals_are_zero_in_a_stage_alone(backends[0]);
     for (int b = 0; b < n_backends; b++) test_sample_draws_as_defined(backends[b]);
     test_sample_follows_the_softmax(backends[0]);
     check_delays(backends[0], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);

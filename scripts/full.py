@@ -1,0 +1,56 @@
+"""Everything there is to check, one stage after the other; ends at the first that fails.
+
+Stages are targets of the Makefile. Seconds and outcome of each go to benchmarks/results/full.json,
+which is committed before an issue counts as resolved.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import common  # noqa: E402
+
+STAGES = ("check", "test", "asan", "tsan", "fuzz", "aarch64", "soak", "bench")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="*", default=STAGES, help="default: all of them")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "full.json")
+    options = parser.parse_args()
+
+    commit, began = common.commit(), time.monotonic()
+    found: dict[str, dict[str, object]] = {}
+    for stage in options.stages:
+        print(f"==== make {stage}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(["make", stage], cwd=ROOT, check=False).returncode
+        found[stage] = {
+            "outcome": "failed" if status else "passed",
+            "seconds": round(time.monotonic() - start),
+        }
+        if status:
+            break
+    failed = [stage for stage, one in found.items() if one["outcome"] == "failed"]
+    seconds = round(time.monotonic() - began)
+    common.report(
+        "full",
+        options.out,
+        {
+            "commit": commit,
+            "stages": found,
+            "not_run": [stage for stage in STAGES if stage not in found],
+            "seconds": seconds,
+        },
+    )
+    if failed:
+        raise SystemExit(f"make full: {failed[0]} failed after {seconds} s")
+
+
+if __name__ == "__main__":
+    main()
