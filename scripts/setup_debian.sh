@@ -55,7 +55,7 @@ for what in "$@"; do
         need git command -v git
         ;;
     *)
-        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, aarch64, fresh" >&2
+        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, fuzzer, aarch64, fresh" >&2
         exit 2
         ;;
     esac
