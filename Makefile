@@ -255,6 +255,7 @@ bench: $(VENV)/.test ## ours and upstream's, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/mimi.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
+	$(BIN)/python benchmarks/fork.py
 
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root

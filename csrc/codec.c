@@ -299,17 +299,14 @@ int mimi_stream_snapshot(struct mimi_stream *stream, void *data, size_t *bytes)
 {
     int status = enter(stream);
     if (status) return status;
-    struct os_mutex *lock = stream->codec.engine->model->backend_lock;
     struct snapshot snapshot;
     char suffix[16];
     describe(stream, &snapshot);
-    os_mutex_lock(lock);
     for (int lane = 0; lane < stream->codec.batch; ++lane) {
         lane_suffix(lane, suffix);
         mimi_state_list(&stream->codec.state, lane, suffix, &snapshot);
     }
     status = snapshot_write(&snapshot, data, bytes);
-    os_mutex_unlock(lock);
     snapshot_free(&snapshot);
     leave(stream);
     return status;

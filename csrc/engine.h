@@ -2,8 +2,8 @@
  *
  * A step is a submit and a wait. One thread of the engine runs ticks: it takes every session that
  * has submitted, and steps them together: encode, language model, decode. A session's slot is its
- * row of all state tables. Device work happens only under the model's backend_lock; the list of
- * submissions is guarded by `lock`. */
+ * row of all state tables. Operations, and whatever changes which pages a lane has, happen only under
+ * the model's backend_lock; the list of submissions is guarded by `lock`. */
 #ifndef MOSHI_ENGINE_H
 #define MOSHI_ENGINE_H
 

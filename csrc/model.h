@@ -16,7 +16,8 @@ struct moshi_model {
     uint64_t lm_fingerprint, mimi_fingerprint; /* of configs and files; 0 where there is none */
     char lm_path[4096], mimi_path[4096], config_path[4096];
     int64_t process; /* that opened it, the only one in which its threads and locks work */
-    /* The backend has one caller at a time: held during a tick and by every other use of it. */
+    /* The backend has one caller at a time: held during a tick and by every other use of it
+     * but the copies that backend.h allows. */
     struct os_mutex *backend_lock;
 };
 

@@ -288,7 +288,8 @@ MOSHI_API int moshi_session_snapshot(struct moshi_session *session, const void *
                                      size_t note_bytes, void *data, size_t *bytes);
 /* A session that goes on where the snapshot was taken: bit for bit with the same kernels, within
  * rounding with others. The snapshot may come from a stranger. MOSHI_ERROR_CHECKPOINT when it is
- * damaged, or of another format version, model, device, dtype or context. *note points into `data`
+ * damaged, or of another format version, model, device, dtype or context; models are told apart by
+ * configs, tensor tables and a few bytes of every tensor. *note points into `data`
  * (NULL without one). */
 MOSHI_API int moshi_session_restore(struct moshi_engine *engine, const void *data, size_t bytes,
                                     struct moshi_session **session, const void **note,

@@ -724,8 +724,8 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     list_session(session, &items);
     status = snapshot_read(&items, file);
     snapshot_free(&items);
-    if (!status && session->next_text != TOKEN_FREE)
-        status = check_text(session, session->next_text);
+    if (status) return status;
+    if (session->next_text != TOKEN_FREE) status = check_text(session, session->next_text);
     for (int i = 0; i < session->forced_end && !status; ++i)
         status = check_text(session, session->forced[i]);
     for (int k = 0; k < info->dep_q && !status; ++k) {

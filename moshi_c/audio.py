@@ -209,7 +209,7 @@ class StreamResampler:
         old = len(self._history) - int(self._HISTORY_SECONDS * self.rate_in)
         if old >= self._period_in:
             old -= old % self._period_in
-            self._history = self._history[old:]
+            self._history = self._history[old:].copy()  # a view would keep what was dropped
             self._first += old
 
     def _give(self, made: Pcm) -> Pcm:

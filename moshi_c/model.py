@@ -556,7 +556,7 @@ class MimiStream:
                 as new then.
             SessionError: closed, or in use by another thread.
         """
-        self._core.restore(bytes(data))
+        self._core.restore(bytes(memoryview(data)))
 
     @property
     def closed(self) -> bool:

@@ -111,14 +111,14 @@ class Note:
         """float32[n]."""
         self.put_bytes(name, np.asarray(value, "<f4").tobytes())
 
-    def array(self, name: str) -> Pcm:
-        """Of put_array."""
+    def array(self, name: str, largest: float) -> Pcm:
+        """Of put_array; no sample may be larger than `largest`."""
         data = self.bytes(name)
         if len(data) % 4:
             raise self._wrong(name, "whole float32 samples")
         values = np.frombuffer(data, "<f4").astype(np.float32)
-        if not np.isfinite(values).all():
-            raise self._wrong(name, "finite samples")
+        if not (np.abs(values) <= largest).all():
+            raise self._wrong(name, f"samples within ±{largest:g}")
         return values
 
     def put_resampler(self, name: str, state: ResamplerState) -> None:
@@ -127,11 +127,11 @@ class Note:
         self.put_array(f"{name}.history", state.history)
         self.put_number(f"{name}.given", state.given)
 
-    def resampler(self, name: str) -> ResamplerState:
-        """Of put_resampler."""
+    def resampler(self, name: str, largest: float) -> ResamplerState:
+        """Of put_resampler; no sample of its history may be larger than `largest`."""
         return ResamplerState(
             self.number(f"{name}.first"),
-            self.array(f"{name}.history"),
+            self.array(f"{name}.history", largest),
             self.number(f"{name}.given"),
         )
 
@@ -141,4 +141,6 @@ def _is_count(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < _LARGEST
+    return isinstance(value, float) and math.isfinite(value)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .audio import (
+    MAX_SAMPLE,
     Pcm,
     StreamResampler,
     as_pcm,
@@ -39,6 +40,9 @@ SPEAKING_FRAMES = 12
 #: ... or a voice above this level, in dBFS, over this many frames.
 SPEAKING_LEVEL = -45.0
 SPEAKING_LEVEL_FRAMES = 3
+
+#: A voice that no finite weights exceed, and that a resampler can add up.
+_MAX_OUTPUT = 1e6
 
 #: Session.stats counts percentiles over this many steps.
 _STATS_STEPS = 4096
@@ -166,10 +170,10 @@ class _Feed:
 
     def load(self, note: Note) -> None:
         """Takes it back."""
-        self._waiting = note.array("feed.waiting")
+        self._waiting = note.array("feed.waiting", MAX_SAMPLE)
         self._started = note.flag("feed.started")
         self._steady = note.flag("feed.steady")
-        self._resampler.resume(note.resampler("feed.resampler"))
+        self._resampler.resume(note.resampler("feed.resampler", MAX_SAMPLE))
 
     @property
     def empty(self) -> bool:
@@ -194,11 +198,13 @@ class _Feed:
     def push(self, pcm: Pcm) -> None:
         """Takes any number of samples."""
         self._started = self._started or len(pcm) > 0
-        self._waiting = np.concatenate([self._waiting, self._resampler.process(pcm)])
+        # What is near the limit may be beyond it at another rate.
+        more = np.clip(self._resampler.process(pcm), -MAX_SAMPLE, MAX_SAMPLE)
+        self._waiting = np.concatenate([self._waiting, more])
 
     def finish(self) -> None:
         """Ends the signal, with zeros up to a whole frame."""
-        tail = self._resampler.flush()
+        tail = np.clip(self._resampler.flush(), -MAX_SAMPLE, MAX_SAMPLE)
         missing = -(len(self._waiting) + len(tail)) % self._frame
         self._waiting = np.concatenate([self._waiting, tail, np.zeros(missing, np.float32)])
         self._started = False
@@ -210,6 +216,15 @@ class _Feed:
         if len(self._waiting) < self._frame:
             return None
         frame, self._waiting = self._waiting[: self._frame], self._waiting[self._frame :]
+        return frame
+
+    def take_one(self) -> Pcm:
+        """The frame that a step has put in. Only a damaged snapshot can be without."""
+        frame = self.take()
+        if frame is None:
+            raise SessionError(
+                "this session has no frame to step; the snapshot that it is from was damaged"
+            )
         return frame
 
 
@@ -296,7 +311,6 @@ class Session:
         self._feed = _Feed(self._rate, model.sample_rate, model.frame_size)
         self._forced: list[int] = []
         self._descriptor: int | None = None
-        self._abandoned = False  # a frame is in flight that nobody waits for
         self._start()
 
     def _begin(self, core: _core.Session) -> None:
@@ -353,8 +367,7 @@ class Session:
 
     def _settle(self) -> None:
         """Takes the frame of a cancelled astep, which the model has said to nobody."""
-        if self._abandoned:
-            self._abandoned = False
+        if self._core.in_flight:
             self._frame(self._core.finish())
 
     # ---- what it is ----------------------------------------------------------------------------
@@ -412,14 +425,15 @@ class Session:
                 return self._frame(self._core.step(pcm, decode, dtype))
             self._feed.check_step()
             self._feed.step(self._one_frame(pcm, dtype))
-            return self._frame(next(self._drain(decode)))
+            return self._frame(self._core.step(self._feed.take_one(), decode))
 
     async def astep(self, pcm: Any, *, decode: bool = True, dtype: str | None = None) -> Frame:
         """`step` for asyncio: other tasks run while the engine steps the frame, without a thread of
         their own; any number of sessions may wait at once.
 
-        Cancelled before the engine has begun, nothing has happened. Cancelled later, the frame is
-        stepped all the same and what the model said in it is lost; the session can be used at once.
+        Cancelled before the engine has begun, nothing has happened. Cancelled later, or when
+        samples are resampled or wait from a `push`, the frame is stepped all the same and what the
+        model said in it is lost. Either way the session can be used at once.
 
         Args:
             pcm, decode, dtype: as for `step`.
@@ -429,30 +443,26 @@ class Session:
             SessionError: closed, or in use by another task or thread.
         """
         with self._held():
-            descriptor = self._watched()
-            if self._abandoned:
-                await _readable(descriptor)
+            if self._descriptor is None:
+                self._settle()  # the core gives it between two frames
+                self._descriptor = self._core.descriptor()
+            if self._core.in_flight:
+                await _readable(self._descriptor)
                 self._settle()
             fed = not self._feed.empty
-            if fed:
-                self._feed.check_step()
-                self._feed.step(self._one_frame(pcm, dtype))
-                self._core.submit(self._feed.take(), decode)
-            else:
-                self._core.submit(pcm, decode, dtype)
             try:
-                await _readable(descriptor)
+                if fed:
+                    self._feed.check_step()
+                    self._feed.step(self._one_frame(pcm, dtype))
+                    self._core.submit(self._feed.take_one(), decode)
+                else:
+                    self._core.submit(pcm, decode, dtype)
+                await _readable(self._descriptor)
             except BaseException:
-                self._abandoned = fed or not self._core.withdraw()
+                if not fed and self._core.in_flight:
+                    self._core.withdraw()
                 raise
             return self._frame(self._core.finish())
-
-    def _watched(self) -> int:
-        """The descriptor that tells an event loop of a frame that is done."""
-        if self._descriptor is None:
-            self._settle()  # the core gives it between two frames
-            self._descriptor = self._core.descriptor()
-        return self._descriptor
 
     def _one_frame(self, pcm: Any, dtype: str | None = None) -> Pcm:
         """Exactly one frame at the session's rate, when it cannot go straight to the core."""
@@ -701,14 +711,14 @@ class Session:
 
         It has the layout of a safetensors file: the history of the language model and the codec as
         fields by name, the random numbers to come, samples and text that wait. Its size grows with
-        the call up to the context's length: `model.memory.per_session` at most. The step times in
-        `stats` are not part of it.
+        the call up to the context's length. The step times in `stats` are not part of it.
 
         Args:
             path: a file to write it to as well, which is replaced as a whole.
 
         Raises:
             SessionError: closed, or in use by another thread.
+            OSError: the file cannot be written.
         """
         with self._busy():
             data = self._core.snapshot(self._note().encode())
@@ -717,8 +727,11 @@ class Session:
             try:
                 part.write_bytes(data)
                 part.replace(path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, os.fspath(path)) from error
             finally:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    part.unlink()
         return data
 
     @classmethod
@@ -728,6 +741,9 @@ class Session:
         """A session that goes on where a snapshot was taken, bit for bit on the same kind of
         processor. At another `sample_rate` or `output_sample_rate` than the model's, the resampler
         starts anew from the last half second, which changes the sound by rounding.
+
+        Models are told apart by their configs and tensors and by a few bytes of each: one whose
+        weights differ in a few numbers only may pass for the snapshot's.
 
         Args:
             model: the same weights, device, dtype and context as the snapshot's.
@@ -740,11 +756,12 @@ class Session:
         if isinstance(data, (str, os.PathLike)):
             try:
                 data = Path(data).read_bytes()
-            except OSError as error:
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
                 raise CheckpointError(
-                    f"the snapshot {os.fspath(data)!r} could not be read ({error.strerror})"
+                    f"the snapshot {os.fspath(data)!r} could not be read ({reason})"
                 ) from error
-        core, note = _core.Session.restore(model._core, bytes(data))
+        core, note = _core.Session.restore(model._core, bytes(memoryview(data)))
         try:
             return cls._resumed(model, core, Note.decode(note))
         except AudioError as error:
@@ -755,8 +772,8 @@ class Session:
             raise
 
     def fork(self, seed: int | None = None) -> Session:
-        """Another session in the same state, as cheap as a new one: what was heard and said so far
-        is shared until one of the two goes on.
+        """Another session in the same state. It costs a fraction of a millisecond: the keys and
+        values of what was heard and said so far are shared until one of the two goes on.
 
         Args:
             seed: of the fork; None for the same random numbers as this session will have.
@@ -800,8 +817,15 @@ class Session:
         self._since_word = note.number("since_word")
         self._power.extend(note.floats("power"))
         self._feed.load(note)
-        self._output.resume(note.resampler("output.resampler"))
-        self._output_waiting = note.array("output.waiting")
+        given = note.resampler("output.resampler", _MAX_OUTPUT)
+        frames = (given.first + len(given.history)) // model.frame_size
+        left = len(self._output_waiting) + given.given - frames * self._output_frame
+        self._output.resume(given)
+        self._output_waiting = note.array("output.waiting", _MAX_OUTPUT)
+        if len(self._output_waiting) != left:
+            raise note.damaged(
+                f"{len(self._output_waiting)} samples of output wait; expected {left}"
+            )
         self._begin(core)
         return self
 
@@ -812,7 +836,7 @@ class Session:
 
     def close(self) -> None:
         """Gives the slot back. A second call does nothing."""
-        if self._abandoned:
+        if self._core.in_flight:
             with contextlib.suppress(MoshiError), self._held():
                 self._settle()
         self._core.close()
@@ -880,6 +904,6 @@ def step_many(
             for i, session in enumerate(sessions):
                 if session in fed:
                     session._feed.step(pcms[i])
-                    pcms[i] = session._feed.take()
+                    pcms[i] = session._feed.take_one()
         raws = _core.step_many([session._core for session in sessions], pcms, decode)
         return [session._frame(raw) for session, raw in zip(sessions, raws, strict=True)]

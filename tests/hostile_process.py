@@ -201,6 +201,8 @@ def forked() -> None:
             lambda: stream.encode(SILENCE),
             lambda: stream.decode([0] * 8),
             stream.reset,
+            stream.snapshot,
+            lambda: stream.restore(b"x"),
         ):
             _refused(call)
         with moshi_c.load() as own, moshi_c.Session(own, seed=1) as fresh:

@@ -4,6 +4,7 @@ surface."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -818,6 +819,11 @@ def test_fault_24_every_call_after_close_says_closed(model: Model) -> None:
         lambda: stream.encode(SILENCE),
         lambda: stream.decode([0] * 8),
         stream.reset,
+        session.snapshot,
+        session.fork,
+        lambda: asyncio.run(session.astep(SILENCE)),
+        stream.snapshot,
+        lambda: stream.restore(b"x"),
     ]
     gone = moshi_c.load()
     gone.close()

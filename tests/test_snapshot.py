@@ -207,6 +207,33 @@ def test_a_resumed_resampler_gives_the_same_signal(rates: tuple[int, int], cut: 
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cfg_coef": 2.0, "cfg_masked_until": 3},
+        {"cfg_coef": 2.0, "cfg_is_no_text": True},
+        {"cfg_coef": 1.5, "conditions": {"description": "very_good"}},
+    ],
+)
+def test_guided_and_conditioned_sessions_go_on(
+    made: Any, pcm: NDArray[np.float32], options: dict[str, Any]
+) -> None:
+    with moshi_c.load(made.lm("hibiki"), progress=False, max_sessions=3) as model:
+        frames = pcm[: 12 * model.frame_size].reshape(-1, model.frame_size)
+        with Session(model, seed=2, **options) as session:
+            for frame in frames[:6]:
+                session.step(frame)
+            with Session.from_snapshot(model, session.snapshot()) as restored:
+                with session.fork() as fork:
+                    expected = [session.step(frame) for frame in frames[6:]]
+                    assert_same([fork.step(frame) for frame in frames[6:]], expected)
+                assert_same([restored.step(frame) for frame in frames[6:]], expected)
+                session.reset()
+                restored.reset()
+                expected = [session.step(frame) for frame in frames]
+                assert_same([restored.step(frame) for frame in frames], expected)
+
+
 # ---- forks -------------------------------------------------------------------------------------
 
 
@@ -345,7 +372,7 @@ def test_another_version_model_device_dtype_and_context_are_refused(
         refused(narrow, session.snapshot(), 'its kv_dtype is "f32", expected "bf16"')
 
 
-def test_one_changed_weight_makes_another_model(made: Any) -> None:
+def test_other_weights_of_the_same_shapes_make_another_model(made: Any) -> None:
     with (
         moshi_c.load(made.lm("moshi", seed=0)) as a,
         moshi_c.load(made.lm("moshi", seed=1)) as b,
@@ -392,6 +419,10 @@ def set_note(name: str, value: Any) -> Change:
     return change
 
 
+#: Samples that no session takes.
+LOUD = base64.b64encode(np.array([1e30], "<f4").tobytes()).decode()
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -416,6 +447,9 @@ def set_note(name: str, value: Any) -> Change:
         (set_note("sample_rate", "fast"), "sample_rate is 'fast'; expected a whole number"),
         (set_note("sample_rate", 7), "sample_rate is 7; expected"),
         (set_note("forced", [1, 2]), "2 forced tokens; expected"),
+        (set_note("power", [10**400]), r"power is .* expected a list of finite numbers"),
+        (set_note("output.waiting", base64.b64encode(bytes(8)).decode()), "2 samples of output"),
+        (set_note("feed.waiting", LOUD), r"feed.waiting is .* expected samples within ±100"),
         (set_note("power", ["loud"]), r"power is .* expected a list of finite numbers"),
         (set_note("feed.waiting", "?"), "feed.waiting is .* expected bytes in base 64"),
         (set_note("feed.waiting", base64.b64encode(b"abc").decode()), "whole float32 samples"),
@@ -429,9 +463,30 @@ def test_a_lie_in_a_field_is_refused_by_its_name(
     refused(model, change(data), match)
 
 
+def test_samples_that_a_snapshot_lacks_end_in_a_sentence(model: Model) -> None:
+    silence = np.zeros(3840, np.float32)
+    with Session(model, sample_rate=48000) as session:
+        for _ in range(5):
+            session.step(silence)
+        lied = set_note("feed.waiting", "")(session.snapshot())
+    for attempt in (Session.step, lambda *given: asyncio.run(Session.astep(*given))):
+        with (
+            Session.from_snapshot(model, lied) as session,
+            pytest.raises(SessionError, match="snapshot that it is from was damaged"),
+        ):
+            for _ in range(3):
+                attempt(session, silence)
+
+
 def test_files_that_are_no_snapshots_are_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing.moshi.* could not be read"):
         Session.from_snapshot(model, tmp_path / "missing.moshi")
+    with pytest.raises(CheckpointError, match="could not be read"):
+        Session.from_snapshot(model, "a\0b")
+    with pytest.raises(TypeError):
+        Session.from_snapshot(model, 10**13)  # type: ignore[arg-type]
+    with Session(model) as session, pytest.raises(FileNotFoundError, match=r"nowhere/call.moshi"):
+        session.snapshot(tmp_path / "nowhere" / "call.moshi")
     refused(model, b"", "0 bytes are too few")
     refused(model, b"\xff" * 64, "the header claims")
     refused(model, struct.pack("<Q", 2) + b"{}", "it does not name its format")
@@ -599,8 +654,8 @@ def test_a_withdrawn_frame_never_happened(model: Model, pcm: NDArray[np.float32]
     for _ in range(40):
         sessions[0].reset()
         asyncio.run(talk(sessions))
-        withdrawn += not sessions[0]._abandoned
-        if not sessions[0]._abandoned:
+        withdrawn += not sessions[0]._core.in_flight
+        if not sessions[0]._core.in_flight:
             assert_same([sessions[0].step(frames[t]) for t in range(3)], expected)
     for session in sessions:
         session.close()

@@ -799,6 +799,11 @@ static PyObject *session_closed(PyObject *object, void *Py_UNUSED(closure))
     return PyBool_FromLong(atomic_load(&session_of(object)->guard.closed));
 }
 
+static PyObject *session_in_flight(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(atomic_load(&session_of(object)->submitted));
+}
+
 static PyObject *session_forced_left(PyObject *object, void *Py_UNUSED(closure))
 {
     struct session_object *self = session_of(object);
@@ -851,6 +856,8 @@ static PyMethodDef session_methods[] = {
 static PyGetSetDef session_properties[] = {
     {"seed", session_seed, NULL, PyDoc_STR("The seed in use."), NULL},
     {"closed", session_closed, NULL, PyDoc_STR("Whether close has been called."), NULL},
+    {"in_flight", session_in_flight, NULL,
+     PyDoc_STR("Whether a submitted frame is to be finished."), NULL},
     {"forced_left", session_forced_left, NULL, PyDoc_STR("Forced tokens still to come."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
