@@ -23,6 +23,8 @@ int os_path_is_folder(const char *path);
 /* Zeroed memory, aligned to a page, committed by the system when first touched; NULL on failure. */
 void *os_reserve(size_t bytes);
 void os_release(void *memory, size_t bytes);
+/* Asks for large pages under memory that was just reserved; a wish. */
+void os_advise_huge(void *memory, size_t bytes);
 /* Gives the pages back; they read as zeros afterwards. Both ends are rounded inward to pages. */
 void os_decommit(void *memory, size_t bytes);
 

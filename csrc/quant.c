@@ -1,7 +1,15 @@
-/* quant.c: conversions between float formats, by the value: round to nearest, ties to even. */
+/* quant.c: conversions between float formats, by the value: round to nearest, ties to even; and the
+ * making and reading of tiles of the block formats. */
 #include "quant.h"
 
 #include <string.h>
+
+const char *weight_format_name(enum weight_format format)
+{
+    static const char *const names[WEIGHT_FORMATS] = {"f32", "f16", "bf16", "int8", "q8", "q4"};
+
+    return names[format];
+}
 
 /* Half precision: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
 float f16_to_f32(uint16_t h)
@@ -79,4 +87,135 @@ void weight_convert(enum weight_format from, const void *source, enum weight_for
             memcpy((char *)target + i * 2, &h, 2);
         }
     }
+}
+
+/* ---- block formats ---------------------------------------------------------------------- */
+
+static size_t code_at(enum weight_format format, int row, int column)
+{
+    size_t in_tile = (size_t)column % TILE, chunk = in_tile / 4;
+
+    if (format == WEIGHT_Q4) chunk %= GROUP / 4;
+    return (format == WEIGHT_INT8 ? 0 : 4 * PANEL) + (chunk * PANEL + (size_t)row) * 4 +
+           in_tile % 4;
+}
+
+static size_t tile_at(enum weight_format format, int column)
+{
+    return (format == WEIGHT_INT8 ? PANEL * sizeof(float) : 0) +
+           (size_t)(column / TILE) * tile_bytes(format);
+}
+
+int panel_code(enum weight_format format, const void *panel, int row, int column)
+{
+    const uint8_t *tile = (const uint8_t *)panel + tile_at(format, column);
+    int code = tile[code_at(format, row, column)];
+
+    if (format == WEIGHT_Q4) code = column % TILE < GROUP ? code & 15 : code >> 4;
+    return code - CODE_OFFSET(format);
+}
+
+float panel_scale(enum weight_format format, const void *panel, int row, int column)
+{
+    const char *tile = (const char *)panel + tile_at(format, column);
+
+    if (format == WEIGHT_INT8) return ((const float *)panel)[row];
+    return f16_to_f32(((const uint16_t *)(const void *)tile)[column % TILE / GROUP * PANEL + row]);
+}
+
+/* The nearest integer, for |x| < 2^22. */
+static int nearest(float x)
+{
+    union {
+        float f;
+        int32_t i;
+    } v = {.f = x + 0x1.8p23f};
+
+    return v.i - 0x4b400000;
+}
+
+/* Codes of `n` weights; 0 for a scale of 0. */
+static void encode(const float *w, int n, float scale, float least, float most, int *codes)
+{
+    float inverse = scale != 0 ? 1 / scale : 0;
+
+    for (int i = 0; i < n; i++) {
+        float x = w[i] * inverse;
+
+        x = x > least ? x : least;
+        codes[i] = nearest(x < most ? x : most);
+    }
+}
+
+/* The weight farthest from 0. */
+static float extreme(const float *w)
+{
+    float most = 0, magnitude = 0;
+
+    for (int i = 0; i < GROUP; i++) {
+        float m = w[i] < 0 ? -w[i] : w[i];
+
+        most = m > magnitude ? w[i] : most;
+        magnitude = m > magnitude ? m : magnitude;
+    }
+    return most;
+}
+
+static int all_finite(const float *w, int n)
+{
+    float zero = 0;
+
+    for (int i = 0; i < n; i++) zero += w[i] * 0;
+    return zero == 0;
+}
+
+/* q4: the extreme becomes code -8, the code without an opposite; then the scale that fits the codes
+ * best, sum wc / sum cc, and codes for it, twice: 3 % less error than without. */
+static float quantise_group(enum weight_format format, const float *w, int *codes)
+{
+    float scale = extreme(w) / (format == WEIGHT_Q4 ? -8.0f : 127.0f);
+
+    scale = f16_to_f32(f32_to_f16(scale));
+    if (format == WEIGHT_Q8) {
+        encode(w, GROUP, scale, -127, 127, codes);
+        return scale;
+    }
+    encode(w, GROUP, scale, -8, 7, codes);
+    for (int round = 0; round < 2; round++) {
+        float product = 0, square = 0;
+
+        for (int i = 0; i < GROUP; i++) {
+            product += w[i] * (float)codes[i];
+            square += (float)(codes[i] * codes[i]);
+        }
+        if (square > 0) scale = f16_to_f32(f32_to_f16(product / square));
+        encode(w, GROUP, scale, -8, 7, codes);
+    }
+    return scale;
+}
+
+int quantise_tile(enum weight_format format, float w[PANEL][TILE], const float *scales, void *tile)
+{
+    uint8_t *bytes = tile;
+    int offset = CODE_OFFSET(format), good = 1;
+
+    for (int row = 0; row < PANEL; row++) {
+        int codes[TILE];
+
+        good &= all_finite(w[row], TILE);
+        if (format == WEIGHT_INT8) encode(w[row], TILE, scales[row], -127, 127, codes);
+        for (int group = 0; group < 2 && format != WEIGHT_INT8; group++) {
+            float scale = quantise_group(format, w[row] + group * GROUP, codes + group * GROUP);
+
+            ((uint16_t *)tile)[group * PANEL + row] = f32_to_f16(scale);
+            good &= all_finite(&scale, 1);
+        }
+        for (int c = 0; c < (format == WEIGHT_Q4 ? GROUP : TILE); c++) {
+            int code = codes[c] + offset;
+
+            if (format == WEIGHT_Q4) code |= (codes[c + GROUP] + offset) << 4;
+            bytes[code_at(format, row, c)] = (uint8_t)code;
+        }
+    }
+    return good;
 }

@@ -37,6 +37,8 @@ static const struct bound {
     {"conv", 5e-6, 5e-6},        {"transposed", 5e-6, 5e-6},
     {"rvq_encode", 0, 0},      /* codes; the seeds have no near ties */
     {"rvq_decode", 5e-6, 5e-6},  {"softmax", 2e-6, 2e-6},
+    {"codes", 5e-6, 0},          /* integers, and float sums in one order */
+    {"near_codes", 5e-3, 5e-3},  /* norms differ by an ulp, and a code may round the other way */
 };
 
 static int passed, failed;
@@ -121,10 +123,20 @@ static struct matrix take_matrix(enum weight_format format, int rows, int cols)
     return (struct matrix){.format = format, .rows = rows, .cols = cols, .data = data};
 }
 
+static struct backend *backends[9]; /* three of each instruction set: 1, 2, 3 threads */
+static int n_backends;
+
+/* pack: 0 rows, 1 panels of f32, else the block format to make. The naive formulation reads the
+ * panels of the first backend then. */
 static void prepare(struct backend *backend, struct matrix *matrix, int pack)
 {
+    int status;
+
+    if (!backend && pack > 1) backend = backends[0];
     if (!backend || !matrix->rows) return;
-    if (backend->ops->prepare_matrix(backend, matrix, pack)) exit(2);
+    status = pack > 1 ? backend->ops->quantise_matrix(backend, matrix, (enum weight_format)pack)
+                      : backend->ops->prepare_matrix(backend, matrix, pack);
+    if (status) exit(2);
     prepared[n_prepared++] = *matrix;
 }
 
@@ -166,8 +178,37 @@ static double *naive_norm(const struct norm *norm, const float *x, int width)
     return y;
 }
 
+/* x as the block formats multiply it. */
+static void naive_codes(const double *x, int n, double *y)
+{
+    for (int first = 0; first < n; first += GROUP) {
+        int last = first + GROUP < n ? first + GROUP : n;
+        float most = 0;
+
+        for (int k = first; k < last; k++) most = fmaxf(most, fabsf((float)x[k]));
+        for (int k = first; k < last; k++)
+            y[k] = most > 0 ? rintf((float)x[k] * (127.0f / most)) * (double)most / 127 : 0;
+    }
+}
+
+static double naive_block_dot(const struct matrix *m, int row, const double *x)
+{
+    const char *panel = (const char *)m->packed +
+                        (size_t)(row / PANEL) * panel_bytes(m->format, m->cols);
+    size_t mark = arena_used;
+    double sum = 0, *rounded = take((size_t)m->cols * sizeof *rounded);
+
+    naive_codes(x, m->cols, rounded);
+    for (int k = 0; k < m->cols; k++)
+        sum += panel_code(m->format, panel, row % PANEL, k) *
+               (double)panel_scale(m->format, panel, row % PANEL, k) * rounded[k];
+    arena_used = mark;
+    return sum;
+}
+
 static double naive_dot(const struct matrix *m, int row, const double *x)
 {
+    if (m->packed) return naive_block_dot(m, row, x);
     size_t columns = (size_t)m->cols, mark = arena_used;
     const char *from = (const char *)m->data + (size_t)row * columns * weight_bytes(m->format);
     float *w = take(columns * sizeof *w);
@@ -1076,14 +1117,19 @@ static void case_rvq_decode(const struct shape *s, struct backend *backend, stru
 /* ---- comparison ------------------------------------------------------------------------- */
 
 /* Each instruction set with one, two and three threads; the first one is generic. */
-static struct backend *backends[6];
-static int n_backends;
 
 static void start_case(uint64_t seed)
 {
     arena_used = 0;
     n_prepared = 0;
     random_state = seed * 0x9e3779b97f4a7c15u + 1;
+}
+
+static void end_case(void)
+{
+    for (int i = 0; i < n_prepared; i++)
+        backends[0]->ops->release_matrix(backends[0], &prepared[i]);
+    n_prepared = 0;
 }
 
 static struct outcome run_case(case_function *function, const struct shape *shape,
@@ -1093,8 +1139,7 @@ static struct outcome run_case(case_function *function, const struct shape *shap
 
     start_case((uint64_t)(shape->in * 31 + shape->out * 7 + shape->n));
     function(shape, backend, &o);
-    for (int i = 0; i < n_prepared; i++)
-        if (backend) backend->ops->release_matrix(backend, &prepared[i]);
+    end_case();
     return o;
 }
 
@@ -1183,7 +1228,7 @@ struct tally {
 
 static void check_shape(case_function *function, struct shape shape, struct tally *tally)
 {
-    struct outcome naive, all[6];
+    struct outcome naive, all[9];
     int has_lanes = function == case_embed || function == case_attend || function == case_conv ||
                     function == case_transposed;
 
@@ -1255,6 +1300,39 @@ static void check_products(const char *operation, case_function *function, int v
             snprintf(detail, sizeof detail, "%s%s", format_names[format], packed ? " packed" : "");
             report(operation, detail, &tally);
         }
+    }
+}
+
+/* Block formats. variant 0 and 3 of a linear have neither a norm nor a function: every instruction
+ * set gives the same bits. */
+static void check_block_products(void)
+{
+    for (int block = WEIGHT_INT8; block <= WEIGHT_Q4; block++) {
+        struct tally exact = {.bits = 1, .alone = 1, .masked = 1}, near = exact;
+        const char *name = weight_format_name((enum weight_format)block);
+        int turn = 0;
+
+        for (int i = 0; i < COUNT(row_counts); i++) {
+            for (int j = 0; j < COUNT(sizes); j++, turn++) {
+                struct shape shape = {.operation = "codes",
+                                      .n = row_counts[i],
+                                      .in = sizes[j][0],
+                                      .out = sizes[j][1],
+                                      .packed = block,
+                                      .format = (enum weight_format)(turn % 3),
+                                      .variant = 3 * (turn % 2)};
+
+                check_shape(case_linear, shape, &exact);
+                shape.variant = turn % 12;
+                check_shape(case_linear, shape, &near);
+                shape.variant = turn % 2;
+                check_shape(case_residual, shape, &near);
+                shape.variant = turn % 3;
+                check_shape(case_gated, shape, &near);
+            }
+        }
+        report("codes", name, &exact);
+        report("near_codes", name, &near);
     }
 }
 
@@ -1700,6 +1778,106 @@ static void test_half_floats_convert_exactly(void)
     verdict(good, "half floats convert exactly, both ways");
 }
 
+/* Every weight is near scale * code; what lies beyond the last row and column is 0. */
+static void test_block_formats_hold_what_they_are_given(void)
+{
+    enum { ROWS = 37, COLS = 150 };
+    static const double bits[] = {8, 8.5, 4.5};
+
+    for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+        enum weight_format f = (enum weight_format)format;
+        struct matrix rows, w;
+        double per_weight;
+        int good = 1;
+
+        start_case((uint64_t)format);
+        rows = take_matrix(WEIGHT_F32, ROWS, COLS);
+        for (int k = 0; k < COLS; k++) ((float *)(uintptr_t)rows.data)[3 * COLS + k] = 0;
+        w = rows;
+        prepare(backends[0], &w, format);
+        for (int r = 0; r < 3 * PANEL; r++) {
+            const char *panel = (const char *)w.packed + (size_t)(r / PANEL) * panel_bytes(f, COLS);
+
+            for (int k = 0; k < (COLS + TILE - 1) / TILE * TILE; k++) {
+                int outside = r >= ROWS || k >= COLS;
+                double want = outside ? 0 : ((const float *)rows.data)[r * COLS + k];
+                double scale = panel_scale(f, panel, r % PANEL, k);
+                int code = panel_code(f, panel, r % PANEL, k);
+
+                /* Half a step; the f16 scale may cut off a 16th of one at 127; in q4 there is no
+                 * code 8. */
+                good &= fabs(want - scale * code) <= fabs(scale) * (f == WEIGHT_Q4 ? 1.1 : 0.57);
+                good &= !outside || code == 0;
+            }
+        }
+        per_weight = 8.0 * (double)(panel_bytes(f, 4096) - (f == WEIGHT_INT8 ? 64 : 0)) /
+                     (PANEL * 4096);
+        verdict(good && per_weight == bits[format - WEIGHT_INT8],
+                "%s holds what it is given, in %.1f bits a weight", weight_format_name(f),
+                per_weight);
+        end_case();
+    }
+}
+
+static void test_stored_int8_rows_keep_their_codes(void)
+{
+    enum { ROWS = 21, COLS = 70 };
+    int8_t *codes;
+    float *scales;
+    struct matrix w;
+    int good = 1;
+
+    start_case(1);
+    codes = take(ROWS * COLS);
+    scales = take_random(ROWS, 0.1f);
+    for (int i = 0; i < ROWS * COLS; i++) codes[i] = (int8_t)(random_below(255) - 127);
+    w = (struct matrix){WEIGHT_INT8, ROWS, COLS, codes, scales, NULL};
+    prepare(backends[0], &w, WEIGHT_INT8);
+    for (int r = 0; r < ROWS; r++) {
+        const char *panel = (const char *)w.packed +
+                            (size_t)(r / PANEL) * panel_bytes(w.format, COLS);
+
+        for (int k = 0; k < COLS; k++)
+            good &= panel_code(w.format, panel, r % PANEL, k) == codes[r * COLS + k] &&
+                    panel_scale(w.format, panel, r % PANEL, k) == scales[r];
+    }
+    verdict(good, "stored int8 rows keep their codes and scales");
+    end_case();
+}
+
+static void test_bad_numbers_do_not_hide_in_codes(void)
+{
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    int good = 1;
+
+    for (int b = 0; b < n_backends; b += 3) {
+        for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+            for (int i = 0; i < COUNT(bad); i++) {
+                struct matrix w, broken;
+                float *x, *y;
+
+                start_case(7);
+                w = take_matrix(WEIGHT_F32, 20, 70);
+                broken = take_matrix(WEIGHT_F32, 20, 70);
+                ((float *)(uintptr_t)broken.data)[19 * 70 + 3 * i] = bad[i];
+                x = take_random(70, 1);
+                y = take(20 * sizeof *y);
+                x[i * 30] = bad[i];
+                prepare(backends[b], &w, format);
+                run_linear(backends[b],
+                           &(struct op_linear){.name = "bad", .n = 1, .x = x, .weight = w, .y = y});
+                for (int r = 0; r < 20; r++) good &= !isfinite(y[r]);
+                good &= backends[b]->ops->quantise_matrix(backends[b], &broken,
+                                                          (enum weight_format)format) ==
+                            MOSHI_ERROR_CHECKPOINT &&
+                        !broken.packed;
+                end_case();
+            }
+        }
+    }
+    verdict(good, "activations that are not finite give sums that are not, such weights an error");
+}
+
 static void stage_linear_once(struct backend *backend, void *arg)
 {
     backend->ops->linear(backend, arg);
@@ -1795,9 +1973,9 @@ static void test_trace_finds_the_first_bad_value(void)
 
 static void open_backends(void)
 {
-    static const char *names[] = {"generic", "avx2"};
+    static const char *names[] = {"generic", "avx2", "avx512"};
 
-    for (int isa = 0; isa < 2; isa++) {
+    for (int isa = 0; isa < COUNT(names); isa++) {
         for (int threads = 1; threads <= 3; threads++) {
             struct backend *backend;
 
@@ -2220,6 +2398,10 @@ int main(int argc, char **argv)
     check_products("residual", case_residual, 2, 0);
     check_products("gated", case_gated, 3, 0);
     check_products("embed", case_embed, 16, 0);
+    check_block_products();
+    test_block_formats_hold_what_they_are_given();
+    test_stored_int8_rows_keep_their_codes();
+    test_bad_numbers_do_not_hide_in_codes();
     check_attention();
     check_codec();
     test_many_threads_on_few_cores();
