@@ -1187,7 +1187,7 @@ static void the_depth_transformer_inherits_and_overrides(void)
 static void flags_without_support_yet_are_still_read(void)
 {
     struct lm_config c;
-    CHECK_OK(LM3(&c, "cross_attention", "true", "demux_second_stream", "true", "quantize", "true"));
+    CHECK_OK(LM2(&c, "cross_attention", "true", "demux_second_stream", "true"));
     CHECK(c.cross_attention && c.demux_second_stream);
     lm_config_free(&c);
     CHECK_OK(LM3(&c, "demux_second_text_stream", "true", "norm_emb", "true", "bias_proj", "true"));
@@ -1326,7 +1326,6 @@ static void a_config_we_cannot_honour_names_its_key(void)
         {"depformer_activation", "\"relu\"", 0, 0, "'depformer_activation'"},
         {"extra_heads_num_heads", "17", 0, 0, "'extra_heads_num_heads'"},
         {"extra_heads_dim", "33", 0, 0, "'extra_heads_dim'"},
-        {"quantize", "\"q8\"", 0, 0, "'quantize'"},
         {"cross_attention", "null", 0, 0, "'cross_attention'"},
         {"model_type", "\"a name of 16 byte\"", 0, 0, "'model_type'"},
         {"model_type", "null", 0, 0, "'model_type' is null"},
