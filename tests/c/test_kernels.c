@@ -10,7 +10,8 @@
  *  - with some rows inactive: their histories stay bitwise as they were, the others' results too.
  * Outputs are poisoned first. Bounds are in one table.
  *
- * test_kernels [bench]: bench times the main kernels next to the machine's read rate. */
+ * test_kernels [bench [threads [words]]]: bench times the main kernels beside the machine's read rate
+ * and its rate of multiply-adds, those whose name has the words in it. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -1266,7 +1267,6 @@ static void report(const char *operation, const char *detail, const struct tally
 
 static const int row_counts[] = {1, 3, 4, 17, 53};
 static const int sizes[][2] = {{1, 1}, {7, 5}, {31, 33}, {64, 16}, {130, 100}, {600, 70}};
-static const char *format_names[] = {"f32", "f16", "bf16"};
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
@@ -1297,7 +1297,8 @@ static void check_products(const char *operation, case_function *function, int v
                                 &tally);
                 }
             }
-            snprintf(detail, sizeof detail, "%s%s", format_names[format], packed ? " packed" : "");
+            snprintf(detail, sizeof detail, "%s%s", weight_format_name((enum weight_format)format),
+                     packed ? " packed" : "");
             report(operation, detail, &tally);
         }
     }
@@ -1424,7 +1425,8 @@ static void check_codec(void)
                                                        .format = (enum weight_format)format},
                                         &back);
             }
-            snprintf(detail, sizeof detail, "%s%s", format_names[format], packed ? " packed" : "");
+            snprintf(detail, sizeof detail, "%s%s", weight_format_name((enum weight_format)format),
+                     packed ? " packed" : "");
             report("conv", detail, &conv);
             report("transposed", detail, &back);
         }
@@ -2094,8 +2096,6 @@ static int by_value(const void *a, const void *b)
 
 struct bench_job {
     struct backend *backend;
-    int rows, in, out;
-    enum weight_format format;
     struct op_attend attend;
     struct op_conv conv;
     struct op_conv_transposed transposed;
@@ -2104,6 +2104,8 @@ struct bench_job {
 
 /* Runs the job until there are enough samples, reading memory in between; reports the median, the
  * best, and both limits' medians. */
+static const char *bench_words = "";
+
 static double bench_run(const char *name, void (*once)(struct bench_job *), struct bench_job *job,
                         double bytes, double flops)
 {
@@ -2111,6 +2113,7 @@ static double bench_run(const char *name, void (*once)(struct bench_job *), stru
     double seconds[SAMPLES], rates[SAMPLES], peaks[SAMPLES];
     int threads = job->backend->threads;
 
+    if (!strstr(name, bench_words)) return 0;
     for (int i = 0; i < SAMPLES; i++) {
         double start;
 
@@ -2140,17 +2143,19 @@ static double bench_run(const char *name, void (*once)(struct bench_job *), stru
 
 static void once_linear(struct bench_job *job)
 {
-    size_t bytes = (size_t)job->in * (size_t)job->out * weight_bytes(job->format);
+    struct matrix *w = &job->linear.weight;
 
-    job->linear.weight.data = next_piece(bytes);
+    if (is_block_format(w->format))
+        w->packed = next_piece(packed_bytes(w));
+    else
+        w->data = next_piece((size_t)w->rows * (size_t)w->cols * weight_bytes(w->format));
     run_linear(job->backend, &job->linear);
 }
 
 static void bench_linear(struct backend *backend, enum weight_format format, int rows)
 {
-    struct bench_job job = {
-        .backend = backend, .rows = rows, .in = 4096, .out = 4096, .format = format};
-    double elements = 4096.0 * 4096;
+    struct bench_job job = {.backend = backend};
+    double elements = 4096.0 * 4096, bytes = elements * (double)weight_bytes(format);
     char name[64];
 
     start_case(1);
@@ -2159,10 +2164,10 @@ static void bench_linear(struct backend *backend, enum weight_format format, int
                                     .x = take_random((size_t)rows * 4096, 1),
                                     .weight = {.format = format, .rows = 4096, .cols = 4096},
                                     .y = take((size_t)rows * 4096 * 4)};
-    snprintf(name, sizeof name, "linear %s 4096x4096, %d row%s", format_names[format], rows,
+    if (is_block_format(format)) bytes = (double)packed_bytes(&job.linear.weight);
+    snprintf(name, sizeof name, "linear %s 4096x4096, %d row%s", weight_format_name(format), rows,
              rows > 1 ? "s" : "");
-    bench_run(name, once_linear, &job, elements * (double)weight_bytes(format),
-              rows > 1 ? 2 * elements * rows : 0);
+    bench_run(name, once_linear, &job, bytes, rows > 1 ? 2 * elements * rows : 0);
 }
 
 static void once_attend(struct bench_job *job)
@@ -2358,12 +2363,13 @@ static int bench(int threads)
     stream_bytes = (size_t)1 << 30;
     stream = os_reserve(stream_bytes);
     if (!stream || cpu_backend_create(threads, &backend)) return 2;
+    os_advise_huge(stream, stream_bytes);
     /* Ones with random fractions: normal numbers in each format, 1 to 1.99 in bf16. */
     for (size_t i = 0; i < stream_bytes / 4; i++)
         ((uint32_t *)(void *)stream)[i] = (random_bits() & 0x807f807fu) | 0x3f003f00u;
     if (backend->ops->reserve(backend, 2048, 4096, 3072)) return 2;
     printf("%s, %d threads of %d cores\n", backend->isa, threads, os_cpu_count());
-    for (int format = 0; format < 3; format++)
+    for (int format = 0; format < WEIGHT_FORMATS; format++)
         for (int rows = 1; rows <= 8; rows *= 2)
             bench_linear(backend, (enum weight_format)format, rows);
     bench_attend(backend, MOSHI_BF16);
@@ -2378,6 +2384,7 @@ int main(int argc, char **argv)
 {
     arena = os_reserve(arena_bytes);
     if (!arena) return 2;
+    if (argc > 3) bench_words = argv[3];
     if (argc > 1 && strcmp(argv[1], "bench") == 0) return bench(argc > 2 ? atoi(argv[2]) : 1);
     open_backends();
     test_half_floats_convert_exactly();
