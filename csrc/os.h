@@ -51,8 +51,9 @@ struct os_condition *os_condition_create(void);
 void os_condition_destroy(struct os_condition *condition);
 void os_condition_wait(struct os_condition *condition, struct os_mutex *mutex);
 void os_condition_wake_all(struct os_condition *condition);
-/* Blocks while *word == value, or until woken; may return early. Any thread wakes all. */
+/* Blocks while *word == value, or until woken; may return early. Any thread wakes up to `count`, or
+ * more. */
 void os_wait_word(uint32_t *word, uint32_t value);
-void os_wake_word(uint32_t *word);
+void os_wake_word(uint32_t *word, int count);
 
 #endif

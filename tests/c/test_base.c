@@ -343,7 +343,7 @@ static void one_wake_reaches_every_waiting_thread(void)
     os_mutex_unlock(shared.mutex);
     os_wait_word(&shared.go, 1);
     __atomic_store_n(&shared.go, 1, __ATOMIC_RELEASE);
-    os_wake_word(&shared.go);
+    os_wake_word(&shared.go, 16);
     for (int i = 0; i < 4; i++) {
         os_thread_join(threads[i]);
     }
