@@ -29,6 +29,7 @@
 
 #define AHEAD 2048 /* bytes */
 #define BLOCK 32   /* weights */
+#define SPAN 512   /* columns of one panel that stay in the first cache: 32 KB */
 
 /* The first n lanes; n may be below 0 or above 16. */
 INLINE __mmask16 lanes(int n)
@@ -247,21 +248,25 @@ static void dot_bf16_avx512(const void *w, int columns, int outputs, const float
 
 /* ---- panels of floats ------------------------------------------------------------------- */
 
-/* R rows and P panels, which lie `columns` * PANEL floats apart. */
-INLINE void panel_tile(int R, int P, const float *w, int columns, const float *const *x, int fetch,
-                       float *y, size_t stride)
+/* Columns begin..end-1 of R rows and P panels, which lie `columns` * PANEL floats apart. The sums go
+ * on from y, except at the first column. */
+INLINE void panel_tile(int R, int P, const float *w, int columns, int begin, int end,
+                       const float *const *x, int fetch, float *y, size_t stride)
 {
     size_t panel = (size_t)columns * PANEL;
     int wrap = columns - AHEAD / (4 * PANEL);
-    __m512 sums[12][8];
+    __m512 sums[12][4];
 
     UNROLL
     for (int r = 0; r < R; r++) {
         UNROLL
-        for (int p = 0; p < P; p++) sums[r][p] = _mm512_setzero_ps();
+        for (int p = 0; p < P; p++)
+            sums[r][p] = begin ? _mm512_loadu_ps(y + (size_t)r * stride + PANEL * p)
+                               : _mm512_setzero_ps();
     }
-    for (int k = 0; k < columns; k++, w += PANEL) {
-        __m512 weights[8];
+    w += (size_t)begin * PANEL;
+    for (int k = begin; k < end; k++, w += PANEL) {
+        __m512 weights[4];
 
         if (fetch) {
             size_t ahead = AHEAD / 4 + (k >= wrap ? (size_t)(P - 1) * panel : 0);
@@ -290,11 +295,11 @@ INLINE void panel_tile(int R, int P, const float *w, int columns, const float *c
 
 #define PANEL_CASE(R, P)                                                                           \
     case R:                                                                                        \
-        panel_tile(R, P, w, columns, x, fetch, y, stride);                                         \
+        panel_tile(R, P, w, columns, begin, end, x, fetch, y, stride);                             \
         break;
 
-static void panel_tiles_4(int R, const float *w, int columns, const float *const *x, int fetch,
-                          float *y, size_t stride)
+static void panel_tiles_4(int R, const float *w, int columns, int begin, int end,
+                          const float *const *x, int fetch, float *y, size_t stride)
 {
     switch (R) {
         PANEL_CASE(1, 4)
@@ -306,8 +311,8 @@ static void panel_tiles_4(int R, const float *w, int columns, const float *const
     }
 }
 
-static void panel_tiles_1(int R, const float *w, int columns, const float *const *x, int fetch,
-                          float *y, size_t stride)
+static void panel_tiles_1(int R, const float *w, int columns, int begin, int end,
+                          const float *const *x, int fetch, float *y, size_t stride)
 {
     switch (R) {
         PANEL_CASE(1, 1)
@@ -325,8 +330,8 @@ static void panel_tiles_1(int R, const float *w, int columns, const float *const
     }
 }
 
-static void panel_tiles_2(int R, const float *w, int columns, const float *const *x, int fetch,
-                          float *y, size_t stride)
+static void panel_tiles_2(int R, const float *w, int columns, int begin, int end,
+                          const float *const *x, int fetch, float *y, size_t stride)
 {
     switch (R) {
         PANEL_CASE(1, 2)
@@ -344,31 +349,39 @@ static void panel_tiles_2(int R, const float *w, int columns, const float *const
     }
 }
 
-/* Panels four, two or one at a time, with as many rows as there are registers for. */
-static void panels_f32_avx512(const void *weights, int columns, int panels, const float *const *x,
-                              int rows, float *y, size_t stride)
+/* All rows with P panels: the columns in spans, so that a span of the panels stays in the first cache
+ * while the rows pass. */
+static void panel_group(int P, const float *w, int columns, const float *const *x, int rows,
+                        float *y, size_t stride)
 {
-    const float *w = weights;
-    int few = rows <= 3;
+    int most = P == 4 ? 6 : 12, tiles = (rows + most - 1) / most;
+    int span = tiles > 1 ? SPAN / P : columns;
 
-    for (int p = 0, P; p < panels; p += P) {
-        int most, tiles;
+    for (int begin = 0; begin < columns; begin += span) {
+        int end = columns - begin < span ? columns : begin + span;
 
-        P = panels - p >= 4 ? 4 : panels - p >= 2 ? 2 : 1;
-        most = P == 4 ? 6 : 12;
-        tiles = (rows + most - 1) / most;
         for (int t = 0; t < tiles; t++) {
             int r = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - r;
-            const float *at = w + (size_t)p * (size_t)columns * PANEL;
-            float *to = y + (size_t)r * stride + p * PANEL;
+            float *to = y + (size_t)r * stride;
 
             if (P == 4)
-                panel_tiles_4(height, at, columns, x + r, few, to, stride);
+                panel_tiles_4(height, w, columns, begin, end, x + r, t == 0, to, stride);
             else if (P == 2)
-                panel_tiles_2(height, at, columns, x + r, few, to, stride);
+                panel_tiles_2(height, w, columns, begin, end, x + r, t == 0, to, stride);
             else
-                panel_tiles_1(height, at, columns, x + r, few, to, stride);
+                panel_tiles_1(height, w, columns, begin, end, x + r, t == 0, to, stride);
         }
+    }
+}
+
+/* Panels four, two or one at a time, with as many rows as there are registers for. */
+static void panels_f32_avx512(const void *w, int columns, int panels, const float *const *x,
+                              int rows, float *y, size_t stride)
+{
+    for (int p = 0, P; p < panels; p += P) {
+        P = panels - p >= 4 ? 4 : panels - p >= 2 ? 2 : 1;
+        panel_group(P, (const float *)w + (size_t)p * (size_t)columns * PANEL, columns, x, rows,
+                    y + p * PANEL, stride);
     }
 }
 
