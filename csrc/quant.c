@@ -1,5 +1,5 @@
-/* quant.c: conversions between float formats, by the value: round to nearest, ties to even; and the
- * making and reading of tiles of the block formats. */
+/* quant.c: conversions between float formats, by the value: round to nearest, ties to even; and how
+ * codes and scales lie in a panel. */
 #include "quant.h"
 
 #include <string.h>
@@ -121,101 +121,4 @@ float panel_scale(enum weight_format format, const void *panel, int row, int col
 
     if (format == WEIGHT_INT8) return ((const float *)panel)[row];
     return f16_to_f32(((const uint16_t *)(const void *)tile)[column % TILE / GROUP * PANEL + row]);
-}
-
-/* The nearest integer, for |x| < 2^22. */
-static int nearest(float x)
-{
-    union {
-        float f;
-        int32_t i;
-    } v = {.f = x + 0x1.8p23f};
-
-    return v.i - 0x4b400000;
-}
-
-/* Codes of `n` weights; 0 for a scale of 0. */
-static void encode(const float *w, int n, float scale, float least, float most, int *codes)
-{
-    float inverse = scale != 0 ? 1 / scale : 0;
-
-    for (int i = 0; i < n; i++) {
-        float x = w[i] * inverse;
-
-        x = x > least ? x : least;
-        codes[i] = nearest(x < most ? x : most);
-    }
-}
-
-/* The weight farthest from 0. */
-static float extreme(const float *w)
-{
-    float most = 0, magnitude = 0;
-
-    for (int i = 0; i < GROUP; i++) {
-        float m = w[i] < 0 ? -w[i] : w[i];
-
-        most = m > magnitude ? w[i] : most;
-        magnitude = m > magnitude ? m : magnitude;
-    }
-    return most;
-}
-
-static int all_finite(const float *w, int n)
-{
-    float zero = 0;
-
-    for (int i = 0; i < n; i++) zero += w[i] * 0;
-    return zero == 0;
-}
-
-/* q4: the extreme becomes code -8, the code without an opposite; then the scale that fits the codes
- * best, sum wc / sum cc, and codes for it, twice: 3 % less error than without. */
-static float quantise_group(enum weight_format format, const float *w, int *codes)
-{
-    float scale = extreme(w) / (format == WEIGHT_Q4 ? -8.0f : 127.0f);
-
-    scale = f16_to_f32(f32_to_f16(scale));
-    if (format == WEIGHT_Q8) {
-        encode(w, GROUP, scale, -127, 127, codes);
-        return scale;
-    }
-    encode(w, GROUP, scale, -8, 7, codes);
-    for (int round = 0; round < 2; round++) {
-        float product = 0, square = 0;
-
-        for (int i = 0; i < GROUP; i++) {
-            product += w[i] * (float)codes[i];
-            square += (float)(codes[i] * codes[i]);
-        }
-        if (square > 0) scale = f16_to_f32(f32_to_f16(product / square));
-        encode(w, GROUP, scale, -8, 7, codes);
-    }
-    return scale;
-}
-
-int quantise_tile(enum weight_format format, float w[PANEL][TILE], const float *scales, void *tile)
-{
-    uint8_t *bytes = tile;
-    int offset = CODE_OFFSET(format), good = 1;
-
-    for (int row = 0; row < PANEL; row++) {
-        int codes[TILE];
-
-        good &= all_finite(w[row], TILE);
-        if (format == WEIGHT_INT8) encode(w[row], TILE, scales[row], -127, 127, codes);
-        for (int group = 0; group < 2 && format != WEIGHT_INT8; group++) {
-            float scale = quantise_group(format, w[row] + group * GROUP, codes + group * GROUP);
-
-            ((uint16_t *)tile)[group * PANEL + row] = f32_to_f16(scale);
-            good &= all_finite(&scale, 1);
-        }
-        for (int c = 0; c < (format == WEIGHT_Q4 ? GROUP : TILE); c++) {
-            int code = codes[c] + offset;
-
-            if (format == WEIGHT_Q4) code |= (codes[c + GROUP] + offset) << 4;
-            bytes[code_at(format, row, c)] = (uint8_t)code;
-        }
-    }
-    return good;
 }

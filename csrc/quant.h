@@ -90,10 +90,6 @@ static inline struct matrix matrix_rows(struct matrix w, int first, int count)
 int panel_code(enum weight_format format, const void *panel, int row, int column);
 float panel_scale(enum weight_format format, const void *panel, int row, int column);
 
-/* Fills a tile from rows of weights. int8: scales[row] as the panel has it, not written here. Fails
- * (returns 0) when a weight or its scale is not finite. */
-int quantise_tile(enum weight_format format, float w[PANEL][TILE], const float *scales, void *tile);
-
 static inline float bf16_to_f32(uint16_t h)
 {
     union {

@@ -2,6 +2,7 @@
  * the process's own memory. */
 #include "backend_cpu.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -94,11 +95,7 @@ static float row_scale(const struct pack *pack, size_t row)
         size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
 
         read_weights(pack, row, k, n, part);
-        for (size_t i = 0; i < n; i++) {
-            float magnitude = part[i] < 0 ? -part[i] : part[i];
-
-            most = magnitude > most ? magnitude : most;
-        }
+        most = fmaxf(most, pack->kernels->magnitude(part, n));
     }
     return most / 127;
 }
@@ -121,7 +118,7 @@ static int quantise_panel(const struct pack *pack, size_t first, size_t rows, vo
 
         for (size_t j = 0; j < rows; j++)
             read_weights(pack, first + j, k, cols - k < TILE ? cols - k : TILE, w[j]);
-        good &= quantise_tile(format, w, scales, tile);
+        good &= pack->kernels->quantise[format]((const float (*)[TILE])w, scales, tile);
     }
     return good;
 }
@@ -147,6 +144,7 @@ static void pack_task(void *arg, int part, int first, int last)
 static int make_panels(struct cpu_backend *cpu, struct matrix *w, enum weight_format format)
 {
     struct pack job = {.kernels = cpu->kernels, .from = w};
+    unsigned mode;
 
     job.to = (struct matrix){.format = format, .rows = w->rows, .cols = w->cols};
     job.to.packed = os_reserve(packed_bytes(&job.to));
@@ -154,7 +152,9 @@ static int make_panels(struct cpu_backend *cpu, struct matrix *w, enum weight_fo
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory to pack a matrix of %d x %d", w->rows,
                           w->cols);
     os_advise_huge(job.to.packed, packed_bytes(&job.to));
+    mode = float_mode_flush(); /* as the workers */
     parallel_for(cpu->pool, pack_task, &job, (w->rows + PANEL - 1) / PANEL);
+    float_mode_restore(mode);
     if (job.failed) {
         os_release(job.to.packed, packed_bytes(&job.to));
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,

@@ -53,6 +53,12 @@ struct cpu_kernels {
     /* y[n] = w[n] as floats; int8: the codes */
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
 
+    /* Fills a tile of a block format. int8: scales[PANEL] as the panel has them, not written here.
+     * Returns 0 when a weight or its scale is not finite. The same tile on all instruction sets. */
+    int (*quantise[WEIGHT_FORMATS])(const float (*w)[TILE], const float *scales, void *tile);
+    /* The largest |x[i]|; NaN if one is. */
+    float (*magnitude)(const float *x, size_t n);
+
     /* One row. y == x is fine. */
     void (*norm_layer)(const float *x, int n, float eps, const float *weight, const float *bias,
                        float *y);

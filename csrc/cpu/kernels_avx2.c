@@ -30,6 +30,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Compiled for this instruction set, too. */
+#include "quantise.h"
+
 #define AHEAD 2048 /* bytes */
 #define BLOCK 16   /* weights */
 #define SPAN 512   /* columns that many rows work on before they go on; a multiple of 2 BLOCKs */
@@ -744,6 +747,26 @@ static void panels_q4_avx2(const void *w, int columns, int panels, const float *
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
 }
 
+int quantise_int8_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_INT8, w, scales, tile);
+}
+
+int quantise_q8_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q8, w, scales, tile);
+}
+
+int quantise_q4_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
+float magnitude_avx2(const float *x, size_t n)
+{
+    return largest_magnitude(x, n);
+}
+
 /* ---- functions -------------------------------------------------------------------------- */
 
 /* Saturates below exp(-87.3) and above exp(88.3). */
@@ -1054,6 +1077,8 @@ const struct cpu_kernels kernels_avx2 = {
     .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2},
     .panels = {panels_f32_avx2, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
     .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
+    .magnitude = magnitude_avx2,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
     .elu = elu_avx2,

@@ -532,6 +532,8 @@ const struct cpu_kernels kernels_avx512 = {
     .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,
                panels_q4_avx512},
     .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
+    .magnitude = magnitude_avx2,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
     .elu = elu_avx2,

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "quantise.h"
 
 #define LANES 8
 
@@ -119,24 +120,6 @@ static void panels_f32_generic(const void *weights, int columns, int panels, con
     }
 }
 
-/* The largest magnitude, by the bits: NaN is above infinity, and that above all numbers. */
-static float magnitude(const float *x)
-{
-    union {
-        uint32_t u;
-        float f;
-    } most = {0};
-
-    for (int i = 0; i < GROUP; i++) {
-        uint32_t bits;
-
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffffu;
-        most.u = bits > most.u ? bits : most.u;
-    }
-    return most.f;
-}
-
 static void arrange_codes_generic(const float *x, int columns, float *y)
 {
     struct activation_tile *tile = (struct activation_tile *)(void *)y;
@@ -148,7 +131,8 @@ static void arrange_codes_generic(const float *x, int columns, float *y)
         memcpy(wide, x + k, (size_t)n * sizeof *x);
         for (int group = 0; group < 2; group++) {
             const float *from = wide + group * GROUP;
-            float most = magnitude(from), inverse = most > LEAST_MAGNITUDE ? 127.0f / most : 0;
+            float most = largest_magnitude(from, GROUP);
+            float inverse = most > LEAST_MAGNITUDE ? 127.0f / most : 0;
             int32_t sum = 0;
 
             for (int i = 0; i < GROUP; i++) {
@@ -231,6 +215,26 @@ static void panels_q4_generic(const void *w, int columns, int panels, const floa
                               int rows, float *y, size_t stride)
 {
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
+}
+
+static int quantise_int8_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_INT8, w, scales, tile);
+}
+
+static int quantise_q8_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q8, w, scales, tile);
+}
+
+static int quantise_q4_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
+static float magnitude_generic(const float *x, size_t n)
+{
+    return largest_magnitude(x, n);
 }
 
 static void norm_layer_generic(const float *x, int n, float eps, const float *weight,
@@ -330,6 +334,8 @@ const struct cpu_kernels kernels_generic = {
     .panels = {panels_f32_generic, NULL, NULL, panels_int8_generic, panels_q8_generic,
                panels_q4_generic},
     .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
+    .quantise = {NULL, NULL, NULL, quantise_int8_generic, quantise_q8_generic, quantise_q4_generic},
+    .magnitude = magnitude_generic,
     .norm_layer = norm_layer_generic,
     .norm_rms = norm_rms_generic,
     .elu = elu_generic,
