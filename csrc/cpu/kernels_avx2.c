@@ -560,7 +560,7 @@ static void panels_f32_avx2(const void *weights, int columns, int panels, const 
 INLINE void arrange_group(const float *x, int8_t *codes, float *scale, int32_t *sum)
 {
     __m256i magnitudes = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
-    __m256i quarters[4], sums;
+    __m256i quarters[4], packed, sums;
     __m256 v[4], inverses;
     __m128i half;
     float largest;
@@ -577,18 +577,18 @@ INLINE void arrange_group(const float *x, int8_t *codes, float *scale, int32_t *
     inverses = _mm256_set1_ps(largest > LEAST_MAGNITUDE ? 127.0f / largest : 0);
     UNROLL
     for (int i = 0; i < 4; i++) quarters[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverses));
-    sums = _mm256_add_epi32(_mm256_add_epi32(quarters[0], quarters[1]),
-                            _mm256_add_epi32(quarters[2], quarters[3]));
+    *scale = largest * (1.0f / 127.0f);
+    /* Packing works in 128-bit halves; the permutation puts fours of codes in order. */
+    packed = _mm256_packs_epi16(_mm256_packs_epi32(quarters[0], quarters[1]),
+                                _mm256_packs_epi32(quarters[2], quarters[3]));
+    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)(void *)codes, packed);
+    sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), packed),
+                             _mm256_set1_epi16(1));
     half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
     *sum = _mm_cvtsi128_si32(half);
-    *scale = largest * (1.0f / 127.0f);
-    /* Packing works in 128-bit halves; the permutation puts fours of codes in order. */
-    sums = _mm256_packs_epi16(_mm256_packs_epi32(quarters[0], quarters[1]),
-                              _mm256_packs_epi32(quarters[2], quarters[3]));
-    sums = _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((__m256i *)(void *)codes, sums);
 }
 
 void arrange_codes_avx2(const float *x, int columns, float *y)

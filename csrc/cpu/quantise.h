@@ -33,10 +33,11 @@ static inline void encode(const float *w, int n, float scale, int32_t least, int
 
     for (int i = 0; i < n; i++) {
         float shifted = w[i] * inverse + 0x1.8p23f;
+        uint32_t bits;
         int32_t code;
 
-        memcpy(&code, &shifted, sizeof code);
-        code -= 0x4b400000;
+        memcpy(&bits, &shifted, sizeof bits);
+        code = (int32_t)(bits - 0x4b400000u);
         code = code < least ? least : code;
         codes[i] = code > most ? most : code;
     }
