@@ -350,9 +350,12 @@ struct backend_ops {
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
-    /* May repack w (w->packed) or move it to the device. pack == 0 leaves a mapped matrix in place
-     * where the backend can read it so. Returns a status; release_matrix undoes it. */
+    /* May repack w (then it is packed, f32, and its rows no longer needed) or move it to the
+     * device. pack == 0 leaves a mapped matrix in place where the backend can read it so. Returns a
+     * status; release_matrix undoes it. */
     int (*prepare_matrix)(struct backend *backend, struct matrix *w, int pack);
+    /* Instead of it: makes a block format of w's float rows, or of int8 rows with scales. */
+    int (*quantise_matrix)(struct backend *backend, struct matrix *w, enum weight_format format);
     void (*release_matrix)(struct backend *backend, struct matrix *w);
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */
     int (*reserve)(struct backend *backend, int rows, int columns, int keys);
@@ -388,7 +391,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     const char *device; /* "cpu" */
-    const char *isa; /* what the kernels use: "generic", "avx2" */
+    const char *isa; /* what the kernels use: "generic", "avx2", "avx512" */
     int threads;
     int failure; /* sticky status, MOSHI_OK if none */
     char sentence[256]; /* of the failure */
@@ -398,7 +401,7 @@ struct backend {
 void backend_fail(struct backend *backend, int status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* threads: 0 is one per core. MOSHI_C_ISA=generic|avx2 forces the kernels. */
+/* threads: 0 is one per core. MOSHI_C_ISA=generic|avx2|avx512 forces the kernels. */
 int cpu_backend_create(int threads, struct backend **backend);
 /* Wraps another backend (and owns it): writes name, shape, range and a hash of each operation's
  * output to the file, and sticks a failure at the first value that is not finite. */

@@ -432,7 +432,6 @@ static void read_streams(const struct reader *r, struct lm_config *c)
         read_flag(r, renamed ? "demux_second_stream" : "demux_second_text_stream", 0);
     c->heads = read_int(r, "extra_heads_num_heads", 0, 0, MOSHI_MAX_HEADS);
     c->head_dim = read_int(r, "extra_heads_dim", 6, 1, MOSHI_MAX_HEAD_DIM);
-    c->quantized = read_flag(r, "quantize", 0);
 }
 
 static void read_temporal(const struct reader *r, double hidden_scale, struct lm_config *c)

@@ -62,7 +62,6 @@ struct lm_config {
     struct condition_config conditions[CONFIG_MAX_CONDITIONS];
     float text_temperature, audio_temperature; /* lm_gen_config, else 0.7 and 0.8 */
     int text_top_k, audio_top_k;               /* lm_gen_config, else 25 and 250 */
-    int quantized;                             /* "quantize": int8 weights with scales */
     char lm_name[CONFIG_NAME], mimi_name[CONFIG_NAME], mimi_config_name[CONFIG_NAME],
         tokenizer_name[CONFIG_NAME], lora_name[CONFIG_NAME]; /* "" when absent without default */
     double audio_delay_seconds, audio_silence_prefix_seconds; /* stt_config */

@@ -14,8 +14,8 @@ void load_embedding(struct weight_loader *loader, const char *prefix, int vocabu
     weights_table(loader, weights_need(loader, "%s.weight", prefix), vocabulary,
                   rank ? rank : width, &embedding->table);
     if (rank)
-        weights_matrix(loader, weights_need(loader, "%s.low_rank.weight", prefix), width, rank,
-                       &embedding->low_rank);
+        weights_small_matrix(loader, weights_need(loader, "%s.low_rank.weight", prefix), width,
+                             rank, &embedding->low_rank);
     if (norm) {
         char name[200];
         snprintf(name, sizeof name, "%s.norm", prefix);

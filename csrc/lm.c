@@ -55,11 +55,10 @@ int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader 
     memset(lm, 0, sizeof *lm);
     lm->config = *config;
     config = &lm->config;
-    const char *unsupported = config->quantized             ? "\"quantize\" (int8 weights)"
-                              : config->demux_second_stream ? "\"demux_second_stream\" (TTS)"
-                              : config->cross_attention     ? "\"cross_attention\" (TTS)"
-                              : config->lora_name[0]        ? "\"lora_name\" (an adapter)"
-                                                            : NULL;
+    const char *unsupported = config->demux_second_stream ? "\"demux_second_stream\" (TTS)"
+                              : config->cross_attention   ? "\"cross_attention\" (TTS)"
+                              : config->lora_name[0]      ? "\"lora_name\" (an adapter)"
+                                                          : NULL;
     if (unsupported)
         return loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
                                            "%s: the config asks for %s, which is not part of this "
@@ -89,8 +88,8 @@ int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader 
         lm->text_head_bias = weights_vector(loader, weights_need(loader, "text_linear.bias"),
                                             config->text_card_out);
     for (int i = 0; i < config->heads; ++i)
-        weights_matrix(loader, weights_need(loader, "extra_heads.%d.weight", i), config->head_dim,
-                       dim, &lm->heads[i]);
+        weights_small_matrix(loader, weights_need(loader, "extra_heads.%d.weight", i),
+                             config->head_dim, dim, &lm->heads[i]);
     for (int i = 0; i < config->n_conditions; ++i) load_condition(lm, loader, i);
     if (config->dep_q > 0) {
         depth_load(&lm->depth, config, loader);

@@ -190,8 +190,7 @@ static void fill_info(struct moshi_model *model)
     if (info->has_lm) {
         const struct lm_config *lm = &model->lm.config;
         info->family = lm->family;
-        enum weight_format format = model->lm.text_head.format;
-        info->dtype = format == WEIGHT_F32 ? "f32" : format == WEIGHT_F16 ? "f16" : "bf16";
+        info->dtype = weight_format_name(model->lm.text_head.format);
         info->n_q = lm->n_q;
         info->dep_q = lm->dep_q;
         info->user_q = lm->n_q - lm->dep_q;
@@ -214,7 +213,8 @@ static void fill_info(struct moshi_model *model)
     }
     info->parameters = model->lm_store.parameters + model->mimi_store.parameters;
     info->weight_bytes = model->lm_store.matrix_bytes + model->mimi_store.matrix_bytes;
-    info->mapped_bytes = model->lm_file ? tensor_file_mapped_bytes(model->lm_file) : 0;
+    if (model->lm_file && tensor_file_mapped_bytes(model->lm_file) > 0)
+        info->mapped_bytes = model->lm_store.mapped_bytes;
 }
 
 static int open_backend(struct moshi_model *model, const struct moshi_model_options *options)

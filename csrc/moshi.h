@@ -55,7 +55,17 @@ MOSHI_API const char *moshi_error_detail(void);
 
 MOSHI_API const char *moshi_version(void);
 
-enum moshi_dtype { MOSHI_AUTO = 0, MOSHI_F32, MOSHI_F16, MOSHI_BF16 };
+/* int8: one scale a row; q8, q4: one scale for 32 weights. Those three are for the language model's
+ * matrices; embeddings and norms stay as stored. */
+enum moshi_dtype {
+    MOSHI_AUTO = 0,
+    MOSHI_F32,
+    MOSHI_F16,
+    MOSHI_BF16,
+    MOSHI_INT8,
+    MOSHI_Q8,
+    MOSHI_Q4
+};
 
 /* "f32", "bf16", ...; "auto" for MOSHI_AUTO. */
 MOSHI_API const char *moshi_dtype_name(enum moshi_dtype dtype);
@@ -104,7 +114,7 @@ struct moshi_model_options {
 struct moshi_model_info {
     const char *family; /* "moshi", "hibiki", "stt", "tts", "personaplex"; "mimi" without an LM */
     const char *device; /* "cpu" */
-    const char *dtype; /* of the LM's matrices: "f32", "f16", "bf16"; "" without an LM */
+    const char *dtype; /* of the LM's matrices: "f32" to "q4"; "" without an LM */
     const char *mimi_dtype; /* "f32"; "" without a codec */
     const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
     int has_lm, has_mimi;

@@ -202,6 +202,15 @@ void os_release(void *memory, size_t bytes)
     }
 }
 
+void os_advise_huge(void *memory, size_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, bytes, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 void os_decommit(void *memory, size_t bytes)
 {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -420,9 +429,9 @@ void os_wait_word(uint32_t *word, uint32_t value)
     (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
 
-void os_wake_word(uint32_t *word)
+void os_wake_word(uint32_t *word, int count)
 {
-    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
 #else
@@ -441,9 +450,9 @@ void os_wait_word(uint32_t *word, uint32_t value)
     pthread_mutex_unlock(&word_mutex);
 }
 
-void os_wake_word(uint32_t *word)
+void os_wake_word(uint32_t *word, int count)
 {
-    (void)word;
+    (void)word, (void)count;
     pthread_mutex_lock(&word_mutex);
     pthread_cond_broadcast(&word_changed);
     pthread_mutex_unlock(&word_mutex);

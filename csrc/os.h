@@ -24,6 +24,8 @@ int64_t os_path_bytes(const char *path); /* -1 when there is no such file */
 /* Zeroed memory, aligned to a page, committed by the system when first touched; NULL on failure. */
 void *os_reserve(size_t bytes);
 void os_release(void *memory, size_t bytes);
+/* Asks for large pages under memory that was just reserved; a wish. */
+void os_advise_huge(void *memory, size_t bytes);
 /* Gives the pages back; they read as zeros afterwards. Both ends are rounded inward to pages. */
 void os_decommit(void *memory, size_t bytes);
 
@@ -51,9 +53,10 @@ struct os_condition *os_condition_create(void);
 void os_condition_destroy(struct os_condition *condition);
 void os_condition_wait(struct os_condition *condition, struct os_mutex *mutex);
 void os_condition_wake_all(struct os_condition *condition);
-/* Blocks while *word == value, or until woken; may return early. Any thread wakes all. */
+/* Blocks while *word == value, or until woken; may return early. Any thread wakes up to `count`, or
+ * more. */
 void os_wait_word(uint32_t *word, uint32_t value);
-void os_wake_word(uint32_t *word);
+void os_wake_word(uint32_t *word, int count);
 
 /* A flag that an event loop can watch: its descriptor is readable from set until clear. */
 struct os_event;

@@ -1,7 +1,15 @@
-/* quant.c: conversions between float formats, by the value: round to nearest, ties to even. */
+/* quant.c: conversions between float formats, by the value: round to nearest, ties to even; and how
+ * codes and scales lie in a panel. */
 #include "quant.h"
 
 #include <string.h>
+
+const char *weight_format_name(enum weight_format format)
+{
+    static const char *const names[WEIGHT_FORMATS] = {"f32", "f16", "bf16", "int8", "q8", "q4"};
+
+    return names[format];
+}
 
 /* Half precision: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
 float f16_to_f32(uint16_t h)
@@ -79,4 +87,38 @@ void weight_convert(enum weight_format from, const void *source, enum weight_for
             memcpy((char *)target + i * 2, &h, 2);
         }
     }
+}
+
+/* ---- block formats ---------------------------------------------------------------------- */
+
+static size_t code_at(enum weight_format format, int row, int column)
+{
+    size_t in_tile = (size_t)column % TILE, chunk = in_tile / 4;
+
+    if (format == WEIGHT_Q4) chunk %= GROUP / 4;
+    return (format == WEIGHT_INT8 ? 0 : 4 * PANEL) + (chunk * PANEL + (size_t)row) * 4 +
+           in_tile % 4;
+}
+
+static size_t tile_at(enum weight_format format, int column)
+{
+    return (format == WEIGHT_INT8 ? PANEL * sizeof(float) : 0) +
+           (size_t)(column / TILE) * tile_bytes(format);
+}
+
+int panel_code(enum weight_format format, const void *panel, int row, int column)
+{
+    const uint8_t *tile = (const uint8_t *)panel + tile_at(format, column);
+    int code = tile[code_at(format, row, column)];
+
+    if (format == WEIGHT_Q4) code = column % TILE < GROUP ? code & 15 : code >> 4;
+    return code - CODE_OFFSET(format);
+}
+
+float panel_scale(enum weight_format format, const void *panel, int row, int column)
+{
+    const char *tile = (const char *)panel + tile_at(format, column);
+
+    if (format == WEIGHT_INT8) return ((const float *)panel)[row];
+    return f16_to_f32(((const uint16_t *)(const void *)tile)[column % TILE / GROUP * PANEL + row]);
 }

@@ -1,39 +1,94 @@
 /* quant.h: how a matrix is stored. One struct for every weight format, so that a new format is a
  * new enumerator, its unpacking rule here, and its kernels in the backends.
  *
- * Float formats are read where they lie (often a file map). Block formats have room here already:
- * `group` values of a row share scales[row][col / group] and, when minima is not NULL, an offset:
- * w = scale * q + minimum; group == cols is one scale per row. Scales may be negative. */
+ * Float formats are read where they lie (often a file map) or as packed panels of f32. The block
+ * formats are read from packed panels only; they come from float rows, or from int8 rows as
+ * published, by a backend's quantise_matrix. Their rule is w = scale * code:
+ *
+ *   int8  codes -127..127, one f32 scale for each row                8 bits a weight
+ *   q8    codes -127..127, one f16 scale for 32 weights of a row     8.5 bits
+ *   q4    codes -8..7, one f16 scale for 32 weights of a row         4.5 bits
+ *
+ * Scales may be negative. A panel is PANEL rows; codes are stored as code + CODE_OFFSET(format), so
+ * that they are unsigned, four columns of a row side by side (32 bits, one lane of a dot product),
+ * then the next row. TILE columns of a panel make a tile:
+ *
+ *   scales   f16 [2][PANEL], of the first and of the second GROUP columns; int8: none
+ *   codes    [TILE / 4][PANEL][4] bytes; q4: [GROUP / 4][PANEL][4], the first GROUP columns in the
+ *            low halves of the bytes, the second ones in the high halves
+ *
+ * An int8 panel begins with its scales, f32 [PANEL]. What is beyond the last row or column is code
+ * 0 and scale 0. Everything lies at multiples of 64 bytes, one after the other: a thread that takes
+ * a run of panels reads one run of memory. */
 #ifndef MOSHI_QUANT_H
 #define MOSHI_QUANT_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-enum weight_format { WEIGHT_F32, WEIGHT_F16, WEIGHT_BF16 };
+enum weight_format { WEIGHT_F32, WEIGHT_F16, WEIGHT_BF16, WEIGHT_INT8, WEIGHT_Q8, WEIGHT_Q4 };
+
+#define WEIGHT_FORMATS 6
+#define PANEL 16 /* rows of a packed panel */
+#define GROUP 32 /* columns with one scale; activations are quantised by so many too */
+#define TILE (2 * GROUP)
+#define CODE_OFFSET(format) ((format) == WEIGHT_Q4 ? 8 : 128)
 
 /* y = W x; W has `rows` outputs and `cols` inputs. */
 struct matrix {
     enum weight_format format;
     int rows, cols;
-    const void *data; /* [rows][cols], device memory, aligned to its element */
-    int group;        /* 0 for float formats */
-    const float *scales, *minima;
-    void *packed; /* the backend's own layout, made by prepare_matrix; NULL: reads data */
+    const void *data; /* [rows][cols], device memory, aligned to its element; NULL when packed */
+    const float *scales; /* [rows] of int8 rows in `data`, else NULL */
+    void *packed; /* panels, made by prepare_matrix or quantise_matrix; NULL: data is read */
 };
 
+/* "f32" to "q4". */
+const char *weight_format_name(enum weight_format format);
+
+static inline int is_block_format(enum weight_format format)
+{
+    return format >= WEIGHT_INT8;
+}
+
+/* Of one element of `data`. */
 static inline size_t weight_bytes(enum weight_format format)
 {
-    return format == WEIGHT_F32 ? 4 : 2;
+    return format == WEIGHT_F32 ? 4 : format == WEIGHT_INT8 ? 1 : 2;
+}
+
+/* Of one tile, or of one packed panel. */
+static inline size_t tile_bytes(enum weight_format format)
+{
+    return format == WEIGHT_INT8 ? PANEL * TILE
+                                 : 2 * 2 * PANEL + PANEL * TILE / (format == WEIGHT_Q4 ? 2 : 1);
+}
+
+static inline size_t panel_bytes(enum weight_format format, int cols)
+{
+    size_t header = format == WEIGHT_INT8 ? PANEL * sizeof(float) : 0;
+
+    if (!is_block_format(format)) return (size_t)cols * PANEL * sizeof(float);
+    return header + ((size_t)cols + TILE - 1) / TILE * tile_bytes(format);
+}
+
+static inline size_t packed_bytes(const struct matrix *w)
+{
+    return ((size_t)w->rows + PANEL - 1) / PANEL * panel_bytes(w->format, w->cols);
 }
 
 /* Rows first .. first+count-1 as a matrix of their own; W must not be packed. */
 static inline struct matrix matrix_rows(struct matrix w, int first, int count)
 {
     w.data = (const char *)w.data + (size_t)first * (size_t)w.cols * weight_bytes(w.format);
+    if (w.scales) w.scales += first;
     w.rows = count;
     return w;
 }
+
+/* Code and scale of one weight of a block format's panel. */
+int panel_code(enum weight_format format, const void *panel, int row, int column);
+float panel_scale(enum weight_format format, const void *panel, int row, int column);
 
 static inline float bf16_to_f32(uint16_t h)
 {
@@ -58,7 +113,7 @@ static inline uint16_t f32_to_bf16(float f)
 float f16_to_f32(uint16_t h);
 uint16_t f32_to_f16(float f); /* to nearest, ties to even; overflow gives infinity */
 
-/* Writes rows*cols elements of `from` in format `to`. */
+/* Writes `elements` of the float format `from` in the float format `to`. */
 void weight_convert(enum weight_format from, const void *source, enum weight_format to,
                     void *target, size_t elements);
 

@@ -340,6 +340,12 @@ static int trace_prepare_matrix(struct backend *backend, struct matrix *w, int p
     return inner_of(backend)->ops->prepare_matrix(inner_of(backend), w, pack);
 }
 
+static int trace_quantise_matrix(struct backend *backend, struct matrix *w,
+                                 enum weight_format format)
+{
+    return inner_of(backend)->ops->quantise_matrix(inner_of(backend), w, format);
+}
+
 static void trace_release_matrix(struct backend *backend, struct matrix *w)
 {
     inner_of(backend)->ops->release_matrix(inner_of(backend), w);
@@ -411,6 +417,7 @@ static const struct backend_ops trace_ops = {
     .clear = trace_clear,
     .decommit = trace_decommit,
     .prepare_matrix = trace_prepare_matrix,
+    .quantise_matrix = trace_quantise_matrix,
     .release_matrix = trace_release_matrix,
     .reserve = trace_reserve,
     .run = trace_run,

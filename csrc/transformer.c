@@ -31,10 +31,7 @@ static void load_sets(struct weight_loader *loader, const char *prefix, const ch
     struct tensor *whole = weights_find(loader, "%s.%s", prefix, packed);
     if (!whole && older) whole = weights_find(loader, "%s.%s", prefix, older);
     if (whole) {
-        struct matrix all;
-        weights_matrix(loader, whole, sets * rows, cols, &all);
-        for (int i = 0; i < sets && !loader->status; ++i)
-            matrix[i] = sets == 1 ? all : matrix_rows(all, i * rows, rows);
+        weights_matrices(loader, whole, sets, rows, cols, matrix);
         return;
     }
     for (int i = 0; i < sets; ++i)

@@ -123,21 +123,26 @@ static int check_finite(struct weight_loader *loader, const struct tensor *tenso
                (long long)at, (long long)count);
 }
 
-int weights_check(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
-                  const int64_t *dims)
+static int check_shape(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
+                       const int64_t *dims)
 {
     if (loader->status || !tensor) return loader->status ? loader->status : MOSHI_ERROR_INTERNAL;
     int same = tensor->n_dims >= n_dims;
     for (int i = 0; same && i < tensor->n_dims; ++i)
         same = tensor->dims[i] == (i < n_dims ? dims[i] : 1);
-    if (!same) {
-        char found[128], expected[128];
-        return loader->status = moshi_fail(
-                   MOSHI_ERROR_CHECKPOINT, "%s: tensor %s has shape %s, expected %s by the config",
-                   tensor_file_path(loader->file), tensor->name,
-                   tensor_shape_text(tensor->dims, tensor->n_dims, found, sizeof found),
-                   tensor_shape_text(dims, n_dims, expected, sizeof expected));
-    }
+    if (same) return MOSHI_OK;
+    char found[128], expected[128];
+    return loader->status = moshi_fail(
+               MOSHI_ERROR_CHECKPOINT, "%s: tensor %s has shape %s, expected %s by the config",
+               tensor_file_path(loader->file), tensor->name,
+               tensor_shape_text(tensor->dims, tensor->n_dims, found, sizeof found),
+               tensor_shape_text(dims, n_dims, expected, sizeof expected));
+}
+
+int weights_check(struct weight_loader *loader, const struct tensor *tensor, int n_dims,
+                  const int64_t *dims)
+{
+    if (check_shape(loader, tensor, n_dims, dims)) return loader->status;
     if (tensor->dtype != TENSOR_F32 && tensor->dtype != TENSOR_F16 && tensor->dtype != TENSOR_BF16)
         return loader->status = moshi_fail(
                    MOSHI_ERROR_CHECKPOINT,
@@ -150,6 +155,7 @@ static enum weight_format format_of(const struct tensor *tensor)
 {
     return tensor->dtype == TENSOR_F32   ? WEIGHT_F32
            : tensor->dtype == TENSOR_F16 ? WEIGHT_F16
+           : tensor->dtype == TENSOR_I8  ? WEIGHT_INT8
                                          : WEIGHT_BF16;
 }
 
@@ -177,30 +183,34 @@ float tensor_element(const struct tensor *tensor, int64_t i)
     }
 }
 
-static void convert(struct weight_loader *loader, const struct tensor *tensor,
+/* A copy in a float format; scales: of the rows of int8 tensors. */
+static void convert(struct weight_loader *loader, const struct tensor *tensor, const float *scales,
                     enum weight_format format, struct matrix *matrix)
 {
     size_t bytes = (size_t)tensor->elements * weight_bytes(format);
-    void *memory = weight_store_allocate(loader->store, bytes);
+    char *memory = weight_store_allocate(loader->store, bytes);
     if (!memory) {
         loader->status = MOSHI_ERROR_MEMORY;
         return;
     }
-    if (aligned(tensor)) {
+    if (aligned(tensor) && !scales) {
         weight_convert(format_of(tensor), tensor->data, format, memory, (size_t)tensor->elements);
     } else {
         for (int64_t i = 0; i < tensor->elements; ++i) {
-            float value = tensor_element(tensor, i);
-            weight_convert(WEIGHT_F32, &value, format,
-                           (char *)memory + (size_t)i * weight_bytes(format), 1);
+            float value = scales ? scales[i / matrix->cols] * ((const int8_t *)tensor->data)[i]
+                                 : tensor_element(tensor, i);
+            weight_convert(WEIGHT_F32, &value, format, memory + (size_t)i * weight_bytes(format),
+                           1);
         }
     }
     matrix->format = format;
     matrix->data = memory;
+    matrix->scales = NULL;
 }
 
-static enum weight_format wanted_format(const struct weight_loader *loader,
-                                        const struct tensor *tensor)
+/* What a tensor becomes where block formats are not for it. */
+static enum weight_format plain_format(const struct weight_loader *loader,
+                                       const struct tensor *tensor)
 {
     switch (loader->dtype) {
     case MOSHI_F32:
@@ -214,39 +224,105 @@ static enum weight_format wanted_format(const struct weight_loader *loader,
     }
 }
 
-static void prepare(struct weight_loader *loader, struct matrix *matrix, int pack)
+static enum weight_format wanted_format(const struct weight_loader *loader,
+                                        const struct tensor *tensor)
+{
+    switch (loader->dtype) {
+    case MOSHI_INT8:
+        return WEIGHT_INT8;
+    case MOSHI_Q8:
+        return WEIGHT_Q8;
+    case MOSHI_Q4:
+        return WEIGHT_Q4;
+    default:
+        return plain_format(loader, tensor);
+    }
+}
+
+/* Hands a matrix to the backend; `format` as it shall be read. */
+static void prepare(struct weight_loader *loader, struct matrix *matrix, enum weight_format format,
+                    int pack)
 {
     if (loader->status) return;
     struct weight_store *store = loader->store;
+    const struct backend_ops *ops = store->backend->ops;
     if (!grow((void **)&store->matrices, store->n_matrices, &store->matrix_capacity,
               sizeof *store->matrices)) {
         loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the list of matrices");
         return;
     }
-    loader->status = store->backend->ops->prepare_matrix(store->backend, matrix, pack);
+    loader->status = is_block_format(format) ? ops->quantise_matrix(store->backend, matrix, format)
+                                             : ops->prepare_matrix(store->backend, matrix, pack);
     if (loader->status) return;
     if (matrix->packed) matrix->data = NULL; /* the file may be closed */
     store->matrices[store->n_matrices++] = *matrix;
-    store->matrix_bytes += (int64_t)matrix->rows * matrix->cols *
-                           (int64_t)weight_bytes(matrix->format);
+    store->matrix_bytes += matrix->packed ? (int64_t)packed_bytes(matrix)
+                                          : (int64_t)matrix->rows * matrix->cols *
+                                                (int64_t)weight_bytes(format);
+}
+
+/* [rows] scales of an int8 tensor: its name with _scb has 127 times as much. From malloc. */
+static float *row_scales(struct weight_loader *loader, const struct tensor *tensor, int64_t rows)
+{
+    struct tensor *stored = weights_need(loader, "%s_scb", tensor->name);
+    if (weights_check(loader, stored, 1, &rows)) return NULL;
+    float *scales = malloc((size_t)rows * sizeof *scales);
+    if (!scales) {
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", stored->name);
+        return NULL;
+    }
+    for (int64_t i = 0; i < rows; ++i) scales[i] = tensor_element(stored, i) / 127;
+    return scales;
+}
+
+/* `sets` matrices that are stacked on the rows of one tensor. */
+static void bind(struct weight_loader *loader, struct tensor *tensor, enum weight_format format,
+                 int sets, int rows, int cols, struct matrix *matrices)
+{
+    int64_t dims[2] = {(int64_t)sets * rows, cols};
+    int is_int8 = tensor && tensor->dtype == TENSOR_I8;
+    if (is_int8 ? check_shape(loader, tensor, 2, dims) : weights_check(loader, tensor, 2, dims))
+        return;
+    float *scales = is_int8 ? row_scales(loader, tensor, dims[0]) : NULL;
+    struct matrix all = {.format = format_of(tensor),
+                         .rows = sets * rows,
+                         .cols = cols,
+                         .data = tensor->data,
+                         .scales = scales};
+    enum weight_format source = is_block_format(format) ? all.format : format;
+    if (!loader->status && (source != all.format || !aligned(tensor)))
+        convert(loader, tensor, scales, source, &all);
+    for (int i = 0; i < sets && !loader->status; ++i) {
+        matrices[i] = matrix_rows(all, i * rows, rows);
+        prepare(loader, &matrices[i], format, loader->pack);
+        if (loader->status)
+            moshi_fail_prefix(loader->status, "%s: tensor %s", tensor_file_path(loader->file),
+                              tensor->name);
+        else if (matrices[i].data && matrices[i].data >= tensor->data &&
+                 matrices[i].data < (const void *)((const char *)tensor->data + tensor->bytes))
+            loader->store->mapped_bytes += (int64_t)rows * cols * (int64_t)weight_bytes(format);
+    }
+    free(scales);
+}
+
+void weights_matrices(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
+                      int cols, struct matrix *matrices)
+{
+    memset(matrices, 0, (size_t)sets * sizeof *matrices);
+    if (tensor) bind(loader, tensor, wanted_format(loader, tensor), sets, rows, cols, matrices);
 }
 
 void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                     struct matrix *matrix)
 {
+    weights_matrices(loader, tensor, 1, rows, cols, matrix);
+}
+
+void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
+                          struct matrix *matrix)
+{
     memset(matrix, 0, sizeof *matrix);
-    int64_t dims[2] = {rows, cols};
-    if (weights_check(loader, tensor, 2, dims)) return;
-    matrix->rows = rows;
-    matrix->cols = cols;
-    enum weight_format format = wanted_format(loader, tensor);
-    if (format == format_of(tensor) && aligned(tensor)) {
-        matrix->format = format;
-        matrix->data = tensor->data;
-    } else {
-        convert(loader, tensor, format, matrix);
-    }
-    prepare(loader, matrix, loader->pack);
+    if (tensor) bind(loader, tensor, plain_format(loader, tensor), 1, rows, cols, matrix);
 }
 
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
@@ -255,17 +331,15 @@ void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows
     memset(matrix, 0, sizeof *matrix);
     int64_t dims[2] = {rows, cols};
     if (weights_check(loader, tensor, 2, dims)) return;
-    matrix->rows = rows;
-    matrix->cols = cols;
-    enum weight_format stored = format_of(tensor), format = wanted_format(loader, tensor);
+    enum weight_format stored = format_of(tensor), format = plain_format(loader, tensor);
+    *matrix = (struct matrix){.format = stored, .rows = rows, .cols = cols, .data = tensor->data};
     /* A wider copy of a table would hold the same numbers. */
-    if (aligned(tensor) && (format == stored || format == WEIGHT_F32)) {
-        matrix->format = stored;
-        matrix->data = tensor->data;
-    } else {
-        convert(loader, tensor, format, matrix);
-    }
-    prepare(loader, matrix, 0);
+    if (format == WEIGHT_F32) format = stored;
+    if (aligned(tensor) && format == stored)
+        loader->store->mapped_bytes += (int64_t)tensor->bytes;
+    else
+        convert(loader, tensor, NULL, format, matrix);
+    prepare(loader, matrix, format, 0);
 }
 
 void weights_matrix_from(struct weight_loader *loader, float *values, int rows, int cols,
@@ -285,7 +359,7 @@ void weights_matrix_from(struct weight_loader *loader, float *values, int rows, 
             loader->status = MOSHI_ERROR_MEMORY;
     }
     matrix->data = memory ? memory : values;
-    prepare(loader, matrix, loader->pack);
+    prepare(loader, matrix, WEIGHT_F32, loader->pack);
     if (!memory) matrix->data = NULL;
     free(values);
 }
@@ -305,15 +379,15 @@ const float *weights_vector(struct weight_loader *loader, struct tensor *tensor,
     if (weights_check(loader, tensor, tensor->n_dims, tensor->dims)) return NULL;
     struct matrix rounded = {0}, vector = {0};
     /* A model cast to 16 bits upstream has its norms cast too. */
-    enum weight_format format = wanted_format(loader, tensor);
+    enum weight_format format = plain_format(loader, tensor);
     if (format != WEIGHT_F32 && format != format_of(tensor)) {
-        convert(loader, tensor, format, &rounded);
+        convert(loader, tensor, NULL, format, &rounded);
         struct tensor cast = *tensor;
         cast.dtype = format == WEIGHT_F16 ? TENSOR_F16 : TENSOR_BF16;
         cast.data = rounded.data;
-        if (!loader->status) convert(loader, &cast, WEIGHT_F32, &vector);
+        if (!loader->status) convert(loader, &cast, NULL, WEIGHT_F32, &vector);
     } else {
-        convert(loader, tensor, WEIGHT_F32, &vector);
+        convert(loader, tensor, NULL, WEIGHT_F32, &vector);
     }
     return loader->status ? NULL : vector.data;
 }

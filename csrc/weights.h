@@ -21,6 +21,7 @@ struct weight_store {
     int n_blocks, n_matrices, block_capacity, matrix_capacity;
     int64_t parameters;    /* elements of all tensors bound */
     int64_t matrix_bytes;  /* of all matrices, in the format they are read in */
+    int64_t mapped_bytes;  /* of these, what is read from the file's own bytes */
     int64_t private_bytes; /* of blocks */
 };
 
@@ -45,10 +46,17 @@ struct tensor *weights_find(struct weight_loader *loader, const char *format, ..
 struct tensor *weights_need(struct weight_loader *loader, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-/* A [rows][cols] matrix from a tensor of that shape (trailing dimensions of 1 are allowed). */
+/* A [rows][cols] matrix from a tensor of that shape (trailing dimensions of 1 are allowed), in the
+ * loader's dtype. An I8 tensor has the scales of its rows beside it, named with _scb. */
 void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                     struct matrix *matrix);
-/* Rows of a table that are only ever looked up: never packed. */
+/* `sets` such matrices from one tensor [sets * rows][cols]. */
+void weights_matrices(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
+                      int cols, struct matrix *matrices);
+/* A matrix for which block formats save nothing: as stored when the dtype is one. */
+void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
+                          struct matrix *matrix);
+/* Rows of a table that are only ever looked up: never packed, never a block format. */
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                    struct matrix *matrix);
 /* `count` elements of any shape as f32. */

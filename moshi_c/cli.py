@@ -317,7 +317,10 @@ def _common() -> argparse.ArgumentParser:
         help="auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
     )
     group.add_argument(
-        "--dtype", default="auto", metavar="T", help="auto (as stored), f32, f16 or bf16"
+        "--dtype",
+        default="auto",
+        metavar="T",
+        help="auto (as stored), f32, f16, bf16, int8, q8 or q4",
     )
     group.add_argument(
         "--seed", type=_seed, metavar="N", help="of what is drawn at random (default: a random one)"

@@ -17,8 +17,11 @@ from .errors import AudioError, CheckpointError, DeviceError
 from .fields import Fields
 from .tokenizer import Tokenizer
 
-#: Formats of the weights; "auto" is as stored.
-Dtype = Literal["auto", "f32", "f16", "bf16"]
+#: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
+#: "q8" and "q4" have one for 32 weights.
+Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
+#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16.
+KvDtype = Literal["auto", "f32", "bf16"]
 
 
 class _Closable(Protocol):
@@ -84,7 +87,7 @@ def load(
     *,
     device: str = "auto",
     dtype: Dtype = "auto",
-    kv_dtype: Dtype = "auto",
+    kv_dtype: KvDtype = "auto",
     context: int | None = None,
     max_sessions: int = 8,
     threads: int | None = None,
@@ -104,7 +107,9 @@ def load(
             repository, one weight file (`.safetensors`, or the `.index.json` of shards), or a
             repository on the Hugging Face hub, such as "kyutai/moshiko-pytorch-bf16".
         device: "auto" or "cpu". "auto" is the environment's MOSHI_C_DEVICE, else the CPU.
-        dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16".
+        dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16",
+            or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
+            norms stay as stored.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
             "f32", "bf16".
         context: frames remembered; None for the checkpoint's.
@@ -129,7 +134,7 @@ def load(
     """
     device = _device(device)
     _check_option("dtype", dtype, get_args(Dtype))
-    _check_option("kv_dtype", kv_dtype, get_args(Dtype))
+    _check_option("kv_dtype", kv_dtype, get_args(KvDtype))
     _check_count("context", context)
     _check_count("max_sessions", max_sessions)
     _check_count("threads", threads)

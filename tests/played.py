@@ -117,3 +117,18 @@ def assert_same_tokens(ours: Codes, theirs: Codes) -> None:
             f"{len(wrong)} tokens differ, first at step {step} in stream {stream} (0 is text): "
             f"ours {ours[step].tolist()}, upstream's {theirs[step].tolist()}"
         )
+
+
+def divergence(ours: Floats, theirs: Floats) -> tuple[Floats, Floats]:
+    """Per stream, over the steps of logits [T, K, card]: the mean Kullback-Leibler divergence of
+    our distribution from theirs in nats, and the share of steps with the same most likely token."""
+
+    def log_softmax(logits: Floats) -> Floats:
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        result: Floats = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return result
+
+    p, q = log_softmax(theirs), log_softmax(ours)
+    kl: Floats = (np.exp(p) * (p - q)).sum(-1).mean(0)
+    same: Floats = (ours.argmax(-1) == theirs.argmax(-1)).mean(0)
+    return kl, same

@@ -2,6 +2,7 @@
  * the process's own memory. */
 #include "backend_cpu.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -54,59 +55,130 @@ static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
 
 /* ---- matrices --------------------------------------------------------------------------- */
 
-static size_t packed_bytes(const struct matrix *w)
-{
-    size_t panels = ((size_t)w->rows + PANEL - 1) / PANEL;
-
-    return panels * PANEL * (size_t)w->cols * sizeof(float);
-}
+#define PACK_COLUMNS 256
 
 struct pack {
     const struct cpu_kernels *kernels;
-    const struct matrix *w;
-    float *panels; /* [ceil(rows / PANEL)][cols][PANEL], zeroed */
+    const struct matrix *from; /* rows */
+    struct matrix to;
+    int failed; /* a weight was not finite */
 };
 
-#define PACK_COLUMNS 256
-
-static void pack_task(void *arg, int part, int first, int last)
+/* `count` weights of a row from column k on. */
+static void read_weights(const struct pack *pack, size_t row, size_t k, size_t count, float *y)
 {
-    const struct pack *pack = arg;
-    const struct matrix *w = pack->w;
-    size_t cols = (size_t)w->cols;
+    const struct matrix *w = pack->from;
+    size_t at = row * (size_t)w->cols + k;
+
+    pack->kernels->widen[w->format]((const char *)w->data + at * weight_bytes(w->format), count, y);
+    if (w->scales)
+        for (size_t i = 0; i < count; i++) y[i] *= w->scales[row];
+}
+
+static void pack_panel(const struct pack *pack, size_t first, size_t rows, float *to)
+{
+    size_t cols = (size_t)pack->to.cols;
     float row[PACK_COLUMNS];
 
-    (void)part;
-    for (int panel = first; panel < last; panel++) {
-        float *to = pack->panels + (size_t)panel * cols * PANEL;
+    for (size_t j = 0; j < rows; j++) {
+        for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
+            size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
 
-        for (size_t j = 0; j < PANEL && (size_t)panel * PANEL + j < (size_t)w->rows; j++) {
-            const char *from = (const char *)w->data +
-                               ((size_t)panel * PANEL + j) * cols * weight_bytes(w->format);
-
-            for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
-                size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
-
-                pack->kernels->widen[w->format](from + k * weight_bytes(w->format), n, row);
-                for (size_t c = 0; c < n; c++) to[(k + c) * PANEL + j] = row[c];
-            }
+            read_weights(pack, first + j, k, n, row);
+            for (size_t c = 0; c < n; c++) to[(k + c) * PANEL + j] = row[c];
         }
     }
 }
 
-static int cpu_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
+/* The scale of a whole row. */
+static float row_scale(const struct pack *pack, size_t row)
 {
-    struct cpu_backend *cpu = cpu_backend(backend);
-    struct pack job = {cpu->kernels, w, NULL};
+    size_t cols = (size_t)pack->to.cols;
+    float most = 0, part[PACK_COLUMNS];
 
-    if (!pack || w->packed) return MOSHI_OK;
-    job.panels = os_reserve(packed_bytes(w));
-    if (!job.panels)
+    if (pack->from->scales) return pack->from->scales[row];
+    for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
+        size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
+
+        read_weights(pack, row, k, n, part);
+        most = fmaxf(most, pack->kernels->magnitude(part, n));
+    }
+    return most / 127;
+}
+
+static int quantise_panel(const struct pack *pack, size_t first, size_t rows, void *panel)
+{
+    enum weight_format format = pack->to.format;
+    size_t cols = (size_t)pack->to.cols;
+    char *tile = panel;
+    float *scales = NULL;
+    int good = 1;
+
+    if (format == WEIGHT_INT8) {
+        scales = panel;
+        for (size_t j = 0; j < rows; j++) scales[j] = row_scale(pack, first + j);
+        tile += PANEL * sizeof *scales;
+    }
+    for (size_t k = 0; k < cols; k += TILE, tile += tile_bytes(format)) {
+        float w[PANEL][TILE] = {{0}};
+
+        for (size_t j = 0; j < rows; j++)
+            read_weights(pack, first + j, k, cols - k < TILE ? cols - k : TILE, w[j]);
+        good &= pack->kernels->quantise[format]((const float (*)[TILE])w, scales, tile);
+    }
+    return good;
+}
+
+static void pack_task(void *arg, int part, int first, int last)
+{
+    struct pack *pack = arg;
+    size_t bytes = panel_bytes(pack->to.format, pack->to.cols), all = (size_t)pack->to.rows;
+
+    (void)part;
+    for (int panel = first; panel < last; panel++) {
+        size_t row = (size_t)panel * PANEL, rows = all - row < PANEL ? all - row : PANEL;
+        void *to = (char *)pack->to.packed + (size_t)panel * bytes;
+
+        if (!is_block_format(pack->to.format))
+            pack_panel(pack, row, rows, to);
+        else if (!quantise_panel(pack, row, rows, to))
+            __atomic_store_n(&pack->failed, 1, __ATOMIC_RELAXED);
+    }
+}
+
+/* Replaces the rows of w by panels of `format`. */
+static int make_panels(struct cpu_backend *cpu, struct matrix *w, enum weight_format format)
+{
+    struct pack job = {.kernels = cpu->kernels, .from = w};
+    unsigned mode;
+
+    job.to = (struct matrix){.format = format, .rows = w->rows, .cols = w->cols};
+    job.to.packed = os_reserve(packed_bytes(&job.to));
+    if (!job.to.packed)
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory to pack a matrix of %d x %d", w->rows,
                           w->cols);
+    os_advise_huge(job.to.packed, packed_bytes(&job.to));
+    mode = float_mode_flush(); /* as the workers */
     parallel_for(cpu->pool, pack_task, &job, (w->rows + PANEL - 1) / PANEL);
-    w->packed = job.panels;
+    float_mode_restore(mode);
+    if (job.failed) {
+        os_release(job.to.packed, packed_bytes(&job.to));
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "a weight is not finite or beyond the range of a 16-bit scale, which a "
+                          "block format can't hold");
+    }
+    *w = job.to;
     return MOSHI_OK;
+}
+
+static int cpu_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
+{
+    return pack && !w->packed ? make_panels(cpu_backend(backend), w, WEIGHT_F32) : MOSHI_OK;
+}
+
+static int cpu_quantise_matrix(struct backend *backend, struct matrix *w, enum weight_format format)
+{
+    return make_panels(cpu_backend(backend), w, format);
 }
 
 static void cpu_release_matrix(struct backend *backend, struct matrix *w)
@@ -208,6 +280,7 @@ static const struct backend_ops cpu_ops = {
     .clear = cpu_clear,
     .decommit = cpu_decommit,
     .prepare_matrix = cpu_prepare_matrix,
+    .quantise_matrix = cpu_quantise_matrix,
     .release_matrix = cpu_release_matrix,
     .reserve = cpu_reserve,
     .run = cpu_run,

@@ -5,10 +5,10 @@
 #include "../status.h"
 #include "kernels.h"
 
-#if defined(MOSHI_CPU_AVX2)
+#if defined(MOSHI_CPU_X86)
 #include <cpuid.h>
 
-/* The builtin also asks whether the system saves the wide registers; not every compiler's knows
+/* The builtins also ask whether the system saves the wide registers; not every compiler's knows
  * f16c. */
 static int has_avx2(void)
 {
@@ -18,30 +18,49 @@ static int has_avx2(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
+
+static int has_avx512(void)
+{
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
-static const struct cpu_kernels *best(void)
+static int always(void)
 {
-#if defined(MOSHI_CPU_AVX2)
-    if (has_avx2()) return &kernels_avx2;
-#endif
-    return &kernels_generic;
+    return 1;
 }
+
+/* From the plainest to the best. */
+static const struct {
+    const struct cpu_kernels *kernels;
+    int (*usable)(void);
+} tables[] = {
+    {&kernels_generic, always},
+#if defined(MOSHI_CPU_X86)
+    {&kernels_avx2, has_avx2},
+    {&kernels_avx512, has_avx512},
+#endif
+};
 
 int kernels_choose(const struct cpu_kernels **kernels)
 {
     const char *wanted = os_environment("MOSHI_C_ISA");
+    int count = (int)(sizeof tables / sizeof *tables), found = -1;
 
-    *kernels = best();
-    if (!wanted || strcmp(wanted, (*kernels)->name) == 0) return MOSHI_OK;
-    if (strcmp(wanted, "generic") == 0) {
-        *kernels = &kernels_generic;
-        return MOSHI_OK;
+    for (int i = 0; i < count; i++) {
+        if (tables[i].usable()) *kernels = tables[i].kernels;
+        if (wanted && strcmp(wanted, tables[i].kernels->name) == 0) found = i;
     }
-    if (strcmp(wanted, "avx2") == 0)
+    if (!wanted) return MOSHI_OK;
+    if (found < 0)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "MOSHI_C_ISA is \"%s\", expected generic, avx2 or avx512", wanted);
+    if (!tables[found].usable())
         return moshi_fail(MOSHI_ERROR_DEVICE,
-                          "MOSHI_C_ISA is avx2, which this machine can't run (it has %s)",
+                          "MOSHI_C_ISA is %s, which this machine can't run (it has %s)", wanted,
                           (*kernels)->name);
-    return moshi_fail(MOSHI_ERROR_ARGUMENT, "MOSHI_C_ISA is \"%s\", expected generic or avx2",
-                      wanted);
+    *kernels = tables[found].kernels;
+    return MOSHI_OK;
 }

@@ -12,31 +12,52 @@
 
 #include "../quant.h"
 
-#define WEIGHT_FORMATS 3 /* tables are indexed by enum weight_format */
-#define PANEL 16         /* outputs of a packed panel */
-#define ROWS_MAX 48      /* rows of activations in one call of dot or panels */
-#define ROW_PAD 16       /* an arranged row has a multiple of this many floats */
+#define ROWS_MAX 48 /* rows of activations in one call of dot or panels */
+#define ROW_PAD 64  /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)
 {
     return ((size_t)columns + ROW_PAD - 1) / ROW_PAD * ROW_PAD;
 }
 
+/* What a block format multiplies: TILE activations, each GROUP of them with a scale of its own,
+ * x = scale * code, scale = m / 127 for the largest magnitude m, codes to nearest, ties to even
+ * (all 0 where m < LEAST_MAGNITUDE). If a number of the group is not finite, the scale is not. An
+ * arranged row is the tiles of all columns, zero padded. */
+struct activation_tile {
+    int8_t codes[TILE];
+    float scales[2];
+    int32_t sums[2]; /* of the codes */
+};
+
+#define LEAST_MAGNITUDE 1e-30f
+
+/* Tables are indexed by enum weight_format. Activations are rows of floats, except that the block
+ * formats' are activation tiles. */
 struct cpu_kernels {
     const char *name;
 
-    /* A row of activations in the order `dot` of that format wants, zero padded to
+    /* A row of activations in the order `dot` or `panels` of that format wants, zero padded to
      * padded(columns). y == x is fine where there is room. */
     void (*arrange[WEIGHT_FORMATS])(const float *x, int columns, float *y);
-    /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows. */
+    /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows. Float formats
+     * only. */
     void (*dot[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *const *x,
                                 int rows, float *y, size_t stride);
-    /* The same for panels w[panels][columns][PANEL] and rows x[r] as they are; writes
-     * panels * PANEL outputs. */
-    void (*panels)(const float *w, int columns, int panels, const float *const *x, int rows,
-                   float *y, size_t stride);
-    /* y[n] = w[n] as floats */
+    /* The same for packed panels; writes panels * PANEL outputs. f32: w[panels][columns][PANEL] and
+     * rows x[r] as they are. Block formats: the sum over groups, in order, each addition rounded,
+     * of (float)d * (w.scale * x.scale) for the integer d = sum of w.code * x.code over the group;
+     * int8 has (float)d * x.scale, and the sum * w.scale. All instruction sets give these bits. */
+    void (*panels[WEIGHT_FORMATS])(const void *w, int columns, int panels, const float *const *x,
+                                   int rows, float *y, size_t stride);
+    /* y[n] = w[n] as floats; int8: the codes */
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
+
+    /* Fills a tile of a block format. int8: scales[PANEL] as the panel has them, not written here.
+     * Returns 0 when a weight or its scale is not finite. The same tile on all instruction sets. */
+    int (*quantise[WEIGHT_FORMATS])(const float (*w)[TILE], const float *scales, void *tile);
+    /* The largest |x[i]|; NaN if one is. */
+    float (*magnitude)(const float *x, size_t n);
 
     /* One row. y == x is fine. */
     void (*norm_layer)(const float *x, int n, float eps, const float *weight, const float *bias,
@@ -60,12 +81,12 @@ struct cpu_kernels {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define MOSHI_CPU_AVX2 1
+#define MOSHI_CPU_X86 1
 #endif
 
 extern const struct cpu_kernels kernels_generic;
-#if defined(MOSHI_CPU_AVX2)
-extern const struct cpu_kernels kernels_avx2;
+#if defined(MOSHI_CPU_X86)
+extern const struct cpu_kernels kernels_avx2, kernels_avx512;
 #endif
 
 /* The best table this machine can run, or the one MOSHI_C_ISA names. */

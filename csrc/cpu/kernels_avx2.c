@@ -11,9 +11,9 @@
  * exponent.
  * erf: x p(x^2) below 1, else 1 - exp(-s(x)). The polynomials are minimax fits; both are within
  * 2 ulp. */
-#include "kernels.h"
+#include "kernels_x86.h"
 
-#if defined(MOSHI_CPU_AVX2)
+#if defined(MOSHI_CPU_X86)
 
 #include <immintrin.h>
 #include <math.h>
@@ -30,10 +30,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Compiled for this instruction set, too. */
+#include "quantise.h"
+
 #define AHEAD 2048 /* bytes */
 #define BLOCK 16   /* weights */
 #define SPAN 512   /* columns that many rows work on before they go on; a multiple of 2 BLOCKs */
-#define GROUP 16   /* outputs in the meantime */
+#define OUTPUTS 16   /* outputs in the meantime */
 
 /* Lanes below n. */
 INLINE __m256i lanes(int n)
@@ -101,12 +104,12 @@ INLINE __m256 widen_bf16(const uint16_t *w)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
-static void widen_f32_avx2(const void *w, size_t n, float *y)
+void widen_f32_avx2(const void *w, size_t n, float *y)
 {
     memcpy(y, w, n * sizeof *y);
 }
 
-static void widen_f16_avx2(const void *w, size_t n, float *y)
+void widen_f16_avx2(const void *w, size_t n, float *y)
 {
     const uint16_t *h = w;
     size_t i = 0;
@@ -117,7 +120,7 @@ static void widen_f16_avx2(const void *w, size_t n, float *y)
     for (; i < n; i++) y[i] = _cvtsh_ss(h[i]);
 }
 
-static void widen_bf16_avx2(const void *w, size_t n, float *y)
+void widen_bf16_avx2(const void *w, size_t n, float *y)
 {
     const uint16_t *h = w;
     size_t i = 0;
@@ -126,7 +129,20 @@ static void widen_bf16_avx2(const void *w, size_t n, float *y)
     for (; i < n; i++) y[i] = bf16_to_f32(h[i]);
 }
 
-static void arrange_plain_avx2(const float *x, int columns, float *y)
+void widen_int8_avx2(const void *w, size_t n, float *y)
+{
+    const int8_t *codes = w;
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8) {
+        __m128i narrow = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
+
+        _mm256_storeu_ps(y + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow)));
+    }
+    for (; i < n; i++) y[i] = codes[i];
+}
+
+void arrange_plain_avx2(const float *x, int columns, float *y)
 {
     if (y != x) memcpy(y, x, (size_t)columns * sizeof *y);
     memset(y + columns, 0, (padded(columns) - (size_t)columns) * sizeof *y);
@@ -134,7 +150,7 @@ static void arrange_plain_avx2(const float *x, int columns, float *y)
 
 static void arrange_bf16_avx2(const float *x, int columns, float *y)
 {
-    for (int k = 0; k < columns; k += BLOCK) {
+    for (int k = 0; k < (int)padded(columns); k += BLOCK) {
         __m256 a = load_some(x + k, columns - k), b = load_some(x + k + 8, columns - k - 8);
         __m256 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
 
@@ -176,8 +192,8 @@ static void dot_tail(enum weight_format format, int R, int O, const char *w, siz
                                               : load_half(WEIGHT_BF16, block, half);
 
             for (int r = 0; r < R; r++)
-                partial[r * GROUP + o] = _mm256_fmadd_ps(
-                    b, load_some(x[r] + k + 8 * half, n - 8 * half), partial[r * GROUP + o]);
+                partial[r * OUTPUTS + o] = _mm256_fmadd_ps(
+                    b, load_some(x[r] + k + 8 * half, n - 8 * half), partial[r * OUTPUTS + o]);
         }
     }
 }
@@ -261,7 +277,7 @@ INLINE void dot_block(enum weight_format format, int R, int O, const char *w, si
 }
 
 /* The whole blocks of a span, for R rows of x and O rows of w. The sums go on from
- * partial[R][GROUP] and return there. */
+ * partial[R][OUTPUTS] and return there. */
 INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
                        const float *const *x, const struct span *span, __m256 *partial)
 {
@@ -273,8 +289,8 @@ INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, s
     UNROLL
     for (int o = 0; o < O; o++) {
         s[o].a = partial[o];
-        if (R > 1) s[o].b = partial[GROUP + o];
-        if (R > 2) s[o].c = partial[2 * GROUP + o];
+        if (R > 1) s[o].b = partial[OUTPUTS + o];
+        if (R > 2) s[o].c = partial[2 * OUTPUTS + o];
     }
     for (; k + BLOCK <= span->end; k += BLOCK) {
         if (turn-- == 0) {
@@ -293,8 +309,8 @@ INLINE void dot_blocks(enum weight_format format, int R, int O, const char *w, s
     UNROLL
     for (int o = 0; o < O; o++) {
         partial[o] = s[o].a;
-        if (R > 1) partial[GROUP + o] = s[o].b;
-        if (R > 2) partial[2 * GROUP + o] = s[o].c;
+        if (R > 1) partial[OUTPUTS + o] = s[o].b;
+        if (R > 2) partial[2 * OUTPUTS + o] = s[o].c;
     }
 }
 
@@ -343,13 +359,13 @@ static void dot_tile(enum weight_format format, int R, int O, const char *w, int
 
     if (span->begin == 0)
         for (int r = 0; r < R; r++)
-            for (int o = 0; o < O; o++) partial[r * GROUP + o] = _mm256_setzero_ps();
+            for (int o = 0; o < O; o++) partial[r * OUTPUTS + o] = _mm256_setzero_ps();
     dot_tiles[format](R, w, row_bytes, x, span, partial);
     if (span->end < columns) return;
     if (left) dot_tail(format, R, O, w, row_bytes, x, columns - left, left, partial);
     for (int r = 0; r < R; r++)
         for (int o = 0; o < O; o++)
-            y[(size_t)r * stride + (size_t)o] = fold(partial[r * GROUP + o]);
+            y[(size_t)r * stride + (size_t)o] = fold(partial[r * OUTPUTS + o]);
 }
 
 /* Blocks in a cache line. */
@@ -368,7 +384,7 @@ static void dot_few(enum weight_format format, const char *w, int columns, const
                         .wrap = columns - AHEAD / bytes,
                         .far = AHEAD + (size_t)(O - 1) * (size_t)columns * (size_t)bytes,
                         .turns = line_blocks(format)};
-    __m256 partial[3 * GROUP];
+    __m256 partial[3 * OUTPUTS];
 
     dot_tile(format, rows, O, w, columns, x, &span, partial, y, stride);
 }
@@ -379,7 +395,7 @@ INLINE int tile_start(int rows, int tiles, int t)
     return rows * t / tiles;
 }
 
-/* More rows, and 4 to GROUP outputs, by four: the columns in spans, so that a span of all
+/* More rows, and 4 to OUTPUTS outputs, by four: the columns in spans, so that a span of all
  * activations stays in the first cache while the weights pass; while they do, their next span is
  * fetched. */
 static void dot_many(enum weight_format format, const char *w, int columns, int outputs,
@@ -387,11 +403,11 @@ static void dot_many(enum weight_format format, const char *w, int columns, int 
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
     int tiles = (rows + 2) / 3, line = line_blocks(format);
-    __m256 partial[ROWS_MAX * GROUP];
+    __m256 partial[ROWS_MAX * OUTPUTS];
 
     for (int begin = 0; begin < columns; begin += SPAN) {
         int end = columns - begin < SPAN ? columns : begin + SPAN;
-        size_t next = end < columns ? SPAN * bytes : GROUP * row_bytes - (size_t)begin * bytes;
+        size_t next = end < columns ? SPAN * bytes : OUTPUTS * row_bytes - (size_t)begin * bytes;
         struct span span = {
             .begin = begin, .end = end, .near = next, .far = next, .turns = tiles * line};
 
@@ -401,7 +417,7 @@ static void dot_many(enum weight_format format, const char *w, int columns, int 
 
                 span.turn = t * line;
                 dot_tile(format, height, 4, w + (size_t)o * row_bytes, columns, x + r, &span,
-                         partial + r * GROUP + o, y + (size_t)r * stride + o, stride);
+                         partial + r * OUTPUTS + o, y + (size_t)r * stride + o, stride);
             }
         }
     }
@@ -420,7 +436,7 @@ INLINE void dot(enum weight_format format, const char *w, int columns, int outpu
         for (; o + 4 <= outputs; o += 4)
             dot_few(format, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
     } else {
-        for (int n; (n = (outputs - o < GROUP ? outputs - o : GROUP) / 4 * 4) > 0; o += n)
+        for (int n; (n = (outputs - o < OUTPUTS ? outputs - o : OUTPUTS) / 4 * 4) > 0; o += n)
             dot_many(format, w + (size_t)o * row_bytes, columns, n, x, rows, y + o, stride);
     }
     for (; o < outputs; o++)
@@ -494,9 +510,10 @@ INLINE void panel_tile(int R, int P, const float *w, int columns, const float *c
 
 /* Up to three rows alone make too few sums to hide the latency of an addition, so they take several
  * panels at once. */
-static void panels_f32_avx2(const float *w, int columns, int panels, const float *const *x,
+static void panels_f32_avx2(const void *weights, int columns, int panels, const float *const *x,
                             int rows, float *y, size_t stride)
 {
+    const float *w = weights;
     size_t panel = (size_t)columns * PANEL;
     int tiles = (rows + 5) / 6, p = 0;
 
@@ -535,6 +552,219 @@ static void panels_f32_avx2(const float *w, int columns, int panels, const float
             }
         }
     }
+}
+
+/* ---- panels of codes -------------------------------------------------------------------- */
+
+/* One group of activations; the magnitude is compared by its bits, so that NaN is the largest. */
+INLINE void arrange_group(const float *x, int8_t *codes, float *scale, int32_t *sum)
+{
+    __m256i magnitudes = _mm256_set1_epi32(0x7fffffff), most = _mm256_setzero_si256();
+    __m256i quarters[4], packed, sums;
+    __m256 v[4], inverses;
+    __m128i half;
+    float largest;
+
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitudes));
+    }
+    half = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    largest = _mm_cvtss_f32(_mm_castsi128_ps(half));
+    inverses = _mm256_set1_ps(largest > LEAST_MAGNITUDE ? 127.0f / largest : 0);
+    UNROLL
+    for (int i = 0; i < 4; i++) quarters[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverses));
+    *scale = largest * (1.0f / 127.0f);
+    /* Packing works in 128-bit halves; the permutation puts fours of codes in order. */
+    packed = _mm256_packs_epi16(_mm256_packs_epi32(quarters[0], quarters[1]),
+                                _mm256_packs_epi32(quarters[2], quarters[3]));
+    packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)(void *)codes, packed);
+    sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), packed),
+                             _mm256_set1_epi16(1));
+    half = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    *sum = _mm_cvtsi128_si32(half);
+}
+
+void arrange_codes_avx2(const float *x, int columns, float *y)
+{
+    struct activation_tile *tile = (struct activation_tile *)(void *)y;
+
+    for (int k = 0; k < columns; k += TILE, tile++) {
+        float wide[TILE] = {0}; /* the tile may lie where x does */
+
+        memcpy(wide, x + k, (size_t)(columns - k < TILE ? columns - k : TILE) * sizeof *x);
+        for (int group = 0; group < 2; group++)
+            arrange_group(wide + group * GROUP, tile->codes + group * GROUP, &tile->scales[group],
+                          &tile->sums[group]);
+    }
+}
+
+/* sums[r][2] are those of a panel's 16 rows so far. A product of an unsigned and a signed byte is
+ * added to its neighbour's in 16 bits. 8-bit codes would overflow there, so the weight takes the
+ * activation's sign, and the unsigned factor is the activation's magnitude: below 2 * 127^2. Codes
+ * of 4 bits leave room for a whole group: below 16 * 15 * 127. */
+INLINE void code_tile(enum weight_format format, int R, const char *tile,
+                      const struct activation_tile *const *x, __m256 (*sums)[2])
+{
+    __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
+    __m256i flip = _mm256_set1_epi8((char)0x80);
+    const char *codes = format == WEIGHT_INT8 ? tile : tile + 4 * PANEL;
+
+    for (int group = 0; group < 2; group++) {
+        __m256i dots[3][2];
+
+        UNROLL
+        for (int r = 0; r < R; r++) dots[r][0] = dots[r][1] = _mm256_setzero_si256();
+        UNROLL
+        for (int c = 0; c < GROUP; c += 4) {
+            UNROLL
+            for (int half = 0; half < 2; half++) {
+                const char *at = codes + c * PANEL + 32 * half;
+                __m256i w;
+
+                if (format != WEIGHT_Q4) {
+                    at += group * GROUP * PANEL;
+                    w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)at),
+                                         flip);
+                } else {
+                    w = _mm256_loadu_si256((const __m256i *)(const void *)at);
+                    if (group) w = _mm256_srli_epi16(w, 4);
+                    w = _mm256_and_si256(w, low);
+                }
+                if (half == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+                UNROLL
+                for (int r = 0; r < R; r++) {
+                    int32_t four;
+                    __m256i a;
+
+                    memcpy(&four, x[r]->codes + group * GROUP + c, 4);
+                    a = _mm256_set1_epi32(four);
+                    if (format == WEIGHT_Q4)
+                        a = _mm256_maddubs_epi16(w, a);
+                    else
+                        a = _mm256_madd_epi16(
+                            _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(w, a)), ones);
+                    dots[r][half] = format == WEIGHT_Q4 ? _mm256_add_epi16(dots[r][half], a)
+                                                        : _mm256_add_epi32(dots[r][half], a);
+                }
+            }
+        }
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *scales = (const uint16_t *)(const void *)tile + group * PANEL +
+                                     8 * half;
+            __m256 scale;
+
+            if (format != WEIGHT_INT8)
+                scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)scales));
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                __m256 s = _mm256_set1_ps(x[r]->scales[group]);
+                __m256i d = dots[r][half];
+
+                if (format == WEIGHT_Q4)
+                    d = _mm256_sub_epi32(_mm256_madd_epi16(d, ones),
+                                         _mm256_set1_epi32(8 * x[r]->sums[group]));
+                if (format != WEIGHT_INT8) s = _mm256_mul_ps(scale, s);
+                sums[r][half] = _mm256_add_ps(sums[r][half],
+                                              _mm256_mul_ps(_mm256_cvtepi32_ps(d), s));
+            }
+        }
+    }
+}
+
+/* R rows of activations and one panel. */
+INLINE void code_panel(enum weight_format format, int R, const char *panel, int columns,
+                       const float *const *x, float *y, size_t stride)
+{
+    const char *tile = format == WEIGHT_INT8 ? panel + PANEL * sizeof(float) : panel;
+    const struct activation_tile *at[3];
+    __m256 sums[3][2];
+
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        at[r] = (const struct activation_tile *)(const void *)x[r];
+        sums[r][0] = sums[r][1] = _mm256_setzero_ps();
+    }
+    for (int k = 0; k < columns; k += TILE, tile += tile_bytes(format)) {
+        code_tile(format, R, tile, at, sums);
+        UNROLL
+        for (int r = 0; r < R; r++) at[r]++;
+    }
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        UNROLL
+        for (int half = 0; half < 2; half++) {
+            if (format == WEIGHT_INT8)
+                sums[r][half] = _mm256_mul_ps(
+                    sums[r][half], _mm256_loadu_ps((const float *)(const void *)panel + 8 * half));
+            _mm256_storeu_ps(y + (size_t)r * stride + 8 * half, sums[r][half]);
+        }
+    }
+}
+
+INLINE void panels_codes(enum weight_format format, const char *w, int columns, int panels,
+                         const float *const *x, int rows, float *y, size_t stride)
+{
+    int tiles = (rows + 2) / 3;
+
+    for (int p = 0; p < panels; p++, w += panel_bytes(format, columns), y += PANEL) {
+        for (int t = 0; t < tiles; t++) {
+            int r = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - r;
+            float *to = y + (size_t)r * stride;
+
+            if (height == 3)
+                code_panel(format, 3, w, columns, x + r, to, stride);
+            else if (height == 2)
+                code_panel(format, 2, w, columns, x + r, to, stride);
+            else
+                code_panel(format, 1, w, columns, x + r, to, stride);
+        }
+    }
+}
+
+static void panels_int8_avx2(const void *w, int columns, int panels, const float *const *x,
+                             int rows, float *y, size_t stride)
+{
+    panels_codes(WEIGHT_INT8, w, columns, panels, x, rows, y, stride);
+}
+
+static void panels_q8_avx2(const void *w, int columns, int panels, const float *const *x, int rows,
+                           float *y, size_t stride)
+{
+    panels_codes(WEIGHT_Q8, w, columns, panels, x, rows, y, stride);
+}
+
+static void panels_q4_avx2(const void *w, int columns, int panels, const float *const *x, int rows,
+                           float *y, size_t stride)
+{
+    panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
+}
+
+int quantise_int8_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_INT8, w, scales, tile);
+}
+
+int quantise_q8_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q8, w, scales, tile);
+}
+
+int quantise_q4_avx2(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
+float magnitude_avx2(const float *x, size_t n)
+{
+    return largest_magnitude(x, n);
 }
 
 /* ---- functions -------------------------------------------------------------------------- */
@@ -609,7 +839,7 @@ INLINE __m256 gate8(__m256 g, __m256 v)
     return _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), down)), v);
 }
 
-static void elu_avx2(const float *x, size_t n, float *y)
+void elu_avx2(const float *x, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -621,7 +851,7 @@ static void elu_avx2(const float *x, size_t n, float *y)
     }
 }
 
-static void gelu_avx2(const float *x, size_t n, float *y)
+void gelu_avx2(const float *x, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -633,7 +863,7 @@ static void gelu_avx2(const float *x, size_t n, float *y)
     }
 }
 
-static void gate_avx2(const float *g, const float *v, size_t n, float *y)
+void gate_avx2(const float *g, const float *v, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -647,7 +877,7 @@ static void gate_avx2(const float *g, const float *v, size_t n, float *y)
     }
 }
 
-static void add_avx2(const float *u, size_t n, float *y)
+void add_avx2(const float *u, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -656,7 +886,7 @@ static void add_avx2(const float *u, size_t n, float *y)
     for (; i < n; i++) y[i] += u[i];
 }
 
-static void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
+void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -695,8 +925,8 @@ INLINE float sum_row(const float *x, int n, float mean, int squared)
     return fold(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
 }
 
-static void norm_layer_avx2(const float *x, int n, float eps, const float *weight,
-                            const float *bias, float *y)
+void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,
+                     float *y)
 {
     float mean = sum_row(x, n, 0, 0) / (float)n;
     float scale = 1.0f / sqrtf(sum_row(x, n, mean, 1) / (float)n + eps);
@@ -712,7 +942,7 @@ static void norm_layer_avx2(const float *x, int n, float eps, const float *weigh
     for (; i < n; i++) y[i] = fmaf((x[i] - mean) * scale, weight[i], bias[i]);
 }
 
-static void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y)
+void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y)
 {
     float scale = 1.0f / sqrtf(eps + sum_row(x, n, 0, 1) / (float)n);
     __m256 scales = _mm256_set1_ps(scale);
@@ -724,7 +954,7 @@ static void norm_rms_avx2(const float *x, int n, float eps, const float *weight,
     for (; i < n; i++) y[i] = x[i] * (weight[i] * scale);
 }
 
-static void softmax_avx2(float *x, int n, float scale)
+void softmax_avx2(float *x, int n, float scale)
 {
     __m256 most = _mm256_set1_ps(x[0]), sum = _mm256_setzero_ps();
     __m256 scales = _mm256_set1_ps(scale);
@@ -806,20 +1036,20 @@ INLINE void mix(enum weight_format format, const float *p, const void *values, i
     for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
 }
 
-static void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
+void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_F32, p, values, n, width, y);
 }
 
-static void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
+void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
 #define SCORES 32 /* entries at a time */
 
-static void nearest_avx2(const float *entries, const float *half_norms, int n, int width,
-                         const float *x, float *least, int *index)
+void nearest_avx2(const float *entries, const float *half_norms, int n, int width, const float *x,
+                  float *least, int *index)
 {
     float scores[SCORES];
 
@@ -842,10 +1072,13 @@ static void nearest_avx2(const float *entries, const float *half_norms, int n, i
 
 const struct cpu_kernels kernels_avx2 = {
     .name = "avx2",
-    .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx2},
+    .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx2, arrange_codes_avx2,
+                arrange_codes_avx2, arrange_codes_avx2},
     .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2},
-    .panels = panels_f32_avx2,
-    .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2},
+    .panels = {panels_f32_avx2, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
+    .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
+    .magnitude = magnitude_avx2,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
     .elu = elu_avx2,

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "quantise.h"
 
 #define LANES 8
 
@@ -30,6 +31,13 @@ static void widen_bf16_generic(const void *w, size_t n, float *y)
     const uint16_t *h = w;
 
     for (size_t i = 0; i < n; i++) y[i] = bf16_to_f32(h[i]);
+}
+
+static void widen_int8_generic(const void *w, size_t n, float *y)
+{
+    const int8_t *codes = w;
+
+    for (size_t i = 0; i < n; i++) y[i] = codes[i];
 }
 
 static void arrange_generic(const float *x, int columns, float *y)
@@ -96,9 +104,11 @@ static void dot_bf16_generic(const void *w, int columns, int outputs, const floa
     dot_narrow(widen_bf16_generic, w, columns, outputs, x, rows, y, stride);
 }
 
-static void panels_f32_generic(const float *w, int columns, int panels, const float *const *x,
+static void panels_f32_generic(const void *weights, int columns, int panels, const float *const *x,
                                int rows, float *y, size_t stride)
 {
+    const float *w = weights;
+
     for (int p = 0; p < panels; p++, w += (size_t)columns * PANEL) {
         for (int r = 0; r < rows; r++) {
             float sums[PANEL] = {0};
@@ -108,6 +118,123 @@ static void panels_f32_generic(const float *w, int columns, int panels, const fl
             memcpy(y + (size_t)r * stride + (size_t)p * PANEL, sums, sizeof sums);
         }
     }
+}
+
+static void arrange_codes_generic(const float *x, int columns, float *y)
+{
+    struct activation_tile *tile = (struct activation_tile *)(void *)y;
+
+    for (int k = 0; k < columns; k += TILE, tile++) {
+        float wide[TILE] = {0}; /* the tile may lie where x does */
+        int n = columns - k < TILE ? columns - k : TILE;
+
+        memcpy(wide, x + k, (size_t)n * sizeof *x);
+        for (int group = 0; group < 2; group++) {
+            const float *from = wide + group * GROUP;
+            float most = largest_magnitude(from, GROUP);
+            float inverse = most > LEAST_MAGNITUDE ? 127.0f / most : 0;
+            int32_t sum = 0;
+
+            for (int i = 0; i < GROUP; i++) {
+                int8_t code = (int8_t)lrintf(from[i] * inverse);
+
+                tile->codes[group * GROUP + i] = code;
+                sum += code;
+            }
+            tile->scales[group] = most * (1.0f / 127.0f);
+            tile->sums[group] = sum;
+        }
+    }
+}
+
+/* Sums of products of codes over group 0 or 1 of a tile, for all rows of the panel. */
+static void dot_codes(enum weight_format format, const uint8_t *codes, int group,
+                      const struct activation_tile *x, int32_t *sums)
+{
+    int shift = format == WEIGHT_Q4 ? 4 * group : 0, mask = format == WEIGHT_Q4 ? 15 : 255;
+
+    if (format != WEIGHT_Q4) codes += group * GROUP * PANEL;
+    for (int o = 0; o < PANEL; o++) sums[o] = -CODE_OFFSET(format) * x->sums[group];
+    for (int c = 0; c < GROUP; c += 4, codes += 4 * PANEL)
+        for (int o = 0; o < PANEL; o++)
+            for (int i = 0; i < 4; i++)
+                sums[o] += (codes[4 * o + i] >> shift & mask) * x->codes[group * GROUP + c + i];
+}
+
+static void panels_codes(enum weight_format format, const void *w, int columns, int panels,
+                         const float *const *x, int rows, float *y, size_t stride)
+{
+    size_t header = format == WEIGHT_INT8 ? PANEL * sizeof(float) : 0;
+    size_t scale_bytes = format == WEIGHT_INT8 ? 0 : 2 * PANEL * sizeof(uint16_t);
+
+    for (int p = 0; p < panels; p++) {
+        const char *panel = (const char *)w + (size_t)p * panel_bytes(format, columns);
+
+        for (int r = 0; r < rows; r++) {
+            const struct activation_tile *tiles =
+                (const struct activation_tile *)(const void *)x[r];
+            float sums[PANEL] = {0};
+
+            for (int t = 0; t * TILE < columns; t++) {
+                const char *tile = panel + header + (size_t)t * tile_bytes(format);
+                const uint16_t *scales = (const uint16_t *)(const void *)tile;
+
+                for (int group = 0; group < 2; group++) {
+                    int32_t dots[PANEL];
+
+                    dot_codes(format, (const uint8_t *)tile + scale_bytes, group, &tiles[t], dots);
+                    for (int o = 0; o < PANEL; o++) {
+                        float scale = tiles[t].scales[group];
+
+                        if (format != WEIGHT_INT8)
+                            scale = f16_to_f32(scales[group * PANEL + o]) * scale;
+                        sums[o] += (float)dots[o] * scale;
+                    }
+                }
+            }
+            if (format == WEIGHT_INT8)
+                for (int o = 0; o < PANEL; o++) sums[o] *= ((const float *)(const void *)panel)[o];
+            memcpy(y + (size_t)r * stride + (size_t)p * PANEL, sums, sizeof sums);
+        }
+    }
+}
+
+static void panels_int8_generic(const void *w, int columns, int panels, const float *const *x,
+                                int rows, float *y, size_t stride)
+{
+    panels_codes(WEIGHT_INT8, w, columns, panels, x, rows, y, stride);
+}
+
+static void panels_q8_generic(const void *w, int columns, int panels, const float *const *x,
+                              int rows, float *y, size_t stride)
+{
+    panels_codes(WEIGHT_Q8, w, columns, panels, x, rows, y, stride);
+}
+
+static void panels_q4_generic(const void *w, int columns, int panels, const float *const *x,
+                              int rows, float *y, size_t stride)
+{
+    panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
+}
+
+static int quantise_int8_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_INT8, w, scales, tile);
+}
+
+static int quantise_q8_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q8, w, scales, tile);
+}
+
+static int quantise_q4_generic(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
+static float magnitude_generic(const float *x, size_t n)
+{
+    return largest_magnitude(x, n);
 }
 
 static void norm_layer_generic(const float *x, int n, float eps, const float *weight,
@@ -201,10 +328,14 @@ static void nearest_generic(const float *entries, const float *half_norms, int n
 
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
-    .arrange = {arrange_generic, arrange_generic, arrange_generic},
+    .arrange = {arrange_generic, arrange_generic, arrange_generic, arrange_codes_generic,
+                arrange_codes_generic, arrange_codes_generic},
     .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic},
-    .panels = panels_f32_generic,
-    .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic},
+    .panels = {panels_f32_generic, NULL, NULL, panels_int8_generic, panels_q8_generic,
+               panels_q4_generic},
+    .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
+    .quantise = {NULL, NULL, NULL, quantise_int8_generic, quantise_q8_generic, quantise_q4_generic},
+    .magnitude = magnitude_generic,
     .norm_layer = norm_layer_generic,
     .norm_rms = norm_rms_generic,
     .elu = elu_generic,

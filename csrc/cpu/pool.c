@@ -22,7 +22,8 @@ struct worker {
 
 struct pool {
     int threads;
-    int spins; /* pauses before a thread sleeps */
+    int helpers; /* workers that may be awake at once: one per core but the caller's */
+    int spins;   /* pauses before a thread sleeps */
     size_t bytes;
 
     pool_function *function;
@@ -31,7 +32,7 @@ struct pool {
 
     _Alignas(64) uint32_t epoch; /* number of the current job */
     uint32_t stop;
-    uint32_t sleepers; /* workers asleep on epoch, or about to be */
+    int awake; /* workers that are not asleep on epoch, nor about to be */
     _Alignas(64) uint32_t pending; /* parts not finished, without part 0 */
     uint32_t caller_sleeps;
     struct worker workers[]; /* [threads], the first one is the caller's and unused */
@@ -101,7 +102,7 @@ static void help(struct pool *pool, int own, uint32_t epoch)
         run_part(pool, part);
         if (__atomic_sub_fetch(&pool->pending, 1, __ATOMIC_SEQ_CST) == 0 &&
             __atomic_load_n(&pool->caller_sleeps, __ATOMIC_SEQ_CST))
-            os_wake_word(&pool->pending);
+            os_wake_word(&pool->pending, 1);
     }
 }
 
@@ -112,12 +113,13 @@ static uint32_t wait_for_job(struct pool *pool, uint32_t seen)
     for (int i = 0; i < pool->spins; i++) {
         epoch = __atomic_load_n(&pool->epoch, __ATOMIC_ACQUIRE);
         if (epoch != seen) return epoch;
+        if (__atomic_load_n(&pool->awake, __ATOMIC_RELAXED) > pool->helpers) break;
         pause_cpu();
     }
-    __atomic_add_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    __atomic_sub_fetch(&pool->awake, 1, __ATOMIC_SEQ_CST);
     while ((epoch = __atomic_load_n(&pool->epoch, __ATOMIC_SEQ_CST)) == seen)
         os_wait_word(&pool->epoch, seen);
-    __atomic_sub_fetch(&pool->sleepers, 1, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&pool->awake, 1, __ATOMIC_SEQ_CST);
     return epoch;
 }
 
@@ -135,10 +137,15 @@ static void worker_main(void *arg)
     }
 }
 
-static void publish(struct pool *pool)
+/* Begins a job, with so many workers. One that isn't woken misses nothing: its part goes to
+ * another. */
+static void publish(struct pool *pool, int workers)
 {
+    int awake;
+
     __atomic_add_fetch(&pool->epoch, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&pool->sleepers, __ATOMIC_SEQ_CST)) os_wake_word(&pool->epoch);
+    awake = __atomic_load_n(&pool->awake, __ATOMIC_SEQ_CST);
+    if (awake < workers) os_wake_word(&pool->epoch, workers - awake);
 }
 
 void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks)
@@ -158,7 +165,7 @@ void parallel_for(struct pool *pool, pool_function *function, void *arg, int tas
     __atomic_store_n(&pool->pending, (uint32_t)parts - 1, __ATOMIC_RELAXED);
     for (int i = 1; i < parts; i++)
         __atomic_store_n(&pool->workers[i].ticket, 2 * epoch, __ATOMIC_RELEASE);
-    publish(pool);
+    publish(pool, parts - 1 < pool->helpers ? parts - 1 : pool->helpers);
 
     run_part(pool, 0);
     help(pool, 0, epoch);
@@ -192,7 +199,9 @@ int pool_create(int threads, struct pool **result)
     if (!pool) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d threads", threads);
     pool->bytes = bytes;
     pool->threads = threads;
-    pool->spins = threads > os_cpu_count() ? 0 : count_spins();
+    pool->helpers = os_cpu_count() - 1;
+    pool->awake = threads - 1;
+    pool->spins = count_spins();
     for (int i = 1; i < threads; i++) {
         struct worker *worker = &pool->workers[i];
 
@@ -213,7 +222,8 @@ void pool_destroy(struct pool *pool)
 {
     if (!pool) return;
     __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
-    publish(pool);
+    __atomic_add_fetch(&pool->epoch, 1, __ATOMIC_SEQ_CST);
+    os_wake_word(&pool->epoch, pool->threads);
     for (int i = 1; i < pool->threads; i++)
         if (pool->workers[i].thread) os_thread_join(pool->workers[i].thread);
     os_release(pool, pool->bytes);

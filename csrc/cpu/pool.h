@@ -4,7 +4,8 @@
  * i belongs to thread i, so that what a core has cached stays useful; a thread that is done takes
  * over parts that nobody has begun, so that a worker which the system doesn't run holds up nobody.
  * Between jobs a worker spins for some tens of microseconds, then sleeps. With more threads than
- * cores nobody spins. */
+ * cores, no more workers are awake than have a core; they and the caller do the parts of the
+ * others. */
 #ifndef MOSHI_CPU_POOL_H
 #define MOSHI_CPU_POOL_H
 

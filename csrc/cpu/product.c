@@ -34,8 +34,9 @@ static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w
     if (w->packed) {
         int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 
-        kernels->panels((const float *)w->packed + (size_t)panel * (size_t)w->cols * PANEL, w->cols,
-                        end - panel, rows, n, block->sums, BLOCK_STRIDE);
+        kernels->panels[w->format]((const char *)w->packed +
+                                       (size_t)panel * panel_bytes(w->format, w->cols),
+                                   w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
         return block->sums + first % PANEL;
     }
     kernels->dot[w->format]((const char *)w->data +
@@ -92,6 +93,12 @@ static void multiply_task(void *arg, int part, int first, int last)
     }
 }
 
+/* Panels of floats take rows as they are. */
+static int arranged(const struct matrix *w)
+{
+    return !w->packed || is_block_format(w->format);
+}
+
 static void prepare_task(void *arg, int part, int first, int last)
 {
     const struct product *p = arg;
@@ -108,7 +115,7 @@ static void prepare_task(void *arg, int part, int first, int last)
             norm_row(p->cpu, p->norm, x, columns, y);
             x = y;
         }
-        if (!p->weight->packed) p->cpu->kernels->arrange[p->weight->format](x, columns, y);
+        if (arranged(p->weight)) p->cpu->kernels->arrange[p->weight->format](x, columns, y);
     }
 }
 
@@ -121,7 +128,7 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     p->cpu = cpu;
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
-    if (p->norm || !p->weight->packed) {
+    if (p->norm || arranged(p->weight)) {
         if ((size_t)rows * stride > cpu->activation_floats) {
             backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
                          "a product of %d rows and %d columns exceeds the reserved scratch", rows,

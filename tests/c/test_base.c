@@ -179,8 +179,9 @@ static void a_sentence_belongs_to_its_thread(void)
 
 static void formats_have_names_both_ways(void)
 {
-    enum moshi_dtype all[] = {MOSHI_AUTO, MOSHI_F32, MOSHI_F16, MOSHI_BF16}, dtype;
-    for (int i = 0; i < 4; i++) {
+    enum moshi_dtype dtype,
+        all[] = {MOSHI_AUTO, MOSHI_F32, MOSHI_F16, MOSHI_BF16, MOSHI_INT8, MOSHI_Q8, MOSHI_Q4};
+    for (int i = 0; i < 7; i++) {
         CHECK_OK(moshi_dtype_parse(moshi_dtype_name(all[i]), &dtype));
         CHECK(dtype == all[i]);
     }
@@ -357,7 +358,7 @@ static void one_wake_reaches_every_waiting_thread(void)
     os_mutex_unlock(shared.mutex);
     os_wait_word(&shared.go, 1);
     __atomic_store_n(&shared.go, 1, __ATOMIC_RELEASE);
-    os_wake_word(&shared.go);
+    os_wake_word(&shared.go, 16);
     for (int i = 0; i < 4; i++) {
         os_thread_join(threads[i]);
     }
@@ -1095,7 +1096,7 @@ static void without_a_config_it_is_the_7b(void)
     CHECK(c.text_padding_id == 3 && c.text_end_padding_id == 0);
     CHECK(c.heads == 0 && c.head_dim == 6 && !c.has_conditions && c.n_conditions == 0);
     CHECK(c.text_temperature == 0.7f && c.audio_temperature == 0.8f);
-    CHECK(c.text_top_k == 25 && c.audio_top_k == 250 && !c.quantized);
+    CHECK(c.text_top_k == 25 && c.audio_top_k == 250);
     CHECK_TEXT(c.lm_name, "model.safetensors");
     CHECK_TEXT(c.mimi_name, "tokenizer-e351c8d8-checkpoint125.safetensors");
     CHECK_TEXT(c.tokenizer_name, "tokenizer_spm_32k_3.model");
@@ -1202,8 +1203,8 @@ static void the_depth_transformer_inherits_and_overrides(void)
 static void flags_without_support_yet_are_still_read(void)
 {
     struct lm_config c;
-    CHECK_OK(LM3(&c, "cross_attention", "true", "demux_second_stream", "true", "quantize", "true"));
-    CHECK(c.cross_attention && c.demux_second_stream && c.quantized);
+    CHECK_OK(LM2(&c, "cross_attention", "true", "demux_second_stream", "true"));
+    CHECK(c.cross_attention && c.demux_second_stream);
     lm_config_free(&c);
     CHECK_OK(LM3(&c, "demux_second_text_stream", "true", "norm_emb", "true", "bias_proj", "true"));
     CHECK(c.demux_second_stream && c.norm_emb && c.bias_proj);
@@ -1341,7 +1342,6 @@ static void a_config_we_cannot_honour_names_its_key(void)
         {"depformer_activation", "\"relu\"", 0, 0, "'depformer_activation'"},
         {"extra_heads_num_heads", "17", 0, 0, "'extra_heads_num_heads'"},
         {"extra_heads_dim", "33", 0, 0, "'extra_heads_dim'"},
-        {"quantize", "\"q8\"", 0, 0, "'quantize'"},
         {"cross_attention", "null", 0, 0, "'cross_attention'"},
         {"model_type", "\"a name of 16 byte\"", 0, 0, "'model_type'"},
         {"model_type", "null", 0, 0, "'model_type' is null"},

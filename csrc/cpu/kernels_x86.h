@@ -1,0 +1,34 @@
+/* kernels_x86.h: AVX2 kernels that the AVX-512 table takes over as they are. */
+#ifndef MOSHI_CPU_KERNELS_X86_H
+#define MOSHI_CPU_KERNELS_X86_H
+
+#include "kernels.h"
+
+#if defined(MOSHI_CPU_X86)
+
+void widen_f32_avx2(const void *w, size_t n, float *y);
+void widen_f16_avx2(const void *w, size_t n, float *y);
+void widen_bf16_avx2(const void *w, size_t n, float *y);
+void widen_int8_avx2(const void *w, size_t n, float *y);
+void arrange_plain_avx2(const float *x, int columns, float *y);
+void arrange_codes_avx2(const float *x, int columns, float *y);
+int quantise_int8_avx2(const float (*w)[TILE], const float *scales, void *tile);
+int quantise_q8_avx2(const float (*w)[TILE], const float *scales, void *tile);
+int quantise_q4_avx2(const float (*w)[TILE], const float *scales, void *tile);
+float magnitude_avx2(const float *x, size_t n);
+void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,
+                     float *y);
+void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y);
+void elu_avx2(const float *x, size_t n, float *y);
+void gelu_avx2(const float *x, size_t n, float *y);
+void gate_avx2(const float *g, const float *v, size_t n, float *y);
+void add_avx2(const float *u, size_t n, float *y);
+void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y);
+void softmax_avx2(float *x, int n, float scale);
+void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y);
+void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y);
+void nearest_avx2(const float *entries, const float *half_norms, int n, int width, const float *x,
+                  float *least, int *index);
+
+#endif
+#endif

@@ -1,0 +1,263 @@
+"""The formats of the language model's matrices that are no floats: int8, q8, q4."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import sound
+import torch
+import upstream
+from checkpoints import LM_NAME, SHAPES, Tensors, pack
+from played import Played, divergence, play, play_with
+from safetensors.torch import load_file, save_file
+from tolerances import bound
+
+import moshi_c
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints
+    from upstream import Codes, Floats
+
+FORMATS = ["int8", "q8", "q4"]
+SHAPE = SHAPES["moshi"]
+STEPS = 130  # the ring of this shape is 100
+
+
+def streams(steps: int) -> tuple[Codes, tuple[Codes, Codes]]:
+    """What the user says, and what the model is made to say."""
+    rng = np.random.default_rng(3)
+    user = upstream.user_codes(steps, SHAPE.user_q, SHAPE.card, 2)
+    text = rng.integers(4, SHAPE.text_card, steps)
+    return user, (text, rng.integers(0, SHAPE.card, (steps, SHAPE.dep_q)))
+
+
+def forced(folder: Path, steps: int = STEPS, **load: str) -> Played:
+    user, said = streams(steps)
+    return play(folder, user, SHAPE.dep_q, forced=said, load={"kv_dtype": "f32", **load})
+
+
+def worst(ours: Played, theirs: Played) -> tuple[float, float]:
+    """The largest divergence and the least agreement of all streams."""
+    text = divergence(ours.text_logits[:, None], theirs.text_logits[:, None])
+    audio = divergence(ours.audio_logits, theirs.audio_logits)
+    return max(text[0].max(), audio[0].max()), min(text[1].min(), audio[1].min())
+
+
+@pytest.fixture(scope="module")
+def followed(made: Checkpoints) -> dict[str, tuple[float, float]]:
+    """How closely each format follows float32 on a random model."""
+    folder = made.lm("moshi")
+    exact = forced(folder, dtype="f32")
+    return {dtype: worst(forced(folder, dtype=dtype), exact) for dtype in FORMATS}
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_random_model_follows_its_float32_run_past_a_ring_wrap(
+    followed: dict[str, tuple[float, float]], dtype: str
+) -> None:
+    kl, same = followed[dtype]
+    assert kl <= bound(f"kl_random_{dtype}")
+    assert same >= bound(f"top1_random_{dtype}")
+
+
+def test_fewer_bits_follow_less_closely(followed: dict[str, tuple[float, float]]) -> None:
+    """They are really what is computed with: none equals float32, and 4 bits lose most."""
+    int8, q8, q4 = (followed[dtype][0] for dtype in FORMATS)
+    assert 0 < q8 < int8 < q4 / 10
+
+
+@pytest.fixture(scope="module")
+def talk() -> tuple[Codes, tuple[Codes, Codes], Played]:
+    """The package's model in a conversation longer than its memory, and its float32 logits."""
+    pcm = sound.speech("hello, how are you? what colour is the sky? what is two plus three?")
+    with moshi_c.load(dtype="f32", max_sessions=1) as model:
+        frames, dep_q = model.config["context"] + 10, model.config["dep_q"]
+        pcm = np.resize(np.concatenate([pcm, sound.silence(3)]), (frames, model.frame_size))
+        with moshi_c.Session(model, seed=7) as session:
+            out = [session.step(frame, decode=False) for frame in pcm]
+        user = np.stack([frame.user_codes for frame in out])
+        said = np.stack([[frame.text_token, *frame.codes] for frame in out[1:]])
+        said = np.concatenate([said[:1], said])
+        tokens = said[:, 0], said[:, 1:]
+        return user, tokens, play_with(model, user, dep_q, forced=tokens)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_the_small_model_follows_its_float32_run_past_a_ring_wrap(
+    talk: tuple[Codes, tuple[Codes, Codes], Played], dtype: str
+) -> None:
+    user, said, theirs = talk
+    with moshi_c.load(dtype=dtype, max_sessions=1) as model:
+        assert model.dtype == dtype
+        ours = play_with(model, user, model.config["dep_q"], forced=said)
+    kl, same = worst(ours, theirs)
+    assert kl <= bound(f"kl_tiny_{dtype}")
+    assert same >= bound(f"top1_tiny_{dtype}")
+
+
+# ---- the published int8 layout -----------------------------------------------------------------
+
+
+def is_matrix(name: str, value: torch.Tensor) -> bool:
+    return value.dim() == 2 and "emb." not in name and "conditioner" not in name
+
+
+def as_published(state: Tensors) -> tuple[Tensors, Tensors]:
+    """Every linear layer as upstream's exporter stores it, int8 with 127 times its scale; and the
+    floats that it stands for."""
+    stored, meant = {}, {}
+    for name, value in state.items():
+        stored[name] = meant[name] = value
+        if is_matrix(name, value):
+            half = value.half().float()
+            most = half.abs().amax(1)
+            stored[name] = torch.round(127 * half / most[:, None]).to(torch.int8)
+            stored[name + "_scb"] = most
+            meant[name] = stored[name].float() * (most / 127)[:, None]
+    return stored, meant
+
+
+@pytest.fixture(scope="module")
+def published(made: Checkpoints) -> tuple[Path, Path]:
+    """Folders of the int8 file and of the floats that it stands for."""
+    source = made.lm("moshi", packed=False)
+    stored, meant = as_published(load_file(source / LM_NAME))
+    folders = []
+    for name, state in (("stored", stored), ("meant", meant)):
+        folder = source.with_name(f"{source.name}-{name}")
+        if not folder.exists():
+            shutil.copytree(source, folder)
+            save_file(state, folder / LM_NAME)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"quantize": True}))
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+def logits(played: Played) -> list[Floats]:
+    return [played.text_logits, played.audio_logits]
+
+
+def test_a_published_int8_file_is_read_as_int8(published: tuple[Path, Path]) -> None:
+    stored, meant = published
+    with moshi_c.load(stored, progress=False) as model:
+        assert model.dtype == "int8"
+    kl, same = worst(forced(stored, 40), forced(meant, 40))
+    assert kl <= bound("kl_random_int8")
+    assert same >= bound("top1_random_int8")
+
+
+def test_a_published_int8_file_read_as_float32_is_what_it_stands_for(
+    published: tuple[Path, Path],
+) -> None:
+    stored, meant = published
+    for ours, theirs in zip(
+        logits(forced(stored, 10, dtype="f32")), logits(forced(meant, 10)), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+
+
+def test_packed_and_split_int8_files_are_the_same_model(
+    published: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(published[0], folder)
+    state = load_file(folder / LM_NAME)
+    packed = pack({name: value for name, value in state.items() if not name.endswith("_scb")})
+    scales = {name: value for name, value in state.items() if name.endswith("_scb")}
+    for name in list(packed):
+        base = name.removesuffix(".in_proj_weight").removesuffix(".out_proj.weight")
+        if base == name or packed[name].dtype != torch.int8:
+            continue
+        part = "in_projs" if "in_proj" in name else "out_projs"
+        sets = [key for key in scales if key.startswith(f"{base}.{part}.")]
+        sets.sort(key=lambda key: int(key.split(".")[-2]))
+        packed[f"{name}_scb"] = torch.cat([scales.pop(key) for key in sets])
+    save_file(packed | scales, folder / LM_NAME)
+    for ours, theirs in zip(
+        logits(forced(folder, 5)), logits(forced(published[0], 5)), strict=True
+    ):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("text_linear.weight_scb"), "text_linear.weight_scb is missing"),
+        (
+            lambda s: s.update({"text_linear.weight_scb": torch.ones(7)}),
+            "text_linear.weight_scb has shape",
+        ),
+        (
+            lambda s: s.update({"text_emb.weight": s["text_emb.weight"].to(torch.int8)}),
+            "text_emb.weight is stored as I8",
+        ),
+    ],
+)
+def test_an_int8_file_that_is_not_whole_is_an_error(
+    published: tuple[Path, Path], tmp_path: Path, change: object, words: str
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(published[0], folder)
+    state = load_file(folder / LM_NAME)
+    change(state)  # type: ignore[operator]
+    save_file(state, folder / LM_NAME)
+    with pytest.raises(moshi_c.CheckpointError, match=words):
+        moshi_c.load(folder, progress=False)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(
+    made: Checkpoints, tmp_path: Path, dtype: str
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(made.lm("moshi", packed=False), folder)
+    state = load_file(folder / LM_NAME)
+    state["linears.3.weight"][5, 7] = float("nan")
+    save_file(state, folder / LM_NAME)
+    with pytest.raises(moshi_c.CheckpointError, match=r"linears\.3\.weight: a weight is not"):
+        moshi_c.load(folder, dtype=dtype, progress=False)  # type: ignore[arg-type]
+
+
+# ---- what the model says of itself, and bits ---------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_dtype_and_memory_tell_what_is_held(made: Checkpoints, dtype: str) -> None:
+    folder = made.lm("moshi", packed=False)
+    state = load_file(folder / LM_NAME)
+    with moshi_c.load(folder, dtype="f32", progress=False) as model:
+        plain = model.memory.weights
+    with moshi_c.load(folder, dtype=dtype, progress=False) as model:  # type: ignore[arg-type]
+        assert model.dtype == dtype
+        block = model.memory.weights
+    saved = 0
+    for name, value in state.items():
+        if is_matrix(name, value):
+            rows, tiles = -(-value.shape[0] // 16), -(-value.shape[1] // 64)
+            panel = {"int8": 64 + 1024 * tiles, "q8": 1088 * tiles, "q4": 576 * tiles}[dtype]
+            saved += 4 * value.numel() - rows * panel
+    assert plain - block == saved
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_neighbours_change_no_bit(made: Checkpoints, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    folder = made.lm("moshi")
+    with moshi_c.load(folder, dtype=dtype, progress=False) as model:  # type: ignore[arg-type]
+        pcm = rng.normal(0, 0.1, (8, 5, model.frame_size)).astype(np.float32)
+
+        def session() -> moshi_c.Session:
+            return moshi_c.Session(model, seed=1, keep_logits=True)
+
+        alone, many = session(), [session() for _ in range(5)]
+        for frames in pcm:
+            alone.step(frames[2])
+            moshi_c.step_many(many, list(frames))
+            for ours, theirs in zip(many[2].logits, alone.logits, strict=True):
+                assert np.array_equal(ours, theirs)
