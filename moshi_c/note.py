@@ -102,8 +102,9 @@ class Note:
 
     def bytes(self, name: str) -> bytes:
         """Of put_bytes."""
+        value = self._get(name)
         try:
-            return base64.b64decode(self._get(name), validate=True)
+            return base64.b64decode(value, validate=True)
         except (ValueError, TypeError) as error:
             raise self._wrong(name, "bytes in base 64") from error
 

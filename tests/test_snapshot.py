@@ -453,6 +453,7 @@ LOUD = base64.b64encode(np.array([1e30], "<f4").tobytes()).decode()
         (set_note("power", ["loud"]), r"power is .* expected a list of finite numbers"),
         (set_note("feed.waiting", "?"), "feed.waiting is .* expected bytes in base 64"),
         (set_note("feed.waiting", base64.b64encode(b"abc").decode()), "whole float32 samples"),
+        (set_note("feed.waiting", None), r"feed.waiting is 'None'; expected bytes in base 64"),
         (set_note("feed.started", 1), "feed.started is '1'; expected true or false"),
         (set_note("feed.resampler.given", 2**50), "expected about"),
     ],

@@ -12,11 +12,14 @@ folder `--found`.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import json
 import multiprocessing
 import os
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -28,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+import moshi_c
 from moshi_c import AudioError, CheckpointError
 from moshi_c.audio import read_audio
 from moshi_c.codec_file import read_codec_file
@@ -65,10 +69,36 @@ def read_tokenizer(path: Path) -> None:
     tokenizer.decode(range(-1, tokenizer.vocab_size + 1))
 
 
+@functools.lru_cache
+def _open_model(process: int) -> moshi_c.Model:
+    """One for each process: a forked one cannot use another's."""
+    return moshi_c.load(CORPUS.parent / "model", threads=1)
+
+
+def read_note(path: Path) -> None:
+    """In the place of the note of a snapshot; a session that opens can be talked to."""
+    data = (CORPUS / "snapshot" / "seed-begun").read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body, note = json.loads(data[8 : 8 + size]), data[8 + size :], path.read_bytes()
+    first = header["note"]["data_offsets"][0]  # it is the last
+    header["note"].update(shape=[len(note)], data_offsets=[first, first + len(note)])
+    text = json.dumps(header).encode()
+    model = _open_model(os.getpid())
+    data = struct.pack("<Q", len(text)) + text + body[:first] + note
+    with moshi_c.Session.from_snapshot(model, data) as session:
+        for _ in range(3):
+            try:
+                frame = session.step(np.zeros(session.frame_size, np.float32))
+            except moshi_c.SessionError:
+                break
+            assert frame.pcm is not None and np.isfinite(frame.pcm).all(), "no voice"
+
+
 READERS: dict[str, tuple[Callable[[Path], None], type[Exception]]] = {
     "audio": (read_sound, AudioError),
     "mimi": (read_codes, AudioError),
     "tokenizer": (read_tokenizer, CheckpointError),
+    "note": (read_note, CheckpointError),
 }
 
 
@@ -80,7 +110,8 @@ def read(name: str, path: Path) -> None:
     except expected as error:
         sentence = str(error)
         assert sentence.isprintable(), f"not one line of text: {sentence!r}"
-        assert str(path) in sentence, f"does not name the file: {sentence!r}"
+        named = str(path) in sentence or sentence.startswith("snapshot: ")
+        assert named, f"does not name the file: {sentence!r}"
 
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -140,7 +171,7 @@ class Broken:
 
 def _read_chunk(name: str, path: Path, chunk: list[bytes], pipe: Any) -> None:
     # In use before the first input, so that the limit is for the reader alone.
-    for seed in sorted((CORPUS / name).glob("seed-p*")):
+    for seed in sorted((CORPUS / name).glob("seed-[bp]*")):
         read(name, seed)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, resource.RLIM_INFINITY))

@@ -288,6 +288,13 @@ def snapshots(folder: Path) -> dict[str, bytes]:
     return found
 
 
+def note_of(snapshot: bytes) -> bytes:
+    """What the package keeps beside the core's state."""
+    header = struct.unpack("<Q", snapshot[:8])[0]
+    first, last = json.loads(snapshot[8 : 8 + header])["note"]["data_offsets"]
+    return snapshot[8 + header + first : 8 + header + last]
+
+
 # ---- sound, codec files and tokenizers ---------------------------------------------------------
 
 
@@ -380,6 +387,8 @@ def make(folder: Path) -> None:
         "mimi": codec_files(),
         "tokenizer": tokenizers(),
     }
+    sessions = {name: data for name, data in corpora["snapshot"].items() if name != "stream"}
+    corpora["note"] = {name: note_of(data) for name, data in sessions.items()}
     for name, seeds in corpora.items():
         corpus = folder / "corpus" / name
         corpus.mkdir(parents=True, exist_ok=True)
