@@ -207,6 +207,8 @@ build/asan-py/bin/espeak-ng: $(VENV)/.test
 	printf '#!/bin/sh\nunset LD_PRELOAD\nexec %s "$$@"\n' "$$(command -v espeak-ng)" > $@
 	chmod +x $@
 
+# Which tests run under the sanitizers; what is slow has models of published sizes.
+ASAN_TESTS ?= not slow
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
 	$(call run_c_tests,asan,$(C_TESTS))
@@ -214,7 +216,7 @@ asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytes
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
 	cd build && $(WITH_ASAN) $(CURDIR)/$(BIN)/python -c \
 	    "import moshi_c._core as core; assert 'asan-py' in core.__file__, core.__file__"
-	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "not slow"
+	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "$(ASAN_TESTS)"
 
 # Fixed addresses, where the system lets us ask for them: the sanitizer has its own map of memory.
 THREADED := $(wildcard $(patsubst %,tests/c/test_%*.c,pool engine session threads))

@@ -99,6 +99,7 @@ MEASURE = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_a_7b_folder_opens_at_once_and_stays_in_the_map(tmp_path: Path, mimi_full: Path) -> None:
     parameters = write_sparse(tmp_path / "model.safetensors", published_tensors())
