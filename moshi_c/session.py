@@ -772,8 +772,8 @@ class Session:
             raise
 
     def fork(self, seed: int | None = None) -> Session:
-        """Another session in the same state. It costs a fraction of a millisecond: the keys and
-        values of what was heard and said so far are shared until one of the two goes on.
+        """Another session in the same state. It costs little: the keys and values of what was heard
+        and said so far are shared until one of the two goes on.
 
         Args:
             seed: of the fork; None for the same random numbers as this session will have.
