@@ -290,7 +290,7 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
 {
     for (int i = 0; i < n; ++i) {
         engine->row_slots[i] = batch[i]->slot;
-        engine->guided[i] = batch[i]->params.cfg_coef != 1.0f;
+        engine->guided[i] = (uint8_t)session_is_guided(batch[i]);
         memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
                (size_t)engine->user_q * sizeof(int32_t));
         upload_params(engine, batch[i], policy);

@@ -70,6 +70,12 @@ int check_samples(const float *pcm, size_t samples);
 /* Whether all are numbers; what a codec of absurd weights makes may be none. */
 int samples_are_finite(const float *pcm, size_t samples);
 
+/* Whether it steps a null half beside its own. */
+static inline int session_is_guided(const struct moshi_session *session)
+{
+    return session->params.cfg_coef != 1.0f;
+}
+
 /* A session with its buffers and without a slot; its conditions are those of the options. */
 int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
                 struct moshi_session **session);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hash.h"
 #include "status.h"
 
 static int join_path(const char *folder, const char *name, char *path, size_t capacity)
@@ -54,7 +55,7 @@ static int parse_lm_config(struct moshi_model *model, struct lm_config *config)
     int status = read_config(model->config_path, &text);
     if (status) return status;
     status = lm_config_parse((const char *)text.data, text.bytes, model->config_path, config);
-    model->lm_fingerprint = fingerprint_bytes(FINGERPRINT_START, text.data, text.bytes);
+    model->lm_fingerprint = hash_bytes(HASH_START, text.data, text.bytes);
     os_file_close(&text);
     return status;
 }
@@ -126,7 +127,7 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
     status = read_config(config_path, &text);
     if (!status) {
         status = mimi_config_parse((const char *)text.data, text.bytes, config_path, &config);
-        model->mimi_fingerprint = fingerprint_bytes(FINGERPRINT_START, text.data, text.bytes);
+        model->mimi_fingerprint = hash_bytes(HASH_START, text.data, text.bytes);
         os_file_close(&text);
     }
     if (!status)

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hash.h"
 #include "json.h"
 #include "os.h"
 #include "status.h"
@@ -689,12 +690,24 @@ const char *tensor_file_metadata(const struct tensor_file *file, const char *key
     return NULL;
 }
 
-uint64_t fingerprint_bytes(uint64_t hash, const void *data, size_t bytes)
+/* Whether any of n numbers of `bytes` each has all bits of its exponent set. */
+static int any_not_finite(const void *data, size_t bytes, uint32_t exponent, size_t n)
 {
-    for (size_t i = 0; i < bytes; i++) {
-        hash = (hash ^ ((const uint8_t *)data)[i]) * UINT64_C(0x100000001b3);
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = 0;
+        memcpy(&bits, (const char *)data + i * bytes, bytes);
+        bad |= (bits & exponent) == exponent;
     }
-    return hash;
+    return bad != 0;
+}
+
+int tensor_is_finite(const struct tensor *tensor)
+{
+    const size_t n = (size_t)tensor->elements;
+    return tensor->dtype == TENSOR_F32   ? !any_not_finite(tensor->data, 4, 0x7f800000u, n)
+           : tensor->dtype == TENSOR_F16 ? !any_not_finite(tensor->data, 2, 0x7c00u, n)
+                                         : !any_not_finite(tensor->data, 2, 0x7f80u, n);
 }
 
 #define SAMPLE_BYTES 64
@@ -704,12 +717,12 @@ uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash)
     for (int i = 0; i < file->count; i++) {
         const struct tensor *tensor = &file->entries[i].tensor;
         size_t sample = tensor->bytes < SAMPLE_BYTES ? tensor->bytes : SAMPLE_BYTES;
-        hash = fingerprint_bytes(hash, tensor->name, strlen(tensor->name) + 1);
-        hash = fingerprint_bytes(hash, tensor_dtype_name(tensor->dtype),
-                                 strlen(tensor_dtype_name(tensor->dtype)) + 1);
-        hash = fingerprint_bytes(hash, tensor->dims, (size_t)tensor->n_dims * sizeof *tensor->dims);
-        hash = fingerprint_bytes(hash, (const uint8_t *)tensor->data + (tensor->bytes - sample) / 2,
-                                 sample);
+        hash = hash_bytes(hash, tensor->name, strlen(tensor->name) + 1);
+        hash = hash_bytes(hash, tensor_dtype_name(tensor->dtype),
+                          strlen(tensor_dtype_name(tensor->dtype)) + 1);
+        hash = hash_bytes(hash, tensor->dims, (size_t)tensor->n_dims * sizeof *tensor->dims);
+        hash = hash_bytes(hash, (const uint8_t *)tensor->data + (tensor->bytes - sample) / 2,
+                          sample);
     }
     return hash;
 }

@@ -61,10 +61,8 @@ const char *tensor_file_metadata(const struct tensor_file *file, const char *key
 /* Tells files apart without reading them whole: a hash of every tensor's name, dtype and shape and of
  * a few bytes in its middle, continuing from `hash`. */
 uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash);
-
-#define FINGERPRINT_START UINT64_C(0xcbf29ce484222325)
-/* FNV-1a, 64 bits. */
-uint64_t fingerprint_bytes(uint64_t hash, const void *data, size_t bytes);
+/* Whether no number of an F32, F16 or BF16 tensor is NaN or infinity. */
+int tensor_is_finite(const struct tensor *tensor);
 
 const char *tensor_dtype_name(enum tensor_dtype dtype); /* "F32", as in the file */
 size_t tensor_dtype_bytes(enum tensor_dtype dtype);

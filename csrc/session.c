@@ -453,6 +453,15 @@ static int check_text(const struct moshi_session *session, int32_t token)
     return MOSHI_OK;
 }
 
+static int check_code(const struct moshi_session *session, int k, int32_t code)
+{
+    int card = session->engine->model->info.card;
+    if (code < 0 || code >= card)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "code %d is %d, expected 0 to %d", k, code,
+                          card - 1);
+    return MOSHI_OK;
+}
+
 int session_reserve_forced(struct moshi_session *session, int count)
 {
     int left = session->forced_end - session->forced_first;
@@ -503,9 +512,7 @@ int moshi_session_force_next(struct moshi_session *session, int32_t text, const 
     const struct moshi_model_info *info = &session->engine->model->info;
     if (text >= 0) status = check_text(session, text);
     for (int k = 0; audio && k < info->dep_q && !status; ++k)
-        if (audio[k] < 0 || audio[k] >= info->card)
-            status = moshi_fail(MOSHI_ERROR_ARGUMENT, "code %d is %d, expected 0 to %d", k,
-                                audio[k], info->card - 1);
+        status = check_code(session, k, audio[k]);
     if (!status) {
         session->next_text = text >= 0 ? text : TOKEN_FREE;
         for (int k = 0; k < info->dep_q; ++k)
@@ -636,11 +643,6 @@ static void describe(const struct moshi_engine *engine, struct snapshot *snapsho
     snapshot_fact(snapshot, "context", "%d", engine->lm.context);
 }
 
-static int is_guided(const struct moshi_session *session)
-{
-    return session->params.cfg_coef != 1.0f;
-}
-
 int moshi_session_snapshot(struct moshi_session *session, const void *note, size_t note_bytes,
                            void *data, size_t *bytes)
 {
@@ -661,7 +663,7 @@ int moshi_session_snapshot(struct moshi_session *session, const void *note, size
     list_session(session, &snapshot);
     /* The session is not stepping, and others do not write to pages that it reads: they need not
      * wait for the copy of what may be a gigabyte. */
-    lm_state_list(&engine->lm, session->slot, is_guided(session), &snapshot);
+    lm_state_list(&engine->lm, session->slot, session_is_guided(session), &snapshot);
     if (engine->mimi.backend) mimi_state_list(&engine->mimi, session->slot, "", &snapshot);
     /* The cast drops a const that the list does not use: it is only read from. */
     if (note_bytes)
@@ -728,19 +730,16 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     if (session->next_text != TOKEN_FREE) status = check_text(session, session->next_text);
     for (int i = 0; i < session->forced_end && !status; ++i)
         status = check_text(session, session->forced[i]);
-    for (int k = 0; k < info->dep_q && !status; ++k) {
-        int32_t code = session->next_audio[k];
-        if (code != TOKEN_FREE && (code < 0 || code >= info->card))
-            status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "code %d is %d, expected 0 to %d", k, code,
-                                info->card - 1);
-    }
+    for (int k = 0; k < info->dep_q && !status; ++k)
+        if (session->next_audio[k] != TOKEN_FREE)
+            status = check_code(session, k, session->next_audio[k]);
     return status ? moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot") : MOSHI_OK;
 }
 
 static int read_slot(struct moshi_session *session, struct tensor_file *file)
 {
     struct moshi_engine *engine = session->engine;
-    const int slot = session->slot, guided = is_guided(session);
+    const int slot = session->slot, guided = session_is_guided(session);
     os_mutex_lock(engine->model->backend_lock);
     int status = lm_state_make_room(&engine->lm, slot, guided, file);
     if (!status && engine->mimi.backend)

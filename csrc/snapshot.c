@@ -246,19 +246,6 @@ static int find(struct tensor_file *file, const char *name, enum tensor_dtype dt
     return MOSHI_OK;
 }
 
-/* Of f32 and bf16, whose upper halves are the same. */
-static int all_finite(const struct tensor *tensor)
-{
-    const size_t size = tensor_dtype_bytes(tensor->dtype);
-    const char *upper = (const char *)tensor->data + size - 2;
-    for (int64_t i = 0; i < tensor->elements; ++i) {
-        uint16_t bits;
-        memcpy(&bits, upper + (size_t)i * size, sizeof bits);
-        if ((bits & 0x7f80u) == 0x7f80u) return 0;
-    }
-    return 1;
-}
-
 int snapshot_read(const struct snapshot *snapshot, struct tensor_file *file)
 {
     if (snapshot->status) return snapshot->status;
@@ -268,7 +255,7 @@ int snapshot_read(const struct snapshot *snapshot, struct tensor_file *file)
         int status = find(file, item->name, item->dtype, item->n_dims, item->dims, &tensor);
         if (status) return status;
         int floats = item->dtype == TENSOR_F32 || item->dtype == TENSOR_BF16;
-        if (floats && !all_finite(tensor))
+        if (floats && !tensor_is_finite(tensor))
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                               "%s: the field %s holds NaN or infinity, expected finite numbers",
                               tensor_file_path(file), item->name);

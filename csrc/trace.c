@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "backend.h"
+#include "hash.h"
 #include "status.h"
 
 struct trace {
@@ -77,14 +78,6 @@ static const void *fetch(struct trace *trace, const void *device, size_t bytes)
     return trace->buffer;
 }
 
-static uint64_t hash_bytes(uint64_t hash, const void *data, size_t bytes)
-{
-    const uint8_t *p = data;
-
-    for (size_t i = 0; i < bytes; i++) hash = (hash ^ p[i]) * 0x100000001b3u;
-    return hash;
-}
-
 struct figures {
     double min, max, square;
     int64_t count;
@@ -109,7 +102,7 @@ static void measure(struct figures *f, double value)
     f->count++;
 }
 
-#define NEW_FIGURES {.hash = 0xcbf29ce484222325u}
+#define NEW_FIGURES {.hash = HASH_START}
 
 /* x[rows][width], rows `stride` elements apart. */
 static void floats(struct trace *trace, const char *operation, const char *name, const float *x,

@@ -91,25 +91,9 @@ struct tensor *weights_need(struct weight_loader *loader, const char *format, ..
     return tensor;
 }
 
-/* Whether any of n numbers of `bytes` each has all bits of its exponent set: infinity or NaN. */
-static int any_not_finite(const void *data, size_t bytes, uint32_t exponent, size_t n)
-{
-    uint32_t bad = 0;
-    for (size_t i = 0; i < n; ++i) {
-        uint32_t bits = 0;
-        memcpy(&bits, (const char *)data + i * bytes, bytes);
-        bad |= (bits & exponent) == exponent;
-    }
-    return bad != 0;
-}
-
 static int check_finite(struct weight_loader *loader, const struct tensor *tensor)
 {
-    const size_t n = (size_t)tensor->elements;
-    int bad = tensor->dtype == TENSOR_F32   ? any_not_finite(tensor->data, 4, 0x7f800000u, n)
-              : tensor->dtype == TENSOR_F16 ? any_not_finite(tensor->data, 2, 0x7c00u, n)
-                                            : any_not_finite(tensor->data, 2, 0x7f80u, n);
-    if (!bad) return MOSHI_OK;
+    if (tensor_is_finite(tensor)) return MOSHI_OK;
     int64_t at = 0, count = 0;
     for (int64_t i = tensor->elements; i-- > 0;)
         if (!isfinite(tensor_element(tensor, i))) {

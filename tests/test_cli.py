@@ -30,7 +30,7 @@ def cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -190,7 +190,7 @@ def test_an_interrupt_keeps_what_was_written(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert errors == f"moshi-c: stopped; {out} holds what was done by then\n"
     frames = soundfile.info(out).frames
@@ -203,7 +203,7 @@ def test_an_interrupt_keeps_what_was_written(tmp_path: Path) -> None:
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     command = f"{sys.executable} -m moshi_c info | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command], capture_output=True, text=True, timeout=600, check=False
     )
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, 1)
@@ -222,7 +222,7 @@ def test_the_example_says_what_run_says(voice: Path, tmp_path: Path) -> None:
             [sys.executable, str(example), *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "moshi_c"
 # a folder is one row, whose files may include each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("moshi",),
-    ("status",),
+    ("hash", "status"),
     ("os",),
     ("json", "quant"),
     ("config", "safetensors"),

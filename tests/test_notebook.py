@@ -32,7 +32,7 @@ def ran() -> list[Any]:
 
     notebook = nbformat.read(NOTEBOOK, 4)
     where = {"metadata": {"path": str(EXAMPLES)}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 

@@ -146,7 +146,7 @@ def test_a_snapshot_can_be_read_in_another_process(
             "np.save(sys.argv[3], np.stack([session.step(frame).pcm for frame in rest]))\n"
         )
         paths = [str(tmp_path / name) for name in ("call.moshi", "rest.npy", "out.npy")]
-        subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=600)
         mine = np.stack([frame.pcm for frame in step_all(session, tail(pcm))])
     assert same(np.load(tmp_path / "out.npy"), mine)
 
