@@ -54,11 +54,10 @@ $(VENV)/.test: $(VENV)/.core
 build: $(VENV)/.core ## the package in .venv, editable
 
 .PHONY: demo
-demo: build ## a spoken question, the answer in demo/answer.wav
+demo: build ## a spoken question; the answer in demo/answer.wav, both sides in demo/conversation.png
 	@scripts/setup_debian.sh sound
-	@mkdir -p demo
-	$(BIN)/python scripts/question.py demo/question.wav
-	$(BIN)/python -m moshi_c run demo/question.wav demo/answer.wav --text
+	$(PIP) "moshi_c[plot]"
+	$(BIN)/python examples/hello.py --out demo
 
 # ---- C: one library per variant --------------------------------------------------------------
 

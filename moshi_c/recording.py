@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import timeline
 from .audio import Pcm, write_audio
 from .display import recording_html, shortened
 from .errors import AudioError
@@ -132,6 +133,11 @@ class Recording:
                 f"({error}); install it with: pip install 'moshi_c[notebook]'"
             ) from error
         return draw(self, start, self.duration if end is None else end)
+
+    def timeline(self, columns: int = 100) -> str:
+        """Both sides in time, for a terminal: levels as bars, a column for each frame, and the
+        model's words where they begin; wrapped at `columns` letters (at least 20)."""
+        return timeline.draw(self, columns)
 
     def _repr_html_(self) -> str:
         """For notebooks: a player, both sides in time, and the words."""

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from moshi_c.audio import read_audio
 from moshi_c.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "moshi_c" / "data" / "moshi-tiny"
 RATE = 24000
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
+
+from hello import spoken  # noqa: E402
 
 
 def greedy_model(folder: Path) -> Path:
@@ -96,9 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = greedy_model(folder / "model")
-        wav, question = folder / "question.wav", folder / "question.f32"
-        subprocess.run([sys.executable, str(ROOT / "scripts/question.py"), str(wav)], check=True)
-        read_audio(wav, RATE).astype("<f4").tofile(question)
+        question = folder / "question.f32"
+        voice = spoken("what colour is the sky?", "en-us+m3", RATE)
+        np.pad(voice, (RATE // 2, 5 * RATE)).astype("<f4").tofile(question)
         compare(
             converse([sys.argv[1]], model, question, "ours", MOSHI_C_ISA="generic"),
             converse(sys.argv[2:], model, question, "theirs"),

@@ -316,3 +316,46 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch: pytest.Monkey
         made(1).plot()
     assert not isinstance(caught.value, moshi_c.MoshiError)
     made(1)._repr_html_()
+
+
+def lines_of(text: str) -> dict[str, list[str]]:
+    """The rows of a terminal's timeline by the name in front of them."""
+    rows: dict[str, list[str]] = {}
+    for line in text.split("\n"):
+        rows.setdefault(line[:7].strip(), []).append(line[7:])
+    return rows
+
+
+def test_a_terminal_shows_both_sides_and_the_words_where_they_are(recording: Recording) -> None:
+    rows = lines_of(recording.timeline(10_000))
+    for name, pcm in (("you", recording.user_pcm), ("model", recording.pcm)):
+        assert pcm is not None
+        (bars,) = rows[name]
+        loud = [index for index, bar in enumerate(bars) if bar != " "]
+        assert loud == list(np.flatnonzero(10 * np.log10(loudness(pcm) + 1e-12) > -50))
+    seconds, *lanes = rows[""]
+    for second in range(int(recording.duration)):
+        assert seconds.startswith(f"{second} s", round(12.5 * second))
+    assert len(recording.words) > 2
+    for word in recording.words:
+        at = round(12.5 * word.start)
+        assert any(lane.startswith(word.text, at) for lane in lanes), word
+
+
+def test_a_terminal_that_is_narrow_gets_more_lines() -> None:
+    long = made(20, [Word("x" * 90, 1, 2), Word("a\x1b[31mb\n", 19.9, 20)])
+    text = long.timeline(40)
+    assert max(map(len, text.split("\n"))) == 40 and "\x1b" not in text
+    rows = lines_of(text)
+    assert sum(map(len, rows["you"])) == sum(map(len, rows["model"])) == 250
+    assert len(rows["you"]) == -(-250 // 33)
+    assert any("x" * 33 in row for row in rows[""]) and any("a?[31mb?" in row for row in rows[""])
+    assert max(map(len, long.timeline(1).split("\n"))) == 20, "the narrowest there is"
+
+
+def test_a_terminal_shows_recordings_that_lack_a_side() -> None:
+    assert set(lines_of(made(2, pcm=None).timeline())) == {"", "you"}
+    assert set(lines_of(made(2, user_pcm=None).timeline())) == {"", "model"}
+    nothing = made(0)
+    assert nothing.timeline() == ""
+    assert "nan" not in made(1, pcm=np.full(2000, np.nan, np.float32)).timeline()

@@ -79,3 +79,19 @@ def test_the_c_example_says_what_is_wrong_in_one_line(
         check=False,
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "none" in done.stderr
+
+
+def test_hello_asks_and_shows_the_answer(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "hello.py"), "how are you", "--out", "made"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    you, model, _, axis, *rows = done.stdout.splitlines()
+    assert you == "you    how are you" and model.startswith("model  ") and "1 s" in axis
+    assert rows[0].startswith("you") and rows[1].startswith("model")
+    asked, rate = soundfile.read(tmp_path / "made" / "question.wav", dtype="float32")
+    answer, _ = soundfile.read(tmp_path / "made" / "answer.wav", dtype="float32")
+    assert rate == 24000 and np.abs(asked).max() > 0.05 and np.abs(answer).max() > 0.05
+    assert (tmp_path / "made" / "conversation.png").read_bytes().startswith(b"\x89PNG")
+    # What it wrote can be asked again, and the same seed says the same.
+    command[2:5] = ["made/question.wav", "--out", "again"]
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert model.removeprefix("model  ") in again.stdout

@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "train_tiny"))
 
 import corpus
+import eval_lm
 import timelines
 from espeak import Espeak
 from mimi_tiny import CODEBOOKS, FRAME_SAMPLES
@@ -125,3 +126,58 @@ def test_users_of_an_evaluation_have_voices_and_talk_of_their_own() -> None:
     assert not speakers(unseen=False) & speakers(unseen=True)
     heard = {talk.sentence(generator) for _ in range(500)}
     assert not heard & {talk.sentence(generator, unheard=True) for _ in range(500)}
+
+
+# ---- the evaluation ----------------------------------------------------------------------------
+
+
+class Recorded:
+    """A listener that answers what it was told, in turn."""
+
+    def __init__(self, replies: list[eval_lm.Reply]) -> None:
+        self.replies = replies
+
+    def converse(self, users: list[np.ndarray]) -> list[eval_lm.Reply]:
+        return [self.replies.pop(0) for _ in users]
+
+
+def reply(user: np.ndarray, text: str, sound: np.ndarray, at: int) -> eval_lm.Reply:
+    frames = len(user) // FRAME_SAMPLES
+    pcm = np.zeros((frames + 1) * FRAME_SAMPLES, np.float32)
+    pcm[at : at + len(sound)] = sound[: len(pcm) - at]
+    return eval_lm.Reply([""] * (frames - 1) + [f" {text}"], pcm)
+
+
+def test_the_evaluation_counts_words_times_and_sound(espeak: Espeak) -> None:
+    exchanges = corpus.split().trained[:4]
+    users = eval_lm.Users(espeak, 1)
+    calls = [users.ask(exchange.question) for exchange in exchanges]
+    voice = [timelines.answer_pcm(espeak, exchange)[0] for exchange in exchanges]
+    spoken = [pcm[np.flatnonzero(np.abs(pcm) > eval_lm.AUDIBLE)[0] :] for pcm in voice]
+    in_time, late, early = 12000, 36000, -2400
+    replies = [
+        reply(calls[0][0], exchanges[0].answer, spoken[0], calls[0][1] + in_time),
+        reply(calls[1][0], exchanges[1].answer, spoken[1], calls[1][1] + late),
+        reply(calls[2][0], "something else", spoken[2], calls[2][1] + early),
+        reply(calls[3][0], "", spoken[3][:0], 0),
+    ]
+    found = eval_lm.ask_all(Recorded(replies), espeak, exchanges, 1)
+    assert found["asked"] == 4 and found["exact"] == 0.5
+    assert found["begun_within_1s"] == 0.25 and found["begun_early"] == 1
+    # Of -0.1, 0.5 and 1.5; espeak-ng says the same a little differently the next time.
+    assert found["delay_median"] == pytest.approx(0.5, abs=0.1)
+    assert found["stoi_of"] == 2 and found["stoi"] > 0.9
+    assert [entry["said"] for entry in found["wrong"]] == ["something else", ""]
+
+
+def test_the_evaluation_finds_what_is_said_into_silence(espeak: Espeak) -> None:
+    frames = 3 * eval_lm.WINDOW
+    quiet = np.zeros(frames * FRAME_SAMPLES, np.float32)
+    click = np.full(10, 0.02, np.float32)
+    replies = [
+        reply(quiet, "", click, eval_lm.WINDOW * FRAME_SAMPLES),
+        reply(quiet, "hello", click[:0], 0),
+    ]
+    found = eval_lm.quiet_windows(Recorded(replies), espeak, "silence", 2, 1)
+    assert found["windows"] == 6 and found["borne"] == round(4 / 6, 4)
+    assert found["said"] == ["hello"]

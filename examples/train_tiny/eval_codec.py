@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
-import torch
 from corpus import MODEL_VOICE, Talk, split, user_voice
 from espeak import SAMPLE_RATE, Espeak, Voice
-from export_codec import load_published
-from mimi_tiny import FRAME_SAMPLES
-from moshi.models.compression import MimiModel
-from numpy.typing import NDArray
+from mimi_tiny import FRAME_SAMPLES, Pcm, StreamingCodec
 from pesq import PesqError, pesq
 from pystoi import stoi
 from scipy.signal import resample_poly
@@ -49,17 +46,7 @@ def sentences(group: str, count: int, seed: int) -> list[tuple[str, Voice]]:
     return [(text, user_voice(generator, unseen=unseen)) for text in texts]
 
 
-@torch.no_grad()
-def through(mimi: MimiModel, pcm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Encoded and decoded frame by frame; the length is a multiple of the frame's."""
-    frames = torch.from_numpy(pcm).view(-1, 1, 1, FRAME_SAMPLES)
-    with mimi.streaming(1):
-        decoded = [mimi.decode(mimi.encode(frame)) for frame in frames]
-    result: NDArray[np.float32] = torch.cat(decoded, -1)[0, 0].numpy()
-    return result
-
-
-def wide_band_pesq(clean: NDArray[np.float32], coded: NDArray[np.float32]) -> float | None:
+def wide_band_pesq(clean: Pcm, coded: Pcm) -> float | None:
     """None where PESQ finds no utterance."""
     try:
         return float(pesq(16000, resample_poly(clean, 2, 3), resample_poly(coded, 2, 3), "wb"))
@@ -79,22 +66,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float | int]:
     }
 
 
-def evaluate(folder: Path, count: int, seed: int, audio: Path | None) -> dict[str, Any]:
-    mimi, espeak = load_published(folder), Espeak()
-    result: dict[str, Any] = {
-        "seed": seed,
-        "bits_per_second": round(mimi.num_codebooks * np.log2(mimi.cardinality) * mimi.frame_rate),
-        "versions": {name: version(name) for name in ("torch", "moshi", "pystoi", "pesq")},
-        "groups": {},
-        "rows": [],
-    }
+def evaluate(
+    coder: Callable[[Pcm], Pcm], count: int, seed: int, audio: Path | None = None
+) -> dict[str, Any]:
+    """What `coder` makes of every sentence; it gets and gives a whole number of frames."""
+    espeak = Espeak()
+    result: dict[str, Any] = {"seed": seed, "groups": {}, "rows": []}
     for group in GROUPS:
         rows = []
         for number, (text, voice) in enumerate(sentences(group, count, seed)):
             speech = espeak.speak(text, voice).pcm
             tail = TAIL + -len(speech) % FRAME_SAMPLES
             clean = np.pad(speech, (LEAD, tail))
-            coded = through(mimi, clean)
+            coded = coder(clean)
             spoken = slice(LEAD, LEAD + len(speech))
             score = float(stoi(clean[spoken], coded[spoken], SAMPLE_RATE))
             row = {"group": group, "text": text, "voice": voice.name, "stoi": round(score, 4)}
@@ -118,8 +102,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--audio", type=Path, help="folder for every tenth sentence, as WAV")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    result = evaluate(arguments.folder, arguments.sentences, arguments.seed, arguments.audio)
+    codec = StreamingCodec(arguments.folder)
+    result = evaluate(codec.through, arguments.sentences, arguments.seed, arguments.audio)
+    result["bits_per_second"] = codec.bits_per_second
+    result["versions"] = {name: version(name) for name in ("moshi_c", "pystoi", "pesq")}
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

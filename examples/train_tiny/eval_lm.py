@@ -3,9 +3,9 @@
     python eval_lm.py MODEL --json eval.json
     python eval_lm.py MODEL --temperatures 0.3 0.2          # of sound and text; greedy without
 
-The language model is upstream's LMGen, one frame per step, as in a call. Users are voices that were
-never trained on, with noise. Times are those of a listener: what comes out of a step is heard when
-the frame that went into it has ended.
+Sessions of moshi_c hear the user's samples and answer in samples, frame by frame as in a call.
+Users are voices that were never trained on, with noise. Times are those of a listener: what comes
+out of a step is heard when the frame that went into it has ended.
 
 Asked are trained exchanges, held-out ones of the families that copy or add, and trained ones half a
 minute into the call, when its beginning has left the model's memory. An answer is exact when its
@@ -17,6 +17,8 @@ answers into which the user says "stop".
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import random
 from collections import defaultdict
@@ -26,15 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from corpus import STOP, Exchange, Talk, split, user_voice
 from espeak import SAMPLE_RATE, Espeak, Voice
-from export_lm import load_upstream
-from mimi_tiny import CODEBOOKS, FRAME_SAMPLES, Pcm, StreamingCodec
-from moshi.models.lm import LMGen
-from numpy.typing import NDArray
+from mimi_tiny import FRAME_SAMPLES, Pcm
 from pystoi import stoi
-from timelines import PAD, WORD_COMES, answer_pcm, trimmed
+from timelines import answer_pcm, trimmed
+
+import moshi_c
 
 TOGETHER = 24  # conversations side by side
 AUDIBLE = 0.01  # of full scale
@@ -46,8 +46,12 @@ WINDOW = 125  # frames of a quiet window
 class Reply:
     """What came back, frame by frame on the listener's clock."""
 
-    tokens: NDArray[np.int64]  # [T], PAD where nothing came
-    pcm: Pcm  # [T * 1920]
+    texts: list[str]  # [T]
+    pcm: Pcm  # [(T + 1) * 1920]
+
+    def text(self, first: int = 0, last: int | None = None) -> str:
+        """The words of some frames."""
+        return "".join(self.texts[first:last]).strip()
 
     def onset(self, after: int = 0) -> int | None:
         """The first audible sample from `after` on."""
@@ -56,18 +60,25 @@ class Reply:
 
 
 class Listener:
-    """A model to talk to."""
+    """A model to talk to.
 
-    def __init__(self, folder: Path, temperatures: tuple[float, float] | None, seed: int) -> None:
-        files = load_upstream(folder)
-        # Any: upstream's annotations leave open what its loaders return.
-        self._lm: Any = files.get_moshi(device="cpu", dtype=torch.float32)
-        self._tokenizer: Any = files.get_text_tokenizer()
-        self._codec = StreamingCodec(folder)
-        self._temperatures = temperatures
-        torch.manual_seed(seed)
+    temperatures: of sound and text; (0, 0) is greedy, None the model's own.
+    """
 
-    @torch.no_grad()
+    def __init__(
+        self,
+        folder: Path | None = None,
+        temperatures: tuple[float, float] | None = (0.0, 0.0),
+        seed: int = 0,
+        threads: int = 1,
+    ) -> None:
+        self._model = moshi_c.load(folder, max_sessions=TOGETHER, threads=threads)
+        self._options: dict[str, Any] = {}
+        if temperatures is not None:
+            sound, text = temperatures
+            self._options = {"audio_temperature": sound, "text_temperature": text}
+        self._seeds = itertools.count(seed)
+
     def converse(self, users: list[Pcm]) -> list[Reply]:
         replies: list[Reply] = []
         for first in range(0, len(users), TOGETHER):
@@ -75,34 +86,26 @@ class Listener:
         return replies
 
     def _side_by_side(self, users: list[Pcm]) -> list[Reply]:
-        frames = max(len(user) for user in users) // FRAME_SAMPLES
-        heard = np.stack([np.pad(user, (0, frames * FRAME_SAMPLES - len(user))) for user in users])
-        codes = torch.from_numpy(self._codec.encode(heard).astype(np.int64))
-        sampling: dict[str, Any] = {"use_sampling": False}
-        if self._temperatures is not None:
-            audio, text = self._temperatures
-            sampling = {"temp": audio, "temp_text": text, "top_k": 50, "top_k_text": 10}
-        generator = LMGen(self._lm, **sampling)
-        said: list[NDArray[np.int64]] = []
-        with generator.streaming(len(users)):
-            for time in range(frames):
-                out = generator.step(codes[:, :, time : time + 1])
-                if out is not None:
-                    said.append(out.numpy()[:, :, 0])
-        tokens = np.stack(said, axis=2)
-        late = frames - tokens.shape[2]  # nothing comes out of the first steps
-        pcm = self._codec.decode(tokens[:, 1 : 1 + CODEBOOKS].astype(np.int16))
-        return [
-            Reply(
-                np.pad(row, (late, 0), constant_values=PAD),
-                np.pad(sound, ((late + 1) * FRAME_SAMPLES, 0)),
-            )
-            for row, sound in zip(tokens[:, 0], pcm, strict=True)
-        ]
-
-    def text(self, tokens: NDArray[np.int64]) -> str:
-        pieces = [int(token) for token in tokens if token not in (PAD, WORD_COMES)]
-        return str(self._tokenizer.decode(pieces)).strip()
+        size = FRAME_SAMPLES
+        times = max(len(user) for user in users) // size
+        heard = np.stack([np.pad(user, (0, times * size - len(user))) for user in users])
+        with contextlib.ExitStack() as stack:
+            sessions = [
+                stack.enter_context(
+                    moshi_c.Session(self._model, seed=next(self._seeds), **self._options)
+                )
+                for _ in users
+            ]
+            texts: list[list[str]] = [[] for _ in users]
+            pcm = np.zeros((len(users), (times + 1) * size), np.float32)
+            for time in range(times):
+                now, later = slice(time * size, (time + 1) * size), (time + 1) * size
+                frames = moshi_c.step_many(sessions, list(heard[:, now]))
+                for row, frame in enumerate(frames):
+                    texts[row].append(frame.text)
+                    if frame.pcm is not None:
+                        pcm[row, later : later + size] = frame.pcm
+        return [Reply(*reply) for reply in zip(texts, pcm, strict=True)]
 
 
 class Users:
@@ -189,7 +192,7 @@ def ask_all(
     wrong: list[dict[str, str]] = []
     in_time = early = 0
     for exchange, (_, end, _), reply in zip(exchanges, asked, replies, strict=True):
-        text, onset = listener.text(reply.tokens), reply.onset()
+        text, onset = reply.text(), reply.onset()
         exact = text == exchange.answer
         families[exchange.family].append(exact)
         if not exact:
@@ -232,7 +235,7 @@ def quiet_windows(
     said: list[str] = []
     for reply in listener.converse(heard):
         for first in range(0, frames, WINDOW):
-            text = listener.text(reply.tokens[first : first + WINDOW])
+            text = reply.text(first, first + WINDOW)
             sound = reply.pcm[first * FRAME_SAMPLES : (first + WINDOW) * FRAME_SAMPLES]
             borne += text == "" and float(np.abs(sound).max()) < AUDIBLE
             said += [text] if text else []
@@ -265,14 +268,12 @@ def stops(listener: Listener, espeak: Espeak, count: int, seed: int) -> dict[str
     }
 
 
-def evaluate(
-    folder: Path, temperatures: tuple[float, float] | None, count: int, seed: int
-) -> dict[str, Any]:
-    listener, espeak, parts = Listener(folder, temperatures, seed), Espeak(), split()
+def evaluate(listener: Listener, count: int, seed: int) -> dict[str, Any]:
+    espeak, parts = Espeak(), split()
     order = random.Random(seed)
     trained = order.sample(parts.trained, len(parts.trained))
     held_out = order.sample(parts.held_out, len(parts.held_out))
-    result: dict[str, Any] = {"temperatures": temperatures, "seed": seed}
+    result: dict[str, Any] = {"seed": seed}
 
     def note(name: str, figures: dict[str, Any]) -> None:
         result[name] = figures
@@ -295,11 +296,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="of exchanges in a group, at most")
     parser.add_argument("--temperatures", type=float, nargs=2, metavar=("SOUND", "TEXT"))
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    temperatures = tuple(arguments.temperatures) if arguments.temperatures else None
-    result = evaluate(arguments.model, temperatures, arguments.count, arguments.seed)
+    sound, text = arguments.temperatures or (0.0, 0.0)
+    listener = Listener(arguments.model, (sound, text), arguments.seed, arguments.threads)
+    result = {"temperatures": [sound, text]} | evaluate(listener, arguments.count, arguments.seed)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ of its attention is full, the codes differ from those of a whole signal.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ class StreamingCodec:
                 for time in range(codes.shape[2])
             ]
         return np.concatenate(frames, axis=1)
+
+    def through(self, pcm: Pcm) -> Pcm:
+        """One signal encoded and decoded, frame by frame."""
+        return self.decode(self.encode(pcm[None]))[0]
+
+    @property
+    def bits_per_second(self) -> int:
+        mimi = self._mimi
+        return round(mimi.codebooks * math.log2(mimi.codebook_size) * mimi.frame_rate)
 
     def silence(self) -> Codes:
         """The codes [8] of lasting digital silence, which the model's own stream rests on."""
