@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
 
+OPTIONS = {"test": ["LONG=--long"]}
 STAGES = ("check", "test", "asan", "tsan", "fuzz", "aarch64", "soak", "bench")
 
 
@@ -33,7 +34,8 @@ def main() -> None:
     for stage in options.stages:
         print(f"==== make {stage}", flush=True)
         start = time.monotonic()
-        status = subprocess.run(["make", stage], cwd=ROOT, check=False).returncode
+        command = ["make", stage, *OPTIONS.get(stage, [])]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
         found[stage] = {
             "outcome": "failed" if status else "passed",
             "commit": commit,

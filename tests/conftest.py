@@ -91,6 +91,10 @@ hypothesis.settings.register_profile("moshi", deadline=None)
 hypothesis.settings.load_profile("moshi")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="hold the live conversation for a minute")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(SkipRule(allowed_reasons(ALLOWED_SKIPS.read_text())))
 
@@ -190,15 +194,18 @@ def mimi_small(made: Checkpoints) -> Path:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A minute with upstream's live server, and the folder that it ran from."""
+    """A conversation with upstream's live server, and the folder that it ran from."""
 
     folder: Path
     run: LiveRun
 
 
 @pytest.fixture(scope="session")
-def conversation(made: Checkpoints, mimi_full: Path) -> Conversation:
-    """A first frame and a minute of sound, all of whose codec decisions are clear of ties."""
+def conversation(
+    made: Checkpoints, mimi_full: Path, request: pytest.FixtureRequest
+) -> Conversation:
+    """A first frame and 26 s of sound (with --long a minute), which is past the codec's ring of 10 s
+    and the language model's of 16 s; all of the codec's decisions are clear of ties."""
     import numpy as np
     import sound
     import upstream
@@ -211,7 +218,8 @@ def conversation(made: Checkpoints, mimi_full: Path) -> Conversation:
             folders.append(made.lm("session", seed=seed, mimi="full"))
             yield upstream.load_lm(folders[-1])
 
-    pcm = np.concatenate([sound.noise(0.08, 7), sound.minute()])
+    seconds = 60 if request.config.getoption("long") else 26
+    pcm = np.concatenate([sound.noise(0.08, 7), sound.minute()[: seconds * sound.RATE]])
     run = upstream.server_loop(
         upstream.load_mimi(mimi_full),
         models(),

@@ -94,7 +94,7 @@ def test_codes_of_a_minute_equal_upstreams_but_for_ties(
 
 @pytest.mark.slow
 def test_sound_equals_upstreams(mimi_full: Path, minute: Minute) -> None:
-    """Half a minute, decoded at once; the session test decodes a whole one frame by frame."""
+    """Half a minute, decoded at once; the session test decodes a conversation frame by frame."""
     codes = np.ascontiguousarray(minute.codes[:8, 200:575])
     theirs = upstream.decode(minute.mimi, codes)
     assert theirs.std() > 0.02 and np.abs(theirs).max() < 1

@@ -1,8 +1,8 @@
 """A session is upstream's live server: sound in, sound out.
 
-Proven here: a conversation of one minute, held in a process of its own, equals the loop of
-upstream's server in codes, tokens and sound; sessions that are fed codes decode as that loop does;
-and sound may come in pieces of any size.
+Proven here: a conversation of 26 s (with --long, of a minute), held in a process of its own, equals
+the loop of upstream's server in codes, tokens and sound; sessions that are fed codes decode as that
+loop does; and sound may come in pieces of any size.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ def ours(
 
 def test_the_conversation_is_worth_comparing_with(conversation: Conversation) -> None:
     run = conversation.run
-    assert len(run.pcm) == 751 * FRAME
+    assert len(run.pcm) >= 326 * FRAME
     assert run.lead > bound("session_clear") and run.changed < 100
     assert run.lm.margin > bound("greedy_margin")
-    assert SHAPES["session"].lm["context"] < 750
+    assert SHAPES["session"].lm["context"] < 300
     for stream in (run.lm.text, *run.lm.audio.T):
         assert len(set(stream.tolist())) >= bound("distinct_tokens")
     assert run.sound.std() > 0.02 and np.abs(run.sound).max() < 1
 
 
-def test_a_minute_is_heard_as_upstreams_server_hears_it(
+def test_it_is_heard_as_upstreams_server_hears_it(
     conversation: Conversation, ours: dict[str, np.ndarray]
 ) -> None:
     assert_same_tokens(ours["user"], conversation.run.user_codes)
 
 
-def test_a_minute_is_answered_as_upstreams_server_answers_it(
+def test_it_is_answered_as_upstreams_server_answers_it(
     conversation: Conversation, ours: dict[str, np.ndarray]
 ) -> None:
     run = conversation.run
