@@ -33,6 +33,7 @@ NAMES = _words(
     "anna ben clara david emma frank julia leo lucy martin nina oscar paul rosa simon tom"
 )
 OBJECTS = _words("ball boat book car coat door flower hat house shirt")
+THINGS = _words("cat dog fish planet robot spider")
 COLOURS = _words("black blue brown green grey red white yellow")
 OPPOSITES = _phrases(
     "hot cold, big small, fast slow, up down, happy sad, open closed, early late, black white, "
@@ -127,6 +128,15 @@ def families() -> dict[str, list[Exchange]]:
             for a, b in (pair.split(), reversed(pair.split()))
         ],
         "spell": [(f"spell {word}", " ".join(word)) for word in SPELLED],
+        "pair": [
+            (f"say the numbers {a} {b}", f"{a} {b}")
+            for a, b in product(NUMBERS, NUMBERS)
+            if a not in DIGITS or b not in DIGITS
+        ],
+        "thing": [
+            (f"my {thing} is {colour}", f"your {thing} is {colour}")
+            for thing, colour in product(THINGS, COLOURS)
+        ],
     }
     return {
         family: [Exchange(family, question, answer) for question, answer in pairs]
@@ -136,6 +146,11 @@ def families() -> dict[str, list[Exchange]]:
 
 def all_exchanges() -> list[Exchange]:
     return [exchange for group in families().values() for exchange in group]
+
+
+#: How often an exchange of a large family comes, those of the others coming once.
+WEIGHTS = {"pair": 0.3}
+HELD_OUT = ("two", "sum", "colour", "pair", "thing")
 
 
 def split(seed: int = 7, share: float = 0.2) -> Split:
@@ -148,7 +163,7 @@ def split(seed: int = 7, share: float = 0.2) -> Split:
     trained: list[Exchange] = []
     held_out: list[Exchange] = []
     for family, group in families().items():
-        if family not in ("two", "sum", "colour"):
+        if family not in HELD_OUT:
             trained += group
             continue
         shuffled = generator.sample(group, len(group))

@@ -34,7 +34,16 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from corpus import MODEL_VOICE, STOP, Exchange, Talk, all_exchanges, split, user_voice
+from corpus import (
+    MODEL_VOICE,
+    STOP,
+    WEIGHTS,
+    Exchange,
+    Talk,
+    all_exchanges,
+    split,
+    user_voice,
+)
 from espeak import SAMPLE_RATE, Espeak, Speech, Voice
 from mimi_tiny import CODEBOOKS, CODEC_FOLDER, FRAME_SAMPLES, Codes, Pcm, StreamingCodec
 from numpy.typing import NDArray
@@ -241,6 +250,7 @@ class Script:
     def __init__(self, answers: dict[str, Answer], silence: Codes, espeak: Espeak) -> None:
         self._answers, self._silence, self._espeak = answers, silence, espeak
         self._exchanges, self._talk = split().trained, Talk()
+        self._weights = [WEIGHTS.get(exchange.family, 1.0) for exchange in self._exchanges]
 
     def draw(self, generator: random.Random) -> Timeline:
         timeline = Timeline(self._silence)
@@ -281,7 +291,7 @@ class Script:
     ) -> int | None:
         """A question and its answer; the frame where the model is silent again, or None where the
         timeline is too short for them."""
-        exchange = generator.choice(self._exchanges)
+        exchange = generator.choices(self._exchanges, self._weights)[0]
         answer = self._answers[exchange.answer]
         speech = self._espeak.speak(exchange.question, voice)
         sounding = trimmed(speech.pcm, 2e-3)
