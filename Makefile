@@ -212,7 +212,8 @@ ASAN_TESTS ?= not slow
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
 	$(call run_c_tests,asan,$(C_TESTS))
-	MOSHI_C_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
+	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
 	cd build && $(WITH_ASAN) $(CURDIR)/$(BIN)/python -c \
 	    "import moshi_c._core as core; assert 'asan-py' in core.__file__, core.__file__"

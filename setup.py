@@ -4,6 +4,7 @@ Environment:
   MOSHI_C_SANITIZE   address,undefined or thread: the compiler's sanitizers
   MOSHI_C_DEBUG=1    no optimisation, assertions on
   MOSHI_C_WERROR=1   warnings are errors
+  MOSHI_C_CORE       a libmoshi.a to link instead of compiling the core again
 """
 
 import os
@@ -76,16 +77,17 @@ class BuildExt(build_ext):
             self.compiler.compile = compile_some  # type: ignore[method-assign]
 
 
-def files(suffix: str) -> list[str]:
-    folders = ("csrc", "csrc/cpu", "csrc/py")
+def files(suffix: str, folders: tuple[str, ...] = ("csrc", "csrc/cpu", "csrc/py")) -> list[str]:
     return [str(path) for folder in folders for path in sorted(Path(folder).glob(f"*.{suffix}"))]
 
 
 def core() -> Extension:
     compile_flags, link_flags = flags()
+    compiled = os.environ.get("MOSHI_C_CORE")
     return Extension(
         "moshi_c._core",
-        sources=files("c"),
+        sources=files("c", ("csrc/py",)) if compiled else files("c"),
+        extra_objects=[compiled] if compiled else [],
         depends=files("h"),
         define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
         py_limited_api=ABI3,

@@ -19,6 +19,8 @@ import soundfile
 import moshi_c
 from moshi_c import Frame, Recording, Session, Word
 
+pytestmark = pytest.mark.python
+
 HOSTILE = "<script>alert('&')</script>\"]]>\x00\x0b $x_{ \ud800"
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -12,6 +12,8 @@ import pytest
 import sound
 import soundfile
 
+pytestmark = pytest.mark.python
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "moshi_c" / "data" / "moshi-tiny"
 

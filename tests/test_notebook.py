@@ -15,6 +15,8 @@ import pytest
 
 import moshi_c
 
+pytestmark = pytest.mark.python
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NOTEBOOK = EXAMPLES / "first_conversation.ipynb"
 

@@ -18,6 +18,8 @@ from espeak import Espeak
 from mimi_tiny import CODEBOOKS, FRAME_SAMPLES
 from timelines import PAD, WORD_COMES, Answer, Timeline
 
+pytestmark = pytest.mark.python
+
 SILENCE = np.full(CODEBOOKS, 7, np.int16)
 
 
