@@ -112,6 +112,13 @@ INLINE __m512 load_half(enum weight_format format, const char *w, int second, in
                                    ? _mm256_loadu_si256((const __m256i *)(const void *)from)
                                    : _mm256_maskz_loadu_epi16(lanes(left - 16 * second), from));
     }
+    if (format == WEIGHT_INT8) {
+        const char *from = w + 16 * second;
+        __m128i codes = left >= BLOCK ? _mm_loadu_si128((const __m128i *)(const void *)from)
+                                      : _mm_maskz_loadu_epi8(lanes(left - 16 * second), from);
+
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    }
     both = left >= BLOCK ? _mm512_loadu_si512(w)
                          : _mm512_maskz_loadu_epi16((__mmask32)((1u << left) - 1), w);
     both = second ? _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000))
@@ -127,7 +134,10 @@ INLINE void dot_block(enum weight_format format, int R, int O, const char *w, si
         __m512 a[6];
 
         UNROLL
-        for (int r = 0; r < R; r++) a[r] = _mm512_loadu_ps(x[r] + k + 16 * half);
+        for (int r = 0; r < R; r++)
+            a[r] = format != WEIGHT_F32 || left >= BLOCK
+                       ? _mm512_loadu_ps(x[r] + k + 16 * half)
+                       : _mm512_maskz_loadu_ps(lanes(left - 16 * half), x[r] + k + 16 * half);
         UNROLL
         for (int o = 0; o < O; o++) {
             __m512 weights = load_half(format, w + (size_t)o * row_bytes, half, left);
@@ -244,6 +254,12 @@ static void dot_bf16_avx512(const void *w, int columns, int outputs, const float
                             int rows, float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_int8_avx512(const void *w, int columns, int outputs, const float *const *x,
+                            int rows, float *y, size_t stride)
+{
+    dot(WEIGHT_INT8, w, columns, outputs, x, rows, y, stride);
 }
 
 /* ---- panels of floats ------------------------------------------------------------------- */
@@ -528,7 +544,7 @@ const struct cpu_kernels kernels_avx512 = {
     .name = "avx512",
     .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx512, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
-    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512},
+    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},
     .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,
                panels_q4_avx512},
     .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
@@ -543,7 +559,6 @@ const struct cpu_kernels kernels_avx512 = {
     .add_scaled = add_scaled_avx2,
     .softmax = softmax_avx2,
     .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
-    .nearest = nearest_avx2,
 };
 
 #if defined(__clang__)

@@ -27,8 +27,6 @@ void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y);
 void softmax_avx2(float *x, int n, float scale);
 void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y);
 void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y);
-void nearest_avx2(const float *entries, const float *half_norms, int n, int width, const float *x,
-                  float *least, int *index);
 
 #endif
 #endif

@@ -223,24 +223,40 @@ struct search {
     const float *residual; /* [n][2 * dim] */
 };
 
+/* The first entry with the least |e|^2 / 2 - x.e, if that is less than before. */
+static void search_block(const struct search *s, int entry, int count, const float *residual,
+                         int rows, struct nearest *best)
+{
+    const float *x[ROWS_MAX];
+    float products[ROWS_MAX * ENTRIES];
+
+    for (int r = 0; r < rows; r++) x[r] = residual + (size_t)r * 2 * (size_t)s->dim;
+    s->cpu->kernels->dot[WEIGHT_F32](s->entries + (size_t)entry * (size_t)s->dim, s->dim, count, x,
+                                     rows, products, ENTRIES);
+    for (int r = 0; r < rows; r++) {
+        for (int e = 0; e < count; e++) {
+            float distance = s->half_norms[entry + e] - products[r * ENTRIES + e];
+
+            if (distance < best[r].distance) best[r] = (struct nearest){distance, entry + e};
+        }
+    }
+}
+
 static void search_task(void *arg, int part, int first, int last)
 {
     const struct search *s = arg;
     struct nearest *best = s->cpu->nearest + (size_t)part * s->cpu->rows;
+    size_t dim = (size_t)s->dim;
 
     for (int i = 0; i < s->n; i++) best[i] = (struct nearest){INFINITY, 0};
     for (int unit = first; unit < last; unit++) {
         int entry = unit * ENTRIES;
         int count = s->bins - entry < ENTRIES ? s->bins - entry : ENTRIES;
 
-        for (int i = 0; i < s->n; i++) {
-            float least;
-            int index;
+        for (int i = 0; i < s->n; i += ROWS_MAX) {
+            int rows = s->n - i < ROWS_MAX ? s->n - i : ROWS_MAX;
 
-            s->cpu->kernels->nearest(s->entries + (size_t)entry * (size_t)s->dim,
-                                     s->half_norms + entry, count, s->dim,
-                                     s->residual + (size_t)i * 2 * (size_t)s->dim, &least, &index);
-            if (least < best[i].distance) best[i] = (struct nearest){least, entry + index};
+            search_block(s, entry, count, s->residual + (size_t)i * 2 * dim, rows, best + i);
         }
     }
 }
