@@ -71,6 +71,8 @@ struct cpu_kernels {
     void (*gate)(const float *g, const float *v, size_t n, float *y); /* silu(g) * v */
     void (*add)(const float *u, size_t n, float *y);                  /* y += u */
     void (*add_scaled)(const float *u, const float *scale, size_t n, float *y); /* y += scale*u */
+    /* y = (u + bias) + residual; bias and residual may be NULL. */
+    void (*finish)(const float *u, const float *bias, const float *residual, size_t n, float *y);
 
     /* x = softmax(scale * x), in place; n >= 1 */
     void (*softmax)(float *x, int n, float scale);

@@ -856,7 +856,7 @@ INLINE __m256 gate8(__m256 g, __m256 v)
     return _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), down)), v);
 }
 
-void elu_avx2(const float *x, size_t n, float *y)
+static void elu_avx2(const float *x, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -901,6 +901,21 @@ void add_avx2(const float *u, size_t n, float *y)
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(u + i)));
     for (; i < n; i++) y[i] += u[i];
+}
+
+static void finish_avx2(const float *u, const float *bias, const float *residual, size_t n,
+                        float *y)
+{
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(u + i);
+
+        if (bias) v = _mm256_add_ps(v, _mm256_loadu_ps(bias + i));
+        if (residual) v = _mm256_add_ps(v, _mm256_loadu_ps(residual + i));
+        _mm256_storeu_ps(y + i, v);
+    }
+    for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
 }
 
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
@@ -1079,6 +1094,7 @@ const struct cpu_kernels kernels_avx2 = {
     .gate = gate_avx2,
     .add = add_avx2,
     .add_scaled = add_scaled_avx2,
+    .finish = finish_avx2,
     .softmax = softmax_avx2,
     .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
 };

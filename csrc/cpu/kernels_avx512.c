@@ -540,6 +540,55 @@ static void panels_q4_avx512(const void *w, int columns, int panels, const float
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
 }
 
+/* ---- element by element ----------------------------------------------------------------- */
+
+/* As in kernels_avx2.c, bit for bit. */
+INLINE __m512 exp16(__m512 x)
+{
+    __m512 n, r, q;
+
+    x = _mm512_max_ps(_mm512_set1_ps(-87.3f), x); /* this order keeps NaN */
+    x = _mm512_min_ps(_mm512_set1_ps(88.3f), x);
+    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x); /* ln 2 in two pieces */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+    q = _mm512_set1_ps(1.39504788e-3f);
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(8.36888235e-3f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(4.16662060e-2f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.66665196e-1f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.5f));
+    q = _mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r);
+    q = _mm512_add_ps(q, _mm512_set1_ps(1.0f));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(q),
+                                                _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
+
+static void elu_avx512(const float *x, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
+        __m512 v = _mm512_maskz_loadu_ps(some, x + i);
+        __m512 below = _mm512_sub_ps(exp16(v), _mm512_set1_ps(1.0f));
+        __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
+
+        _mm512_mask_storeu_ps(y + i, some, _mm512_mask_blend_ps(above, below, v));
+    }
+}
+
+static void finish_avx512(const float *u, const float *bias, const float *residual, size_t n,
+                          float *y)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
+        __m512 v = _mm512_maskz_loadu_ps(some, u + i);
+
+        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, bias + i));
+        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, residual + i));
+        _mm512_mask_storeu_ps(y + i, some, v);
+    }
+}
+
 const struct cpu_kernels kernels_avx512 = {
     .name = "avx512",
     .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx512, arrange_codes_avx2,
@@ -552,11 +601,12 @@ const struct cpu_kernels kernels_avx512 = {
     .magnitude = magnitude_avx2,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
-    .elu = elu_avx2,
+    .elu = elu_avx512,
     .gelu = gelu_avx2,
     .gate = gate_avx2,
     .add = add_avx2,
     .add_scaled = add_scaled_avx2,
+    .finish = finish_avx512,
     .softmax = softmax_avx2,
     .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
 };

@@ -291,6 +291,13 @@ static void add_scaled_generic(const float *u, const float *scale, size_t n, flo
     for (size_t i = 0; i < n; i++) y[i] += scale[i] * u[i];
 }
 
+static void finish_generic(const float *u, const float *bias, const float *residual, size_t n,
+                           float *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
 static void softmax_generic(float *x, int n, float scale)
 {
     float most = x[0], sum = 0;
@@ -336,6 +343,7 @@ const struct cpu_kernels kernels_generic = {
     .gate = gate_generic,
     .add = add_generic,
     .add_scaled = add_scaled_generic,
+    .finish = finish_generic,
     .softmax = softmax_generic,
     .mix = {mix_f32_generic, NULL, mix_bf16_generic},
 };

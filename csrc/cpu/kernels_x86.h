@@ -19,7 +19,6 @@ float magnitude_avx2(const float *x, size_t n);
 void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,
                      float *y);
 void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y);
-void elu_avx2(const float *x, size_t n, float *y);
 void gelu_avx2(const float *x, size_t n, float *y);
 void gate_avx2(const float *g, const float *v, size_t n, float *y);
 void add_avx2(const float *u, size_t n, float *y);

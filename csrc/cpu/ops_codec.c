@@ -87,13 +87,11 @@ static void finish_conv(const struct product *p, int row, int first, int count, 
                         const float *other)
 {
     const struct op_conv *op = p->op;
-    const struct cpu_kernels *kernels = p->cpu->kernels;
     size_t at = (size_t)row * (size_t)op->conv->out + (size_t)first;
 
     (void)other;
-    if (op->conv->bias) kernels->add(op->conv->bias + first, (size_t)count, sums);
-    if (op->residual) kernels->add(op->residual + at, (size_t)count, sums);
-    memcpy(op->y + at, sums, (size_t)count * sizeof *sums);
+    p->cpu->kernels->finish(sums, op->conv->bias ? op->conv->bias + first : NULL,
+                            op->residual ? op->residual + at : NULL, (size_t)count, op->y + at);
 }
 
 void cpu_conv(struct backend *backend, const struct op_conv *op)
@@ -142,14 +140,14 @@ static void finish_transposed(const struct product *p, int row, int first, int c
     float *y = op->y + (size_t)row * (size_t)op->conv->weight.rows + first;
 
     (void)other;
-    for (int done = 0; op->conv->bias && done < count;) {
+    for (int done = 0; done < count;) {
         int channel = (first + done) % out;
         int n = out - channel < count - done ? out - channel : count - done;
 
-        p->cpu->kernels->add(op->conv->bias + channel, (size_t)n, sums + done);
+        p->cpu->kernels->finish(sums + done, op->conv->bias ? op->conv->bias + channel : NULL, NULL,
+                                (size_t)n, y + done);
         done += n;
     }
-    memcpy(y, sums, (size_t)count * sizeof *sums);
 }
 
 /* y[t * stride + p] = w[p] * x[t] + w[stride + p] * x[t-1] (+ bias), channel by channel. */
