@@ -196,7 +196,7 @@ print(peak() - before)
 
 
 def test_long_files_take_no_more_memory_than_short_ones(mimi_small: Path) -> None:
-    """Four minutes, whose widest layer would be 180 MB at once. The sound itself is counted before."""
+    """Four minutes, whose widest layer would be 180 MB at once; besides the sound itself."""
     run = [sys.executable, "-c", LONG, str(mimi_small)]
     done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
     assert all(int(kilobytes) < 8000 for kilobytes in done.stdout.split()), done.stdout
