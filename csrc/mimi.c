@@ -64,7 +64,8 @@ static void load_residual(struct weight_loader *loader, struct mimi_residual *re
     char name[160];
     int inner = channels / config->compress;
     snprintf(name, sizeof name, "%s.block.1.conv.conv", prefix);
-    load_conv(loader, &residual->conv1, channels, inner, config->residual_kernel, 1, 1, WEIGHT_F32, name);
+    load_conv(loader, &residual->conv1, channels, inner, config->residual_kernel, 1, 1, WEIGHT_F32,
+              name);
     snprintf(name, sizeof name, "%s.block.3.conv.conv", prefix);
     load_conv(loader, &residual->conv2, inner, channels, 1, 1, 1, WEIGHT_F32, name);
 }
@@ -355,8 +356,8 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     state->encoder_offset = calloc((size_t)lanes, sizeof *state->encoder_offset);
     state->decoder_offset = calloc((size_t)lanes, sizeof *state->decoder_offset);
     if (!status && (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
-                    !state->gathered || !state->query || !state->attended || !state->cos_sin || !state->hidden ||
-                    !state->encoder_offset || !state->decoder_offset))
+                    !state->gathered || !state->query || !state->attended || !state->cos_sin ||
+                    !state->hidden || !state->encoder_offset || !state->decoder_offset))
         status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals",
                             lanes);
     if (!status) {
@@ -709,18 +710,15 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
     run_transformer(state, &mimi->decoder_transformer, rows, steps, x, state->decoder_position,
                     &state->decoder_kv);
     for (int group = 0; group < cut; ++group)
-        steps = decode_group(state, rows, steps, group, x,
-                             group < cut - 1 ? x : state->gathered);
+        steps = decode_group(state, rows, steps, group, x, group < cut - 1 ? x : state->gathered);
     steps /= frames;
     const size_t width = (size_t)steps * (size_t)mimi->decoder_up[cut - 1].out;
     for (int i = 0; i < turns; ++i) {
         const struct rows some = frame_rows(rows, frames, i / frames);
         int now = steps;
         for (int group = cut; group <= config->n_ratios; ++group)
-            now = decode_group(state, some, now, group,
-                               group == cut ? state->gathered + (size_t)i * width : x,
-                               group < config->n_ratios
-                                   ? x
-                                   : pcm + (size_t)i * (size_t)config->frame_size);
+            now = decode_group(
+                state, some, now, group, group == cut ? state->gathered + (size_t)i * width : x,
+                group < config->n_ratios ? x : pcm + (size_t)i * (size_t)config->frame_size);
     }
 }

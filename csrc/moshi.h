@@ -98,7 +98,8 @@ struct moshi_model_options {
     const char *mimi_config_path; /* default: by config (mimi_config_name), else the built-in one */
     const char *device; /* "auto", "cpu"; NULL is "auto" */
     enum moshi_dtype dtype; /* of the language model's matrices; MOSHI_AUTO: as stored */
-    enum moshi_dtype mimi_dtype; /* of the codec's large matrices: MOSHI_AUTO and MOSHI_F32 are f32, MOSHI_BF16,
+    enum moshi_dtype
+        mimi_dtype; /* of the codec's large matrices: MOSHI_AUTO and MOSHI_F32 are f32, MOSHI_BF16,
                                     MOSHI_INT8; its activations are f32 */
     int mimi_codebooks; /* 1..32; 0: as many as the language model's larger side, else 8 */
     int threads; /* 0: MOSHI_C_THREADS, else one per core */

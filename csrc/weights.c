@@ -301,8 +301,7 @@ static void bind_lean(struct weight_loader *loader, const struct tensor *tensor,
             loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
             return;
         }
-        for (int64_t j = 0; j < elements; ++j)
-            values[j] = tensor_element(tensor, i * elements + j);
+        for (int64_t j = 0; j < elements; ++j) values[j] = tensor_element(tensor, i * elements + j);
         weights_matrix_from(loader, values, rows, cols, loader->lean, &matrices[i]);
     }
 }

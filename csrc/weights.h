@@ -38,8 +38,8 @@ struct weight_loader {
     /* Format of the matrices that are read once for a few rows, when it is narrower than f32: bf16,
      * or int8 with f32 activations; the codec's. */
     enum weight_format lean;
-    int check_finite;       /* a weight that is not finite is a failure */
-    int status;             /* the first failure */
+    int check_finite; /* a weight that is not finite is a failure */
+    int status; /* the first failure */
 };
 
 /* The tensor of that name, or NULL. Marks it used. */

@@ -225,7 +225,7 @@ struct search {
 static void search_block(const struct search *s, int entry, int count, const float *residual,
                          int rows, struct nearest *best)
 {
-    const float *x[ROWS_MAX];
+    const float *x[ROWS_MAX] = {NULL};
     float products[ROWS_MAX * ENTRIES];
 
     for (int r = 0; r < rows; r++) x[r] = residual + (size_t)r * 2 * (size_t)s->dim;

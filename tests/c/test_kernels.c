@@ -137,8 +137,7 @@ static struct matrix take_matrix(enum weight_format format, int rows, int cols)
 {
     float amplitude = 2.0f / sqrtf((float)cols);
 
-    return matrix_of(format, rows, cols,
-                     take_random((size_t)rows * (size_t)cols, amplitude));
+    return matrix_of(format, rows, cols, take_random((size_t)rows * (size_t)cols, amplitude));
 }
 
 static struct backend *backends[9]; /* three of each instruction set: 1, 2, 3 threads */
