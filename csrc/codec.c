@@ -8,9 +8,10 @@
 #include "engine.h"
 #include "status.h"
 
-/* Frames of one call over a whole signal: enough rows to use the arithmetic well, few enough that
- * sessions are not kept waiting and memory stays constant. */
-#define WHOLE_FRAMES 8
+/* Frames of one call over whole signals, of all of them together: enough rows to use the arithmetic
+ * well (two of each in the layers with most weights), few enough that sessions are not kept waiting
+ * and memory stays constant. */
+#define WHOLE_FRAMES 24
 
 /* A codec state with its input and output buffers and row map on the device. */
 struct codec {
@@ -347,15 +348,16 @@ int mimi_stream_restore(struct mimi_stream *stream, const void *data, size_t byt
 /* A pass over up to WHOLE_BATCH whole signals: the state, and codes of one call on the host. */
 struct whole {
     struct codec codec;
-    int32_t *codes; /* [batch][WHOLE_FRAMES][levels] */
+    int32_t *codes; /* [batch][frames][levels] */
 };
 
 static int whole_open(struct whole *whole, struct moshi_engine *engine, int batch, int levels)
 {
-    whole->codes = malloc((size_t)batch * WHOLE_FRAMES * (size_t)levels * sizeof *whole->codes);
+    const int frames = WHOLE_FRAMES / batch;
+    whole->codes = malloc((size_t)batch * (size_t)frames * (size_t)levels * sizeof *whole->codes);
     if (!whole->codes) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a batch of %d", batch);
     os_mutex_lock(engine->model->backend_lock);
-    int status = codec_open(&whole->codec, engine, batch, WHOLE_FRAMES, 1);
+    int status = codec_open(&whole->codec, engine, batch, frames, 1);
     os_mutex_unlock(engine->model->backend_lock);
     if (status) free(whole->codes);
     return status;
@@ -387,8 +389,8 @@ static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch
     int status = whole_open(&whole, engine, batch, levels);
     if (status) return status;
     struct codec *codec = &whole.codec;
-    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
-        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
+    for (int64_t first = 0; first < frames && !status; first += codec->frames) {
+        int count = frames - first < codec->frames ? (int)(frames - first) : codec->frames;
         int64_t start = first * frame_size, wanted = count * frame_size;
         int64_t have = samples - start < wanted ? samples - start : wanted;
         os_mutex_lock(lock);
@@ -441,8 +443,8 @@ static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int b
     int status = whole_open(&whole, engine, batch, n_codes);
     if (status) return status;
     struct codec *codec = &whole.codec;
-    for (int64_t first = 0; first < frames && !status; first += WHOLE_FRAMES) {
-        int count = frames - first < WHOLE_FRAMES ? (int)(frames - first) : WHOLE_FRAMES;
+    for (int64_t first = 0; first < frames && !status; first += codec->frames) {
+        int count = frames - first < codec->frames ? (int)(frames - first) : codec->frames;
         int32_t *to = whole.codes;
         for (int b = 0; b < batch; ++b)
             for (int t = 0; t < count; ++t)

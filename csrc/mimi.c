@@ -12,7 +12,7 @@
 
 /* weight[out][in][kernel] -> rows of [kernel][in], as op_conv reads it. */
 static void load_conv(struct weight_loader *loader, struct conv *conv, int in, int out, int kernel,
-                      int stride, int has_bias, const char *prefix)
+                      int stride, int has_bias, enum weight_format format, const char *prefix)
 {
     *conv = (struct conv){.in = in, .out = out, .kernel = kernel, .stride = stride};
     struct tensor *tensor = weights_need(loader, "%s.weight", prefix);
@@ -28,13 +28,13 @@ static void load_conv(struct weight_loader *loader, struct conv *conv, int in, i
             for (int j = 0; j < kernel; ++j)
                 values[((size_t)o * (size_t)kernel + (size_t)j) * (size_t)in + (size_t)c] =
                     tensor_element(tensor, ((int64_t)o * in + c) * kernel + j);
-    weights_matrix_from(loader, values, out, kernel * in, &conv->weight);
+    weights_matrix_from(loader, values, out, kernel * in, format, &conv->weight);
     if (has_bias) conv->bias = weights_vector(loader, weights_need(loader, "%s.bias", prefix), out);
 }
 
 /* weight[in][out][2*stride] -> row p*out + o: taps p+stride (of x[t-1]) and p (of x[t]). */
 static void load_conv_transposed(struct weight_loader *loader, struct conv *conv, int in, int out,
-                                 int stride, const char *prefix)
+                                 int stride, enum weight_format format, const char *prefix)
 {
     const int kernel = 2 * stride;
     *conv = (struct conv){.in = in, .out = out, .kernel = kernel, .stride = stride};
@@ -54,7 +54,7 @@ static void load_conv_transposed(struct weight_loader *loader, struct conv *conv
                 values[row * 2 * (size_t)in + (size_t)(newer ? in : 0) + (size_t)c] =
                     tensor_element(tensor, ((int64_t)c * out + o) * kernel + j);
             }
-    weights_matrix_from(loader, values, stride * out, 2 * in, &conv->weight);
+    weights_matrix_from(loader, values, stride * out, 2 * in, format, &conv->weight);
     conv->bias = weights_vector(loader, weights_need(loader, "%s.bias", prefix), out);
 }
 
@@ -64,9 +64,10 @@ static void load_residual(struct weight_loader *loader, struct mimi_residual *re
     char name[160];
     int inner = channels / config->compress;
     snprintf(name, sizeof name, "%s.block.1.conv.conv", prefix);
-    load_conv(loader, &residual->conv1, channels, inner, config->residual_kernel, 1, 1, name);
+    load_conv(loader, &residual->conv1, channels, inner, config->residual_kernel, 1, 1, WEIGHT_F32,
+              name);
     snprintf(name, sizeof name, "%s.block.3.conv.conv", prefix);
-    load_conv(loader, &residual->conv2, inner, channels, 1, 1, 1, name);
+    load_conv(loader, &residual->conv2, inner, channels, 1, 1, 1, WEIGHT_F32, name);
 }
 
 static struct tensor *codebook_tensor(struct weight_loader *loader, const char *prefix, int level,
@@ -88,10 +89,10 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
     static const char *const usages[] = {"cluster_size", "cluster_usage", NULL};
     const int bins = config->bins, dim = config->quantizer_dim, width = config->dimension;
     *rvq = (struct rvq){.levels = levels, .bins = bins, .dim = dim};
-    weights_matrix(loader, weights_need(loader, "%s.input_proj.weight", prefix), dim, width,
-                   &rvq->in_proj);
-    weights_matrix(loader, weights_need(loader, "%s.output_proj.weight", prefix), width, dim,
-                   &rvq->out_proj);
+    weights_small_matrix(loader, weights_need(loader, "%s.input_proj.weight", prefix), dim, width,
+                         &rvq->in_proj);
+    weights_small_matrix(loader, weights_need(loader, "%s.output_proj.weight", prefix), width, dim,
+                         &rvq->out_proj);
     /* The config's sizes are claims until a tensor has them. */
     const int64_t dims[2] = {bins, dim};
     if (loader->status || weights_check(loader, codebook_tensor(loader, prefix, 0, sums), 2, dims))
@@ -147,7 +148,7 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
                               tensor_file_path(loader->file), config->frame_size);
 
     /* SEANet numbers its layers with the ELUs between them: 0 in, then 1+3j residual, 3+3j conv. */
-    load_conv(loader, &mimi->encoder_in, 1, config->n_filters, config->kernel, 1, 1,
+    load_conv(loader, &mimi->encoder_in, 1, config->n_filters, config->kernel, 1, 1, WEIGHT_F32,
               "encoder.model.0.conv.conv");
     for (int j = 0; j < n; ++j) {
         int channels = config->n_filters << j, ratio = config->ratios[n - 1 - j];
@@ -155,14 +156,15 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
         load_residual(loader, &mimi->encoder_residual[j], config, channels, name);
         snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 3 + 3 * j);
         load_conv(loader, &mimi->encoder_down[j], channels, 2 * channels, 2 * ratio, ratio, 1,
-                  name);
+                  j == n - 1 ? loader->lean : WEIGHT_F32, name);
     }
     snprintf(name, sizeof name, "encoder.model.%d.conv.conv", 2 + 3 * n);
-    load_conv(loader, &mimi->encoder_out, top, config->dimension, config->last_kernel, 1, 1, name);
+    load_conv(loader, &mimi->encoder_out, top, config->dimension, config->last_kernel, 1, 1,
+              loader->lean, name);
     transformer_load(&mimi->encoder_transformer, &config->transformer, loader,
                      "encoder_transformer.transformer", "encoder");
     load_conv(loader, &mimi->downsample, config->dimension, config->dimension, 2 * config->stride,
-              config->stride, 0, "downsample.conv.conv.conv");
+              config->stride, 0, loader->lean, "downsample.conv.conv.conv");
     mimi->downsample.replicate = 1;
     load_rvq(loader, &mimi->first, 1, config, "quantizer.rvq_first");
     load_rvq(loader, &mimi->rest, config->n_q - 1, config, "quantizer.rvq_rest");
@@ -185,18 +187,19 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
     mimi->upsample.depthwise_weight = depthwise;
     transformer_load(&mimi->decoder_transformer, &config->transformer, loader,
                      "decoder_transformer.transformer", "decoder");
-    load_conv(loader, &mimi->decoder_in, width, top, config->kernel, 1, 1,
+    load_conv(loader, &mimi->decoder_in, width, top, config->kernel, 1, 1, loader->lean,
               "decoder.model.0.conv.conv");
     for (int j = 0; j < n; ++j) {
         int channels = top >> j;
         snprintf(name, sizeof name, "decoder.model.%d.convtr.convtr", 2 + 3 * j);
         load_conv_transposed(loader, &mimi->decoder_up[j], channels, channels / 2,
-                             config->ratios[j], name);
+                             config->ratios[j], j == 0 ? loader->lean : WEIGHT_F32, name);
         snprintf(name, sizeof name, "decoder.model.%d", 3 + 3 * j);
         load_residual(loader, &mimi->decoder_residual[j], config, channels / 2, name);
     }
     snprintf(name, sizeof name, "decoder.model.%d.conv.conv", 2 + 3 * n);
-    load_conv(loader, &mimi->decoder_out, config->n_filters, 1, config->last_kernel, 1, 1, name);
+    load_conv(loader, &mimi->decoder_out, config->n_filters, 1, config->last_kernel, 1, 1,
+              WEIGHT_F32, name);
     weights_finish(loader);
     return loader->status;
 }
@@ -208,6 +211,34 @@ void mimi_free(struct mimi *mimi)
 }
 
 /* ---- state ------------------------------------------------------------------------------ */
+
+/* Layers of more steps a frame than this take one frame after the other, so that activations stay in
+ * the second cache; the others, which have nearly all weights, take all frames of a call at once. */
+#define FEW_STEPS 32
+
+static int down_stride(const struct mimi_config *config, int j)
+{
+    return config->ratios[config->n_ratios - 1 - j];
+}
+
+/* The encoder is n + 1 groups, each a convolution that shortens (the first one does not) and a
+ * residual block (the last one: encoder_out). Those before this one go frame by frame. */
+static int encoder_cut(const struct mimi_config *config)
+{
+    int steps = config->frame_size, cut = 0;
+    while (cut < config->n_ratios && steps > FEW_STEPS) steps /= down_stride(config, cut++);
+    return cut;
+}
+
+/* The decoder's n + 1 groups: a residual block (the first one: decoder_in), then a convolution that
+ * lengthens (the last one: decoder_out). From this one on they go frame by frame. */
+static int decoder_cut(const struct mimi_config *config)
+{
+    int steps = config->stride, cut = 0;
+    do steps *= config->ratios[cut++];
+    while (cut < config->n_ratios && steps <= FEW_STEPS);
+    return cut;
+}
 
 /* The convolutions of one side in the order of execution; the state and the passes agree on it. */
 static int list_convs(const struct mimi *mimi, int decoder, const struct conv **list)
@@ -289,29 +320,35 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
 
     /* The widest activation: rows x channels of any layer, with a convolution's history. */
     const struct conv *convs[MAX_CONVS];
-    size_t widest = 0;
+    size_t widest = 0, gathered = 0;
     for (int decoder = 0; decoder < 2; ++decoder) {
         int count = list_convs(mimi, decoder, convs);
-        size_t rows = (size_t)frames * (size_t)(decoder ? config->stride : config->frame_size);
+        int cut = decoder ? 3 * decoder_cut(config) - 1 : 3 * encoder_cut(config);
+        size_t rows = (size_t)(decoder ? config->stride : config->frame_size); /* of a frame */
         for (int i = 0; i < count; ++i) {
             const struct conv *conv = convs[i];
-            if (i == count - 1) rows = (size_t)steps; /* down- and upsampling */
-            size_t in = (rows + (size_t)conv->kernel) * (size_t)conv->in;
+            size_t at_once = (i < cut) == decoder || i == count - 1 ? (size_t)frames : 1;
+            if (i == count - 1) rows = (size_t)config->stride; /* down- and upsampling */
+            if (i == cut && rows * (size_t)conv->in > gathered) gathered = rows * (size_t)conv->in;
+            size_t in = (at_once * rows + (size_t)conv->kernel) * (size_t)conv->in;
             if (in > widest) widest = in;
             rows = is_transposed(mimi, conv) ? rows * (size_t)conv->stride
                                              : rows / (size_t)conv->stride;
-            if (rows * (size_t)conv->out > widest) widest = rows * (size_t)conv->out;
+            if (at_once * rows * (size_t)conv->out > widest)
+                widest = at_once * rows * (size_t)conv->out;
         }
     }
     size_t n = (size_t)lanes * (size_t)steps;
     if (widest < 2 * (size_t)config->quantizer_dim * (size_t)steps)
         widest = 2 * (size_t)config->quantizer_dim * (size_t)steps;
     state->buffer_bytes = widest * (size_t)lanes * sizeof(float);
+    state->gathered_bytes = gathered * (size_t)lanes * (size_t)frames * sizeof(float);
     state->small_bytes = n * (size_t)stack->dim * sizeof(float);
     state->hidden_bytes = n * (size_t)stack->feedforward * sizeof(float);
     const struct backend_ops *ops = backend->ops;
     for (int i = 0; i < 3; ++i) state->buffer[i] = ops->allocate(backend, state->buffer_bytes);
     state->work = ops->allocate(backend, state->buffer_bytes);
+    state->gathered = ops->allocate(backend, state->gathered_bytes);
     state->query = ops->allocate(backend, state->small_bytes);
     state->attended = ops->allocate(backend, state->small_bytes);
     state->cos_sin = ops->allocate(backend, state->small_bytes);
@@ -319,8 +356,8 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     state->encoder_offset = calloc((size_t)lanes, sizeof *state->encoder_offset);
     state->decoder_offset = calloc((size_t)lanes, sizeof *state->decoder_offset);
     if (!status && (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
-                    !state->query || !state->attended || !state->cos_sin || !state->hidden ||
-                    !state->encoder_offset || !state->decoder_offset))
+                    !state->gathered || !state->query || !state->attended || !state->cos_sin ||
+                    !state->hidden || !state->encoder_offset || !state->decoder_offset))
         status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals",
                             lanes);
     if (!status) {
@@ -351,6 +388,7 @@ void mimi_state_destroy(struct mimi_state *state)
     for (int i = 0; i < 3; ++i)
         if (small[i]) ops->release(state->backend, small[i], state->small_bytes);
     if (state->hidden) ops->release(state->backend, state->hidden, state->hidden_bytes);
+    if (state->gathered) ops->release(state->backend, state->gathered, state->gathered_bytes);
     free(state->encoder_offset);
     free(state->decoder_offset);
     memset(state, 0, sizeof *state);
@@ -529,36 +567,104 @@ static const char *const resample_names[] = {"resample.0", "resample.1", "resamp
                                              "resample.3", "resample.4", "resample.5",
                                              "resample.6", "resample.7"};
 
+/* x -> y, steps -> the returned number of steps; y may be x, or any memory but buffers 0 and 1. */
+static int encode_group(struct mimi_state *state, struct rows rows, int steps, int group,
+                        const float *x, float *y)
+{
+    const struct mimi *mimi = state->mimi;
+    float *const *history = state->encoder_history + 3 * group;
+    float *resampled = state->buffer[0], *inner = state->buffer[1];
+    if (group == 0) {
+        convolve(state, rows, steps, &mimi->encoder_in, "encoder.in", 0, history[0], x, NULL,
+                 resampled);
+    } else {
+        const struct conv *down = &mimi->encoder_down[group - 1];
+        convolve(state, rows, steps, down, resample_names[group - 1], 1, history[0], x, NULL,
+                 resampled);
+        steps /= down->stride;
+    }
+    if (group == mimi->config.n_ratios) {
+        convolve(state, rows, steps, &mimi->encoder_out, "encoder.out", 1, history[1], resampled,
+                 NULL, y);
+    } else {
+        const struct mimi_residual *residual = &mimi->encoder_residual[group];
+        convolve(state, rows, steps, &residual->conv1, residual1_names[group], 1, history[1],
+                 resampled, NULL, inner);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[group], 1, history[2], inner,
+                 resampled, y);
+    }
+    return steps;
+}
+
+static int decode_group(struct mimi_state *state, struct rows rows, int steps, int group,
+                        const float *x, float *y)
+{
+    const struct mimi *mimi = state->mimi;
+    float *const *history = state->decoder_history + 3 * group;
+    float *sum = state->buffer[0], *inner = state->buffer[1];
+    if (group == 0) {
+        convolve(state, rows, steps, &mimi->decoder_in, "decoder.in", 0, history[0], x, NULL, sum);
+    } else {
+        const struct mimi_residual *residual = &mimi->decoder_residual[group - 1];
+        convolve(state, rows, steps, &residual->conv1, residual1_names[group - 1], 1, history[-1],
+                 x, NULL, inner);
+        convolve(state, rows, steps, &residual->conv2, residual2_names[group - 1], 1, history[0],
+                 inner, x, sum);
+    }
+    if (group == mimi->config.n_ratios) {
+        convolve(state, rows, steps, &mimi->decoder_out, "decoder.out", 1, history[1], sum, NULL,
+                 y);
+        return steps;
+    }
+    convolve_transposed(state, rows, steps, &mimi->decoder_up[group], resample_names[group], 1,
+                        history[1], sum, y);
+    return steps * mimi->decoder_up[group].stride;
+}
+
+/* The rows of one of several frames: a frame alone has them all. */
+static struct rows frame_rows(struct rows rows, int frames, int i)
+{
+    return frames == 1 ? rows : (struct rows){1, rows.lane + i, rows.active + i};
+}
+
 void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
                  int levels, int32_t *codes)
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
-    float *const *history = state->encoder_history;
-    float *x = state->buffer[0], *inner = state->buffer[1], *y = state->buffer[2];
-    int steps = frames * config->frame_size, h = 0;
-    convolve(state, rows, steps, &mimi->encoder_in, "encoder.in", 0, history[h++], pcm, NULL, x);
-    for (int j = 0; j < config->n_ratios; ++j) {
-        const struct mimi_residual *residual = &mimi->encoder_residual[j];
-        convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
-                 inner);
-        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner,
-                 x, y);
-        convolve(state, rows, steps, &mimi->encoder_down[j], resample_names[j], 1, history[h++], y,
-                 NULL, x);
-        steps /= mimi->encoder_down[j].stride;
+    const int cut = encoder_cut(config), turns = frames == 1 ? 1 : rows.n * frames;
+    float *x = state->buffer[2], *y = state->buffer[0];
+    const float *from = pcm;
+    int steps = frames * config->frame_size;
+    for (int i = 0; cut > 0 && i < turns; ++i) {
+        const struct rows some = frame_rows(rows, frames, i / frames);
+        const int channels = config->n_filters << (cut - 1);
+        int now = config->frame_size;
+        for (int group = 0; group < cut; ++group) {
+            const float *in = group ? x : pcm + (size_t)i * (size_t)config->frame_size;
+            /* A frame's samples only become fewer: its place is known before its last group. */
+            int left = group ? now / down_stride(config, group - 1) : now;
+            float *out = group < cut - 1
+                             ? x
+                             : state->gathered + (size_t)i * (size_t)left * (size_t)channels;
+            now = encode_group(state, some, now, group, in, out);
+        }
+        steps = frames * now;
+        from = state->gathered;
     }
-    convolve(state, rows, steps, &mimi->encoder_out, "encoder.out", 1, history[h++], x, NULL, y);
-    run_transformer(state, &mimi->encoder_transformer, rows, steps, y, state->encoder_position,
+    for (int group = cut; group <= config->n_ratios; ++group, from = x)
+        steps = encode_group(state, rows, steps, group, from, x);
+    run_transformer(state, &mimi->encoder_transformer, rows, steps, x, state->encoder_position,
                     &state->encoder_kv);
-    convolve(state, rows, steps, &mimi->downsample, "downsample", 0, history[h++], y, NULL, x);
+    convolve(state, rows, steps, &mimi->downsample, "downsample", 0,
+             state->encoder_history[2 + 3 * config->n_ratios], x, NULL, y);
     const struct backend_ops *ops = state->backend->ops;
     ops->rvq_encode(state->backend, &(struct op_rvq_encode){.name = "rvq_first",
                                                             .n = rows.n * frames,
                                                             .levels = 1,
                                                             .code_stride = levels,
                                                             .rvq = &mimi->first,
-                                                            .x = x,
+                                                            .x = y,
                                                             .codes = codes,
                                                             .work = state->work});
     if (levels > 1)
@@ -567,7 +673,7 @@ void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const f
                                                                 .levels = levels - 1,
                                                                 .code_stride = levels,
                                                                 .rvq = &mimi->rest,
-                                                                .x = x,
+                                                                .x = y,
                                                                 .codes = codes + 1,
                                                                 .work = state->work});
 }
@@ -577,8 +683,8 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
-    float *const *history = state->decoder_history;
-    float *x = state->buffer[0], *inner = state->buffer[1], *y = state->buffer[2];
+    const int cut = decoder_cut(config), turns = frames == 1 ? 1 : rows.n * frames;
+    float *x = state->buffer[2], *y = state->buffer[0];
     const struct backend_ops *ops = state->backend->ops;
     ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_first",
                                                             .n = rows.n * frames,
@@ -598,21 +704,21 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
                                                                 .codes = codes + 1,
                                                                 .work = state->work,
                                                                 .y = y});
-    const int last = 2 + 3 * config->n_ratios; /* upsampling stands last in the list of convs */
-    convolve_transposed(state, rows, frames, &mimi->upsample, "upsample", 0, history[last], y, x);
-    int steps = frames * config->stride, h = 0;
+    convolve_transposed(state, rows, frames, &mimi->upsample, "upsample", 0,
+                        state->decoder_history[2 + 3 * config->n_ratios], y, x);
+    int steps = frames * config->stride;
     run_transformer(state, &mimi->decoder_transformer, rows, steps, x, state->decoder_position,
                     &state->decoder_kv);
-    convolve(state, rows, steps, &mimi->decoder_in, "decoder.in", 0, history[h++], x, NULL, y);
-    for (int j = 0; j < config->n_ratios; ++j) {
-        const struct mimi_residual *residual = &mimi->decoder_residual[j];
-        convolve_transposed(state, rows, steps, &mimi->decoder_up[j], resample_names[j], 1,
-                            history[h++], y, x);
-        steps *= mimi->decoder_up[j].stride;
-        convolve(state, rows, steps, &residual->conv1, residual1_names[j], 1, history[h++], x, NULL,
-                 inner);
-        convolve(state, rows, steps, &residual->conv2, residual2_names[j], 1, history[h++], inner,
-                 x, y);
+    for (int group = 0; group < cut; ++group)
+        steps = decode_group(state, rows, steps, group, x, group < cut - 1 ? x : state->gathered);
+    steps /= frames;
+    const size_t width = (size_t)steps * (size_t)mimi->decoder_up[cut - 1].out;
+    for (int i = 0; i < turns; ++i) {
+        const struct rows some = frame_rows(rows, frames, i / frames);
+        int now = steps;
+        for (int group = cut; group <= config->n_ratios; ++group)
+            now = decode_group(
+                state, some, now, group, group == cut ? state->gathered + (size_t)i * width : x,
+                group < config->n_ratios ? x : pcm + (size_t)i * (size_t)config->frame_size);
     }
-    convolve(state, rows, steps, &mimi->decoder_out, "decoder.out", 1, history[h++], y, NULL, pcm);
 }

@@ -30,6 +30,8 @@ struct mimi {
     struct rvq first, rest; /* 1 semantic level; config.n_q - 1 acoustic ones */
 };
 
+/* Layers whose weights a frame reads for one or two steps take loader->lean: the transformers and the
+ * convolutions beside them, nine tenths of the codec. The others and the quantisers are f32. */
 int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight_loader *loader);
 void mimi_free(struct mimi *mimi);
 
@@ -48,8 +50,9 @@ struct mimi_state {
     int32_t *encoder_position, *decoder_position;   /* device, [lanes] */
     int64_t *encoder_offset, *decoder_offset;       /* host, [lanes] */
     float *buffer[3], *work;                        /* activations */
+    float *gathered; /* of all frames, between the layers that take one and those that take all */
     float *query, *attended, *hidden, *cos_sin;
-    size_t buffer_bytes, small_bytes, hidden_bytes;
+    size_t buffer_bytes, gathered_bytes, small_bytes, hidden_bytes;
 };
 
 int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct backend *backend,

@@ -134,11 +134,18 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
         status = tensor_file_open(model->mimi_path, options->copy_weights, &model->mimi_file);
     if (status) return status;
     model->mimi_fingerprint = tensor_file_fingerprint(model->mimi_file, model->mimi_fingerprint);
+    const enum weight_format lean = options->mimi_dtype == MOSHI_BF16   ? WEIGHT_BF16
+                                    : options->mimi_dtype == MOSHI_INT8 ? WEIGHT_INT8
+                                                                        : WEIGHT_F32;
+    /* What one format's history goes on to is not what another's does. */
+    if (lean != WEIGHT_F32)
+        model->mimi_fingerprint = hash_bytes(model->mimi_fingerprint, weight_format_name(lean), 4);
     weight_store_init(&model->mimi_store, model->backend);
     struct weight_loader loader = {.store = &model->mimi_store,
                                    .file = model->mimi_file,
                                    .dtype = MOSHI_F32,
                                    .pack = 1,
+                                   .lean = lean,
                                    .check_finite = 1}; /* all of it is read now in any case */
     status = mimi_load(&model->mimi, &config, &loader);
     if (status) return status;
@@ -182,7 +189,7 @@ static void fill_info(struct moshi_model *model)
     info->frame_size = 1920;
     if (info->has_mimi) {
         const struct mimi_config *mimi = &model->mimi.config;
-        info->mimi_dtype = "f32";
+        info->mimi_dtype = weight_format_name(model->mimi.downsample.weight.format);
         info->sample_rate = mimi->sample_rate;
         info->frame_rate = mimi->frame_rate;
         info->frame_size = mimi->frame_size;
@@ -257,8 +264,10 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
     int status = MOSHI_OK;
     if (options->folder && !os_path_is_folder(options->folder))
         status = moshi_fail(MOSHI_ERROR_CHECKPOINT, "%s is not a folder", options->folder);
-    if (!status && options->mimi_dtype != MOSHI_AUTO && options->mimi_dtype != MOSHI_F32)
-        status = moshi_fail(MOSHI_ERROR_ARGUMENT, "the codec's dtype is %s, expected auto or f32",
+    if (!status && options->mimi_dtype != MOSHI_AUTO && options->mimi_dtype != MOSHI_F32 &&
+        options->mimi_dtype != MOSHI_BF16 && options->mimi_dtype != MOSHI_INT8)
+        status = moshi_fail(MOSHI_ERROR_ARGUMENT,
+                            "the codec's dtype is %s, expected auto, f32, bf16 or int8",
                             moshi_dtype_name(options->mimi_dtype));
     model->backend_lock = os_mutex_create();
     if (!status && !model->backend_lock)

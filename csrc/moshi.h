@@ -98,7 +98,9 @@ struct moshi_model_options {
     const char *mimi_config_path; /* default: by config (mimi_config_name), else the built-in one */
     const char *device; /* "auto", "cpu"; NULL is "auto" */
     enum moshi_dtype dtype; /* of the language model's matrices; MOSHI_AUTO: as stored */
-    enum moshi_dtype mimi_dtype; /* of the codec's matrices; only MOSHI_AUTO and MOSHI_F32 today */
+    enum moshi_dtype
+        mimi_dtype; /* of the codec's large matrices: MOSHI_AUTO and MOSHI_F32 are f32, MOSHI_BF16,
+                                    MOSHI_INT8; its activations are f32 */
     int mimi_codebooks; /* 1..32; 0: as many as the language model's larger side, else 8 */
     int threads; /* 0: MOSHI_C_THREADS, else one per core */
     int codec_only; /* open Mimi alone; lm_path and config_path are ignored */
@@ -115,7 +117,7 @@ struct moshi_model_info {
     const char *family; /* "moshi", "hibiki", "stt", "tts", "personaplex"; "mimi" without an LM */
     const char *device; /* "cpu" */
     const char *dtype; /* of the LM's matrices: "f32" to "q4"; "" without an LM */
-    const char *mimi_dtype; /* "f32"; "" without a codec */
+    const char *mimi_dtype; /* of the codec's large matrices: "f32", "bf16", "int8"; "" without */
     const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
     int has_lm, has_mimi;
     int sample_rate; /* Hz */

@@ -2,6 +2,7 @@
  * codes and scales lie in a panel. */
 #include "quant.h"
 
+#include <math.h>
 #include <string.h>
 
 const char *weight_format_name(enum weight_format format)
@@ -90,6 +91,16 @@ void weight_convert(enum weight_format from, const void *source, enum weight_for
 }
 
 /* ---- block formats ---------------------------------------------------------------------- */
+
+float int8_row(const float *values, int cols, int8_t *codes)
+{
+    float most = 0, scale;
+
+    for (int k = 0; k < cols; k++) most = fmaxf(most, fabsf(values[k]));
+    scale = most / 127;
+    for (int k = 0; k < cols; k++) codes[k] = (int8_t)(scale > 0 ? rintf(values[k] / scale) : 0);
+    return scale;
+}
 
 static size_t code_at(enum weight_format format, int row, int column)
 {

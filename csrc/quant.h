@@ -2,8 +2,9 @@
  * new enumerator, its unpacking rule here, and its kernels in the backends.
  *
  * Float formats are read where they lie (often a file map) or as packed panels of f32. The block
- * formats are read from packed panels only; they come from float rows, or from int8 rows as
- * published, by a backend's quantise_matrix. Their rule is w = scale * code:
+ * formats are read from packed panels, and activations become codes too; they come from float rows,
+ * or from int8 rows as published, by a backend's quantise_matrix. int8 rows with their scales are
+ * also read where they lie, by activations that stay f32. Their rule is w = scale * code:
  *
  *   int8  codes -127..127, one f32 scale for each row                8 bits a weight
  *   q8    codes -127..127, one f16 scale for 32 weights of a row     8.5 bits
@@ -85,6 +86,10 @@ static inline struct matrix matrix_rows(struct matrix w, int first, int count)
     w.rows = count;
     return w;
 }
+
+/* The codes of an int8 row and its scale, m / 127 for the largest magnitude m; codes to nearest, ties
+ * to even. `codes` may begin where `values` does. */
+float int8_row(const float *values, int cols, int8_t *codes);
 
 /* Code and scale of one weight of a block format's panel. */
 int panel_code(enum weight_format format, const void *panel, int row, int column);

@@ -289,11 +289,32 @@ static void bind(struct weight_loader *loader, struct tensor *tensor, enum weigh
     free(scales);
 }
 
+/* The same in the lean format. */
+static void bind_lean(struct weight_loader *loader, const struct tensor *tensor, int sets, int rows,
+                      int cols, struct matrix *matrices)
+{
+    int64_t dims[2] = {(int64_t)sets * rows, cols}, elements = (int64_t)rows * cols;
+    if (weights_check(loader, tensor, 2, dims)) return;
+    for (int i = 0; i < sets && !loader->status; ++i) {
+        float *values = malloc((size_t)elements * sizeof *values);
+        if (!values) {
+            loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
+            return;
+        }
+        for (int64_t j = 0; j < elements; ++j) values[j] = tensor_element(tensor, i * elements + j);
+        weights_matrix_from(loader, values, rows, cols, loader->lean, &matrices[i]);
+    }
+}
+
 void weights_matrices(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
                       int cols, struct matrix *matrices)
 {
     memset(matrices, 0, (size_t)sets * sizeof *matrices);
-    if (tensor) bind(loader, tensor, wanted_format(loader, tensor), sets, rows, cols, matrices);
+    if (!tensor) return;
+    if (loader->lean == WEIGHT_F32)
+        bind(loader, tensor, wanted_format(loader, tensor), sets, rows, cols, matrices);
+    else
+        bind_lean(loader, tensor, sets, rows, cols, matrices);
 }
 
 void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
@@ -326,10 +347,45 @@ void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows
     prepare(loader, matrix, format, 0);
 }
 
+/* Rows in the lean format; they are read where they lie. `values` is used up. */
+static void keep_lean(struct weight_loader *loader, float *values, int rows, int cols,
+                      enum weight_format format, struct matrix *matrix)
+{
+    struct weight_store *store = loader->store;
+    const struct backend_ops *ops = store->backend->ops;
+    size_t elements = (size_t)rows * (size_t)cols, bytes = elements * weight_bytes(format);
+    size_t scale_bytes = format == WEIGHT_INT8 ? (size_t)rows * sizeof(float) : 0;
+    void *data = weight_store_allocate(store, bytes), *scales = NULL;
+    if (data && scale_bytes) scales = weight_store_allocate(store, scale_bytes);
+    if (!data || (scale_bytes && !scales)) {
+        loader->status = MOSHI_ERROR_MEMORY;
+        return;
+    }
+    if (format == WEIGHT_INT8) {
+        int8_t *codes = (int8_t *)values;
+        for (int row = 0; row < rows; ++row) {
+            size_t at = (size_t)row * (size_t)cols;
+            float scale = int8_row(values + at, cols, codes + at);
+            ops->upload(store->backend, (float *)scales + row, &scale, sizeof scale);
+        }
+    } else {
+        weight_convert(WEIGHT_F32, values, format, values, elements);
+    }
+    ops->upload(store->backend, data, values, bytes);
+    *matrix = (struct matrix){
+        .format = format, .rows = rows, .cols = cols, .data = data, .scales = scales};
+    store->matrix_bytes += (int64_t)bytes;
+}
+
 void weights_matrix_from(struct weight_loader *loader, float *values, int rows, int cols,
-                         struct matrix *matrix)
+                         enum weight_format format, struct matrix *matrix)
 {
     memset(matrix, 0, sizeof *matrix);
+    if (format != WEIGHT_F32) {
+        if (!loader->status) keep_lean(loader, values, rows, cols, format, matrix);
+        free(values);
+        return;
+    }
     matrix->format = WEIGHT_F32;
     matrix->rows = rows;
     matrix->cols = cols;

@@ -35,8 +35,11 @@ struct weight_loader {
     struct tensor_file *file;
     enum moshi_dtype dtype; /* of matrices; MOSHI_AUTO: as stored */
     int pack;               /* matrices get the backend's own layout */
-    int check_finite;       /* a weight that is not finite is a failure */
-    int status;             /* the first failure */
+    /* Format of the matrices that are read once for a few rows, when it is narrower than f32: bf16,
+     * or int8 with f32 activations; the codec's. */
+    enum weight_format lean;
+    int check_finite; /* a weight that is not finite is a failure */
+    int status; /* the first failure */
 };
 
 /* The tensor of that name, or NULL. Marks it used. */
@@ -53,7 +56,7 @@ void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int row
 /* `sets` such matrices from one tensor [sets * rows][cols]. */
 void weights_matrices(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
                       int cols, struct matrix *matrices);
-/* A matrix for which block formats save nothing: as stored when the dtype is one. */
+/* A matrix for which block formats save nothing: as stored when the dtype is one, never lean. */
 void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                           struct matrix *matrix);
 /* Rows of a table that are only ever looked up: never packed, never a block format. */
@@ -61,9 +64,10 @@ void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows
                    struct matrix *matrix);
 /* `count` elements of any shape as f32. */
 const float *weights_vector(struct weight_loader *loader, struct tensor *tensor, int64_t count);
-/* A matrix of f32 values that the caller computed; takes over `values`, from malloc. */
+/* A matrix of f32 values that the caller computed; takes over `values`, from malloc. `format`: f32,
+ * or what `lean` may be. */
 void weights_matrix_from(struct weight_loader *loader, float *values, int rows, int cols,
-                         struct matrix *matrix);
+                         enum weight_format format, struct matrix *matrix);
 /* Element i of a float tensor. */
 float tensor_element(const struct tensor *tensor, int64_t i);
 /* MOSHI_OK, or the failure; a dtype or shape other than expected is one, and so is, with

@@ -171,7 +171,7 @@ def load_mimi(
     source: hub.PathLike | None = None,
     *,
     device: str = "auto",
-    dtype: Literal["auto", "f32"] = "auto",
+    dtype: Literal["auto", "f32", "bf16", "int8"] = "auto",
     codebooks: int = 8,
     config: hub.PathLike | None = None,
     threads: int | None = None,
@@ -186,7 +186,8 @@ def load_mimi(
         source: None for the small codec in the package, a weight file, or a folder or repository of
             a model.
         device, threads, revision, token, mmap, progress: as for `load`.
-        dtype: "auto" (as stored) or "f32".
+        dtype: of the layers with most weights: "auto" (as stored) or "f32"; "bf16", half the
+            memory to read; "int8" (one scale per row), a quarter. Sound and sums stay float32.
         codebooks: how many codes a frame has, 1 to what the file holds.
         config: the codec's own JSON settings, when no `config.json` beside it names them and they
             are not Mimi's.
@@ -195,7 +196,7 @@ def load_mimi(
         CheckpointError, DeviceError, ValueError: as for `load`.
     """
     device = _device(device)
-    _check_option("dtype", dtype, ("auto", "f32"))
+    _check_option("dtype", dtype, ("auto", "f32", "bf16", "int8"))
     _check_count("codebooks", codebooks)
     _check_count("threads", threads)
     checkpoint = hub.resolve_mimi(
@@ -416,7 +417,7 @@ class Mimi:
 
     @property
     def dtype(self) -> str:
-        """Format of the codec's matrices ("f32")."""
+        """Format of the codec's large matrices: "f32", "bf16" or "int8"."""
         return str(self._info["mimi_dtype"])
 
     def encode(self, audio: Any) -> NDArray[np.int32]:

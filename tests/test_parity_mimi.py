@@ -9,6 +9,8 @@ the comparison would notice two rows of any tensor changing places.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +136,70 @@ def test_whole_files_are_decoded_with_the_full_window(
     assert far(streamed[125 * FRAME :], theirs[125 * FRAME :]) > bound("mimi_stream_window")
     ours = moshi_c.load_mimi(str(mimi_full)).decode(codes.astype(np.int32))
     assert far(ours, theirs) <= bound("mimi_sound")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_narrow_weights_keep_most_codes_and_the_sound(mimi_full: Path, dtype: str) -> None:
+    exact = moshi_c.load_mimi(mimi_full)
+    narrow = moshi_c.load_mimi(mimi_full, dtype=dtype)
+    assert (exact.dtype, narrow.dtype) == ("f32", dtype)
+    pcm = sound.minute()[: 30 * FRAME]
+    codes, ours = exact.encode(pcm), narrow.encode(pcm)
+    assert (ours == codes).mean() >= bound(f"mimi_codes_{dtype}")
+    assert (ours != codes).any()
+    said = exact.decode(codes)
+    noise = narrow.decode(codes) - said
+    assert 10 * np.log10((said**2).sum() / (noise**2).sum()) >= bound(f"mimi_snr_{dtype}")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int8"])
+def test_files_equal_streams_bit_for_bit_while_the_window_is_not_full(
+    mimi_small: Path, dtype: str
+) -> None:
+    """However many frames a call takes, of however many signals."""
+    mimi = moshi_c.load_mimi(mimi_small, dtype=dtype, codebooks=32)
+    pcm = np.stack([sound.minute()[row * 99_000 :][: 10 * FRAME] for row in range(9)])
+    codes = mimi.encode(pcm)
+    said = mimi.decode(codes)
+    for row in (0, 8):
+        stream = mimi.stream()
+        chunks = pcm[row].reshape(-1, FRAME)
+        assert (np.stack([stream.encode(chunk) for chunk in chunks], 1) == codes[row]).all()
+        spoken = [stream.decode(np.ascontiguousarray(column)) for column in codes[row].T]
+        assert (np.concatenate(spoken) == said[row]).all()
+        assert (mimi.encode(pcm[row]) == codes[row]).all()
+
+
+def test_a_stream_goes_on_only_with_weights_of_its_format(mimi_small: Path) -> None:
+    data = moshi_c.load_mimi(mimi_small).stream().snapshot()
+    with pytest.raises(moshi_c.CheckpointError, match="codec"):
+        moshi_c.load_mimi(mimi_small, dtype="bf16").stream().restore(data)
+
+
+LONG = """
+import resource, sys
+import numpy as np, moshi_c
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mimi = moshi_c.load_mimi(sys.argv[1])
+pcm = np.random.default_rng(0).uniform(-0.1, 0.1, 3000 * 1920).astype(np.float32)
+said = np.empty_like(pcm)
+said[:] = mimi.decode(np.concatenate([mimi.encode(pcm[: 60 * 1920])] * 50, 1))
+before = peak()
+codes = mimi.encode(pcm)
+print(peak() - before)
+del said
+mimi.decode(codes)
+print(peak() - before)
+"""
+
+
+def test_long_files_take_no_more_memory_than_short_ones(mimi_small: Path) -> None:
+    """Four minutes, whose widest layer would be 180 MB at once; besides the sound itself."""
+    run = [sys.executable, "-c", LONG, str(mimi_small)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
+    assert all(int(kilobytes) < 8000 for kilobytes in done.stdout.split()), done.stdout
 
 
 # ---- every length, batch and number of codebooks, small sizes ----------------------------------

@@ -40,8 +40,9 @@ struct cpu_kernels {
     /* A row of activations in the order `dot` or `panels` of that format wants, zero padded to
      * padded(columns). y == x is fine where there is room. */
     void (*arrange[WEIGHT_FORMATS])(const float *x, int columns, float *y);
-    /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows. Float formats
-     * only. */
+    /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows, which
+     * for f32 may as well be rows as they are. Float formats, and int8 with rows arranged as for
+     * f32; w are codes then, and their scales not its concern. */
     void (*dot[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *const *x,
                                 int rows, float *y, size_t stride);
     /* The same for packed panels; writes panels * PANEL outputs. f32: w[panels][columns][PANEL] and
@@ -70,14 +71,13 @@ struct cpu_kernels {
     void (*gate)(const float *g, const float *v, size_t n, float *y); /* silu(g) * v */
     void (*add)(const float *u, size_t n, float *y);                  /* y += u */
     void (*add_scaled)(const float *u, const float *scale, size_t n, float *y); /* y += scale*u */
+    /* y = (u + bias) + residual; bias and residual may be NULL. */
+    void (*finish)(const float *u, const float *bias, const float *residual, size_t n, float *y);
 
     /* x = softmax(scale * x), in place; n >= 1 */
     void (*softmax)(float *x, int n, float scale);
     /* y[width] += sum over j of p[j] * values[j][width]; f32 and bf16 only */
     void (*mix[WEIGHT_FORMATS])(const float *p, const void *values, int n, int width, float *y);
-    /* The entry e of [n][width] with the least half_norms[e] - x.e, the first one on a tie. */
-    void (*nearest)(const float *entries, const float *half_norms, int n, int width, const float *x,
-                    float *least, int *index);
 };
 
 #if defined(__x86_64__) && defined(__GNUC__)

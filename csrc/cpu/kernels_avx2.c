@@ -89,6 +89,9 @@ INLINE __m256 load_half(enum weight_format format, const char *w, int second)
 
     if (format == WEIGHT_F32) return _mm256_loadu_ps((const float *)w + 8 * second);
     if (format == WEIGHT_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + second));
+    if (format == WEIGHT_INT8)
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8 * second))));
     both = _mm256_loadu_si256((const __m256i *)w);
     if (second)
         __asm__("vpand %1, %0, %0" : "+x"(both) : "m"(high_halves));
@@ -187,9 +190,10 @@ static void dot_tail(enum weight_format format, int R, int O, const char *w, siz
         memcpy(block, w + (size_t)o * row_bytes + (size_t)k * weight_bytes(format),
                (size_t)left * weight_bytes(format));
         for (int half = 0; half < 2; half++) {
-            __m256 b = format == WEIGHT_F32   ? load_half(WEIGHT_F32, block, half)
-                       : format == WEIGHT_F16 ? load_half(WEIGHT_F16, block, half)
-                                              : load_half(WEIGHT_BF16, block, half);
+            __m256 b = format == WEIGHT_F32    ? load_half(WEIGHT_F32, block, half)
+                       : format == WEIGHT_F16  ? load_half(WEIGHT_F16, block, half)
+                       : format == WEIGHT_BF16 ? load_half(WEIGHT_BF16, block, half)
+                                               : load_half(WEIGHT_INT8, block, half);
 
             for (int r = 0; r < R; r++)
                 partial[r * OUTPUTS + o] = _mm256_fmadd_ps(
@@ -214,7 +218,7 @@ INLINE void dot_eight(enum weight_format format, const char *w, int columns, con
         const char *at = w + (size_t)k * bytes;
         __m256 lo = _mm256_loadu_ps(x + k), hi = _mm256_loadu_ps(x + k + 8);
 
-        if (bytes == 4 || k % (2 * BLOCK) == 0) { /* once for a cache line */
+        if (k % (64 / (int)bytes) == 0) { /* once for a cache line */
             const char *next = at + AHEAD + (k < wrap ? 0 : 7 * row_bytes);
 
             UNROLL
@@ -348,7 +352,14 @@ static void dot_tile_bf16(int R, const char *w, size_t row_bytes, const float *c
     dot_shapes(WEIGHT_BF16, R, w, row_bytes, x, span, partial);
 }
 
-static dot_function *const dot_tiles[WEIGHT_FORMATS] = {dot_tile_f32, dot_tile_f16, dot_tile_bf16};
+static void dot_tile_int8(int R, const char *w, size_t row_bytes, const float *const *x,
+                          const struct span *span, __m256 *partial)
+{
+    dot_shapes(WEIGHT_INT8, R, w, row_bytes, x, span, partial);
+}
+
+static dot_function *const dot_tiles[WEIGHT_FORMATS] = {dot_tile_f32, dot_tile_f16, dot_tile_bf16,
+                                                        dot_tile_int8};
 
 static void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
                      const float *const *x, const struct span *span, __m256 *partial, float *y,
@@ -461,6 +472,12 @@ static void dot_bf16_avx2(const void *w, int columns, int outputs, const float *
                           float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_int8_avx2(const void *w, int columns, int outputs, const float *const *x, int rows,
+                          float *y, size_t stride)
+{
+    dot(WEIGHT_INT8, w, columns, outputs, x, rows, y, stride);
 }
 
 /* ---- panels times rows of activations --------------------------------------------------- */
@@ -839,7 +856,7 @@ INLINE __m256 gate8(__m256 g, __m256 v)
     return _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), down)), v);
 }
 
-void elu_avx2(const float *x, size_t n, float *y)
+static void elu_avx2(const float *x, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -884,6 +901,21 @@ void add_avx2(const float *u, size_t n, float *y)
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(y + i, _mm256_add_ps(_mm256_loadu_ps(y + i), _mm256_loadu_ps(u + i)));
     for (; i < n; i++) y[i] += u[i];
+}
+
+static void finish_avx2(const float *u, const float *bias, const float *residual, size_t n,
+                        float *y)
+{
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(u + i);
+
+        if (bias) v = _mm256_add_ps(v, _mm256_loadu_ps(bias + i));
+        if (residual) v = _mm256_add_ps(v, _mm256_loadu_ps(residual + i));
+        _mm256_storeu_ps(y + i, v);
+    }
+    for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
 }
 
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
@@ -1046,35 +1078,11 @@ void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
-#define SCORES 32 /* entries at a time */
-
-void nearest_avx2(const float *entries, const float *half_norms, int n, int width, const float *x,
-                  float *least, int *index)
-{
-    float scores[SCORES];
-
-    *least = INFINITY;
-    *index = 0;
-    for (int e = 0; e < n; e += SCORES) {
-        int count = n - e < SCORES ? n - e : SCORES;
-
-        dot_f32_avx2(entries + (size_t)e * (size_t)width, width, count, &x, 1, scores, 0);
-        for (int j = 0; j < count; j++) {
-            float distance = half_norms[e + j] - scores[j];
-
-            if (distance < *least) {
-                *least = distance;
-                *index = e + j;
-            }
-        }
-    }
-}
-
 const struct cpu_kernels kernels_avx2 = {
     .name = "avx2",
     .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx2, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
-    .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2},
+    .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2, dot_int8_avx2},
     .panels = {panels_f32_avx2, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
     .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
     .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
@@ -1086,9 +1094,9 @@ const struct cpu_kernels kernels_avx2 = {
     .gate = gate_avx2,
     .add = add_avx2,
     .add_scaled = add_scaled_avx2,
+    .finish = finish_avx2,
     .softmax = softmax_avx2,
     .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
-    .nearest = nearest_avx2,
 };
 
 #if defined(__clang__)

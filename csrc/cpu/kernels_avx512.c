@@ -112,6 +112,13 @@ INLINE __m512 load_half(enum weight_format format, const char *w, int second, in
                                    ? _mm256_loadu_si256((const __m256i *)(const void *)from)
                                    : _mm256_maskz_loadu_epi16(lanes(left - 16 * second), from));
     }
+    if (format == WEIGHT_INT8) {
+        const char *from = w + 16 * second;
+        __m128i codes = left >= BLOCK ? _mm_loadu_si128((const __m128i *)(const void *)from)
+                                      : _mm_maskz_loadu_epi8(lanes(left - 16 * second), from);
+
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    }
     both = left >= BLOCK ? _mm512_loadu_si512(w)
                          : _mm512_maskz_loadu_epi16((__mmask32)((1u << left) - 1), w);
     both = second ? _mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000))
@@ -127,7 +134,10 @@ INLINE void dot_block(enum weight_format format, int R, int O, const char *w, si
         __m512 a[6];
 
         UNROLL
-        for (int r = 0; r < R; r++) a[r] = _mm512_loadu_ps(x[r] + k + 16 * half);
+        for (int r = 0; r < R; r++)
+            a[r] = format != WEIGHT_F32 || left >= BLOCK
+                       ? _mm512_loadu_ps(x[r] + k + 16 * half)
+                       : _mm512_maskz_loadu_ps(lanes(left - 16 * half), x[r] + k + 16 * half);
         UNROLL
         for (int o = 0; o < O; o++) {
             __m512 weights = load_half(format, w + (size_t)o * row_bytes, half, left);
@@ -244,6 +254,12 @@ static void dot_bf16_avx512(const void *w, int columns, int outputs, const float
                             int rows, float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_int8_avx512(const void *w, int columns, int outputs, const float *const *x,
+                            int rows, float *y, size_t stride)
+{
+    dot(WEIGHT_INT8, w, columns, outputs, x, rows, y, stride);
 }
 
 /* ---- panels of floats ------------------------------------------------------------------- */
@@ -524,11 +540,60 @@ static void panels_q4_avx512(const void *w, int columns, int panels, const float
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
 }
 
+/* ---- element by element ----------------------------------------------------------------- */
+
+/* As in kernels_avx2.c, bit for bit. */
+INLINE __m512 exp16(__m512 x)
+{
+    __m512 n, r, q;
+
+    x = _mm512_max_ps(_mm512_set1_ps(-87.3f), x); /* this order keeps NaN */
+    x = _mm512_min_ps(_mm512_set1_ps(88.3f), x);
+    n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), x); /* ln 2 in two pieces */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+    q = _mm512_set1_ps(1.39504788e-3f);
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(8.36888235e-3f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(4.16662060e-2f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(1.66665196e-1f));
+    q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.5f));
+    q = _mm512_fmadd_ps(_mm512_mul_ps(r, r), q, r);
+    q = _mm512_add_ps(q, _mm512_set1_ps(1.0f));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(q),
+                                                _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
+
+static void elu_avx512(const float *x, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
+        __m512 v = _mm512_maskz_loadu_ps(some, x + i);
+        __m512 below = _mm512_sub_ps(exp16(v), _mm512_set1_ps(1.0f));
+        __mmask16 above = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
+
+        _mm512_mask_storeu_ps(y + i, some, _mm512_mask_blend_ps(above, below, v));
+    }
+}
+
+static void finish_avx512(const float *u, const float *bias, const float *residual, size_t n,
+                          float *y)
+{
+    for (size_t i = 0; i < n; i += 16) {
+        __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
+        __m512 v = _mm512_maskz_loadu_ps(some, u + i);
+
+        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, bias + i));
+        if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, residual + i));
+        _mm512_mask_storeu_ps(y + i, some, v);
+    }
+}
+
 const struct cpu_kernels kernels_avx512 = {
     .name = "avx512",
     .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx512, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
-    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512},
+    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},
     .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,
                panels_q4_avx512},
     .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
@@ -536,14 +601,14 @@ const struct cpu_kernels kernels_avx512 = {
     .magnitude = magnitude_avx2,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
-    .elu = elu_avx2,
+    .elu = elu_avx512,
     .gelu = gelu_avx2,
     .gate = gate_avx2,
     .add = add_avx2,
     .add_scaled = add_scaled_avx2,
+    .finish = finish_avx512,
     .softmax = softmax_avx2,
     .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
-    .nearest = nearest_avx2,
 };
 
 #if defined(__clang__)

@@ -68,12 +68,14 @@ static void dot_f32_generic(const void *w, int columns, int outputs, const float
 
 #define CHUNK 512 /* weights widened at a time; a multiple of LANES */
 
-static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint16_t *w, int columns,
-                       int outputs, const float *const *x, int rows, float *y, size_t stride)
+static void dot_narrow(enum weight_format format, void (*widen)(const void *, size_t, float *),
+                       const char *w, int columns, int outputs, const float *const *x, int rows,
+                       float *y, size_t stride)
 {
+    size_t bytes = weight_bytes(format);
     float wide[CHUNK];
 
-    for (int o = 0; o < outputs; o++, w += columns) {
+    for (int o = 0; o < outputs; o++, w += (size_t)columns * bytes) {
         for (int r = 0; r < rows; r++) {
             float sums[LANES] = {0};
 
@@ -82,7 +84,7 @@ static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint1
                 const float *v = x[r] + k;
                 int i = 0;
 
-                widen(w + k, (size_t)n, wide);
+                widen(w + (size_t)k * bytes, (size_t)n, wide);
                 for (; i + LANES <= n; i += LANES)
                     for (int j = 0; j < LANES; j++) sums[j] += wide[i + j] * v[i + j];
                 for (int j = 0; i + j < n; j++) sums[j] += wide[i + j] * v[i + j];
@@ -95,13 +97,19 @@ static void dot_narrow(void (*widen)(const void *, size_t, float *), const uint1
 static void dot_f16_generic(const void *w, int columns, int outputs, const float *const *x,
                             int rows, float *y, size_t stride)
 {
-    dot_narrow(widen_f16_generic, w, columns, outputs, x, rows, y, stride);
+    dot_narrow(WEIGHT_F16, widen_f16_generic, w, columns, outputs, x, rows, y, stride);
 }
 
 static void dot_bf16_generic(const void *w, int columns, int outputs, const float *const *x,
                              int rows, float *y, size_t stride)
 {
-    dot_narrow(widen_bf16_generic, w, columns, outputs, x, rows, y, stride);
+    dot_narrow(WEIGHT_BF16, widen_bf16_generic, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_int8_generic(const void *w, int columns, int outputs, const float *const *x,
+                             int rows, float *y, size_t stride)
+{
+    dot_narrow(WEIGHT_INT8, widen_int8_generic, w, columns, outputs, x, rows, y, stride);
 }
 
 static void panels_f32_generic(const void *weights, int columns, int panels, const float *const *x,
@@ -283,6 +291,13 @@ static void add_scaled_generic(const float *u, const float *scale, size_t n, flo
     for (size_t i = 0; i < n; i++) y[i] += scale[i] * u[i];
 }
 
+static void finish_generic(const float *u, const float *bias, const float *residual, size_t n,
+                           float *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
 static void softmax_generic(float *x, int n, float scale)
 {
     float most = x[0], sum = 0;
@@ -311,26 +326,11 @@ static void mix_bf16_generic(const float *p, const void *values, int n, int widt
         for (int d = 0; d < width; d++) y[d] += p[j] * bf16_to_f32(v[d]);
 }
 
-static void nearest_generic(const float *entries, const float *half_norms, int n, int width,
-                            const float *x, float *least, int *index)
-{
-    *least = INFINITY;
-    *index = 0;
-    for (int e = 0; e < n; e++, entries += width) {
-        float distance = half_norms[e] - dot_f32(entries, x, width);
-
-        if (distance < *least) {
-            *least = distance;
-            *index = e;
-        }
-    }
-}
-
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
     .arrange = {arrange_generic, arrange_generic, arrange_generic, arrange_codes_generic,
                 arrange_codes_generic, arrange_codes_generic},
-    .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic},
+    .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic, dot_int8_generic},
     .panels = {panels_f32_generic, NULL, NULL, panels_int8_generic, panels_q8_generic,
                panels_q4_generic},
     .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
@@ -343,7 +343,7 @@ const struct cpu_kernels kernels_generic = {
     .gate = gate_generic,
     .add = add_generic,
     .add_scaled = add_scaled_generic,
+    .finish = finish_generic,
     .softmax = softmax_generic,
     .mix = {mix_f32_generic, NULL, mix_bf16_generic},
-    .nearest = nearest_generic,
 };

@@ -19,7 +19,6 @@ float magnitude_avx2(const float *x, size_t n);
 void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,
                      float *y);
 void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y);
-void elu_avx2(const float *x, size_t n, float *y);
 void gelu_avx2(const float *x, size_t n, float *y);
 void gate_avx2(const float *g, const float *v, size_t n, float *y);
 void add_avx2(const float *u, size_t n, float *y);
@@ -27,8 +26,6 @@ void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y);
 void softmax_avx2(float *x, int n, float scale);
 void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y);
 void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y);
-void nearest_avx2(const float *entries, const float *half_norms, int n, int width, const float *x,
-                  float *least, int *index);
 
 #endif
 #endif

@@ -87,13 +87,11 @@ static void finish_conv(const struct product *p, int row, int first, int count, 
                         const float *other)
 {
     const struct op_conv *op = p->op;
-    const struct cpu_kernels *kernels = p->cpu->kernels;
     size_t at = (size_t)row * (size_t)op->conv->out + (size_t)first;
 
     (void)other;
-    if (op->conv->bias) kernels->add(op->conv->bias + first, (size_t)count, sums);
-    if (op->residual) kernels->add(op->residual + at, (size_t)count, sums);
-    memcpy(op->y + at, sums, (size_t)count * sizeof *sums);
+    p->cpu->kernels->finish(sums, op->conv->bias ? op->conv->bias + first : NULL,
+                            op->residual ? op->residual + at : NULL, (size_t)count, op->y + at);
 }
 
 void cpu_conv(struct backend *backend, const struct op_conv *op)
@@ -142,14 +140,14 @@ static void finish_transposed(const struct product *p, int row, int first, int c
     float *y = op->y + (size_t)row * (size_t)op->conv->weight.rows + first;
 
     (void)other;
-    for (int done = 0; op->conv->bias && done < count;) {
+    for (int done = 0; done < count;) {
         int channel = (first + done) % out;
         int n = out - channel < count - done ? out - channel : count - done;
 
-        p->cpu->kernels->add(op->conv->bias + channel, (size_t)n, sums + done);
+        p->cpu->kernels->finish(sums + done, op->conv->bias ? op->conv->bias + channel : NULL, NULL,
+                                (size_t)n, y + done);
         done += n;
     }
-    memcpy(y, sums, (size_t)count * sizeof *sums);
 }
 
 /* y[t * stride + p] = w[p] * x[t] + w[stride + p] * x[t-1] (+ bias), channel by channel. */
@@ -223,24 +221,40 @@ struct search {
     const float *residual; /* [n][2 * dim] */
 };
 
+/* The first entry with the least |e|^2 / 2 - x.e, if that is less than before. */
+static void search_block(const struct search *s, int entry, int count, const float *residual,
+                         int rows, struct nearest *best)
+{
+    const float *x[ROWS_MAX] = {NULL};
+    float products[ROWS_MAX * ENTRIES];
+
+    for (int r = 0; r < rows; r++) x[r] = residual + (size_t)r * 2 * (size_t)s->dim;
+    s->cpu->kernels->dot[WEIGHT_F32](s->entries + (size_t)entry * (size_t)s->dim, s->dim, count, x,
+                                     rows, products, ENTRIES);
+    for (int r = 0; r < rows; r++) {
+        for (int e = 0; e < count; e++) {
+            float distance = s->half_norms[entry + e] - products[r * ENTRIES + e];
+
+            if (distance < best[r].distance) best[r] = (struct nearest){distance, entry + e};
+        }
+    }
+}
+
 static void search_task(void *arg, int part, int first, int last)
 {
     const struct search *s = arg;
     struct nearest *best = s->cpu->nearest + (size_t)part * s->cpu->rows;
+    size_t dim = (size_t)s->dim;
 
     for (int i = 0; i < s->n; i++) best[i] = (struct nearest){INFINITY, 0};
     for (int unit = first; unit < last; unit++) {
         int entry = unit * ENTRIES;
         int count = s->bins - entry < ENTRIES ? s->bins - entry : ENTRIES;
 
-        for (int i = 0; i < s->n; i++) {
-            float least;
-            int index;
+        for (int i = 0; i < s->n; i += ROWS_MAX) {
+            int rows = s->n - i < ROWS_MAX ? s->n - i : ROWS_MAX;
 
-            s->cpu->kernels->nearest(s->entries + (size_t)entry * (size_t)s->dim,
-                                     s->half_norms + entry, count, s->dim,
-                                     s->residual + (size_t)i * 2 * (size_t)s->dim, &least, &index);
-            if (least < best[i].distance) best[i] = (struct nearest){least, entry + index};
+            search_block(s, entry, count, s->residual + (size_t)i * 2 * dim, rows, best + i);
         }
     }
 }

@@ -42,6 +42,8 @@ static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w
     kernels->dot[w->format]((const char *)w->data +
                                 (size_t)first * (size_t)w->cols * weight_bytes(w->format),
                             w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
+    for (int r = 0; w->scales && r < n; r++)
+        for (int o = 0; o < count; o++) block->sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
     return block->sums;
 }
 
@@ -105,6 +107,11 @@ static void prepare_task(void *arg, int part, int first, int last)
     int columns = p->weight->cols;
     size_t stride = padded(columns);
 
+    /* int8 rows are read by plain floats; the arrangement of their format is the panels'. */
+    enum weight_format format = p->weight->packed || p->weight->format != WEIGHT_INT8
+                                    ? p->weight->format
+                                    : WEIGHT_F32;
+
     (void)part;
     for (int row = first; row < last; row++) {
         const float *x = row_of(p, row);
@@ -115,7 +122,7 @@ static void prepare_task(void *arg, int part, int first, int last)
             norm_row(p->cpu, p->norm, x, columns, y);
             x = y;
         }
-        if (arranged(p->weight)) p->cpu->kernels->arrange[p->weight->format](x, columns, y);
+        if (arranged(p->weight)) p->cpu->kernels->arrange[format](x, columns, y);
     }
 }
 

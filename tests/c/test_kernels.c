@@ -113,15 +113,31 @@ static void poison(void *memory, size_t bytes)
     memset(memory, 0xff, bytes); /* floats: NaN */
 }
 
-/* Aligned to its element only, as in a checkpoint. */
-static struct matrix take_matrix(enum weight_format format, int rows, int cols)
+/* Rows in that format, aligned to its element only, as in a checkpoint. */
+static struct matrix matrix_of(enum weight_format format, int rows, int cols, const float *values)
 {
     size_t n = (size_t)rows * (size_t)cols;
-    float amplitude = 2.0f / sqrtf((float)cols), *values = take_random(n, amplitude);
     char *data = (char *)take(n * 4 + 8) + weight_bytes(format);
+    struct matrix matrix = {.format = format, .rows = rows, .cols = cols, .data = data};
 
-    weight_convert(WEIGHT_F32, values, format, data, n);
-    return (struct matrix){.format = format, .rows = rows, .cols = cols, .data = data};
+    if (format == WEIGHT_INT8) {
+        float *scales = take((size_t)rows * sizeof *scales);
+
+        for (int r = 0; r < rows; r++)
+            scales[r] = int8_row(values + (size_t)r * (size_t)cols, cols,
+                                 (int8_t *)data + (size_t)r * (size_t)cols);
+        matrix.scales = scales;
+    } else {
+        weight_convert(WEIGHT_F32, values, format, data, n);
+    }
+    return matrix;
+}
+
+static struct matrix take_matrix(enum weight_format format, int rows, int cols)
+{
+    float amplitude = 2.0f / sqrtf((float)cols);
+
+    return matrix_of(format, rows, cols, take_random((size_t)rows * (size_t)cols, amplitude));
 }
 
 static struct backend *backends[9]; /* three of each instruction set: 1, 2, 3 threads */
@@ -145,6 +161,8 @@ static double weight_at(const struct matrix *m, size_t i)
 {
     float value;
 
+    if (m->format == WEIGHT_INT8)
+        return (double)m->scales[i / (size_t)m->cols] * ((const int8_t *)m->data)[i];
     weight_convert(m->format, (const char *)m->data + i * weight_bytes(m->format), WEIGHT_F32,
                    &value, 1);
     return value;
@@ -210,14 +228,10 @@ static double naive_block_dot(const struct matrix *m, int row, const double *x)
 static double naive_dot(const struct matrix *m, int row, const double *x)
 {
     if (m->packed) return naive_block_dot(m, row, x);
-    size_t columns = (size_t)m->cols, mark = arena_used;
-    const char *from = (const char *)m->data + (size_t)row * columns * weight_bytes(m->format);
-    float *w = take(columns * sizeof *w);
+    size_t columns = (size_t)m->cols;
     double sum = 0;
 
-    weight_convert(m->format, from, WEIGHT_F32, w, columns);
-    for (size_t k = 0; k < columns; k++) sum += w[k] * x[k];
-    arena_used = mark;
+    for (size_t k = 0; k < columns; k++) sum += weight_at(m, (size_t)row * columns + k) * x[k];
     return sum;
 }
 
@@ -928,7 +942,6 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
     size_t rows_w = (size_t)(stride * out), cols = (size_t)(2 * s->in);
     float *dense = take(rows_w * cols * sizeof *dense);
     float *thin = take((size_t)(kernel * s->in) * sizeof *thin);
-    void *data = take(rows_w * cols * 4);
     struct conv conv = {.in = s->in,
                         .out = out,
                         .kernel = kernel,
@@ -952,9 +965,7 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
                 dense[(size_t)(k % stride * out + d) * cols +
                       (size_t)(k < stride ? s->in + c : c)] = weight[(c * out + d) * kernel + k];
     if (!depthwise) {
-        weight_convert(WEIGHT_F32, dense, s->format, data, rows_w * cols);
-        conv.weight = (struct matrix){
-            .format = s->format, .rows = (int)rows_w, .cols = (int)cols, .data = data};
+        conv.weight = matrix_of(s->format, (int)rows_w, (int)cols, dense);
         for (int c = 0; c < s->in; c++) /* the naive side reads the rounded weights */
             for (int d = 0; d < out; d++)
                 for (int k = 0; k < kernel; k++)
@@ -1273,7 +1284,9 @@ static const int sizes[][2] = {{1, 1}, {7, 5}, {31, 33}, {64, 16}, {130, 100}, {
 /* All row counts and sizes; every variant in turn. */
 static void check_products(const char *operation, case_function *function, int variants, int levels)
 {
-    for (int format = 0; format < 3; format++) {
+    int formats = function == case_embed ? 3 : 4; /* int8: rows with activations in f32 */
+
+    for (int format = 0; format < formats; format++) {
         for (int packed = 0; packed < 2; packed++) {
             struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
             char detail[32];
@@ -1390,7 +1403,7 @@ static void check_codec(void)
     static const int transposed[][4] = {{8, 5, 4, 3}, {17, 33, 2, 2}, {40, 16, 8, 1}};
 
     for (int packed = 0; packed < 2; packed++) {
-        for (int format = 0; format < 3; format++) {
+        for (int format = 0; format < 4; format++) {
             struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
             char detail[32];
 
