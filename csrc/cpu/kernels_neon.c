@@ -108,34 +108,40 @@ static void widen_int8_neon(const void *w, size_t n, float *y)
 
 /* ---- rows of weights times rows of activations ------------------------------------------ */
 
-/* One step of a tile: `left` columns from k, a block of R rows of activations and O rows of
- * weights. Neither is read past the row's end. */
+/* One step of a tile: a block of R rows of activations and O rows of weights. */
 INLINE void dot_block(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
-                      const float *const *x, int k, int left, float32x4_t (*s)[8])
+                      const float *const *x, int k, float32x4_t (*s)[8])
 {
     UNROLL
     for (int half = 0; half < 2; half++) {
         float32x4_t a[4];
 
         UNROLL
-        for (int r = 0; r < R; r++)
-            a[r] = left >= BLOCK ? vld1q_f32(x[r] + k + 4 * half)
-                                 : load_some(x[r] + k + 4 * half, left - 4 * half);
+        for (int r = 0; r < R; r++) a[r] = vld1q_f32(x[r] + k + 4 * half);
         UNROLL
         for (int o = 0; o < O; o++) {
-            const char *from = w + (size_t)o * row_bytes;
-            char some[BLOCK * 4] = {0};
-            float32x4_t weights;
+            float32x4_t weights = load_half(format, w + (size_t)o * row_bytes, half);
 
-            if (left < BLOCK) {
-                memcpy(some, from, (size_t)left * weight_bytes(format));
-                from = some;
-            }
-            weights = load_half(format, from, half);
             UNROLL
             for (int r = 0; r < R; r++) s[r][o] = vfmaq_f32(s[r][o], weights, a[r]);
         }
     }
+}
+
+/* The last `left` < BLOCK columns, k and on, followed by zeros: nothing is read past a row's end. */
+INLINE void dot_tail(enum weight_format format, int R, int O, const char *w, size_t row_bytes,
+                     const float *const *x, int k, int left, float32x4_t (*s)[8])
+{
+    size_t bytes = weight_bytes(format);
+    _Alignas(16) char weights[8][BLOCK * 4] = {{0}};
+    float activations[4][BLOCK] = {{0}};
+    const float *rows[4];
+
+    for (int o = 0; o < O; o++)
+        memcpy(weights[o], w + (size_t)o * row_bytes + (size_t)k * bytes, (size_t)left * bytes);
+    for (int r = 0; r < R; r++)
+        rows[r] = memcpy(activations[r], x[r] + k, (size_t)left * sizeof *x[r]);
+    dot_block(format, R, O, weights[0], sizeof *weights, rows, 0, s);
 }
 
 /* R rows of activations and O rows of weights: 8, 4 or 1. */
@@ -152,9 +158,8 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
         for (int o = 0; o < O; o++) s[r][o] = vdupq_n_f32(0);
     }
     for (; k + BLOCK <= columns; k += BLOCK)
-        dot_block(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, BLOCK, s);
-    if (k < columns)
-        dot_block(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, columns - k, s);
+        dot_block(format, R, O, w + (size_t)k * bytes, row_bytes, x, k, s);
+    if (k < columns) dot_tail(format, R, O, w, row_bytes, x, k, columns - k, s);
     UNROLL
     for (int r = 0; r < R; r++) {
         float *to = y + (size_t)r * stride;
@@ -397,8 +402,8 @@ INLINE float32x4_t exp4(float32x4_t x)
     r = vfmsq_f32(r, n, vdupq_n_f32(LN2_LOW));
     q = vfmaq_f32(r, vmulq_f32(r, r), polynomial4(exp_terms, 5, r));
     q = vaddq_f32(q, vdupq_n_f32(1.0f));
-    return vreinterpretq_f32_s32(
-        vaddq_s32(vreinterpretq_s32_f32(q), vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(q),
+                                           vshlq_n_s32(vcvtq_s32_f32(n), 23)));
 }
 
 INLINE float32x4_t erf4(float32x4_t x)

@@ -1,7 +1,10 @@
 /* kernels_neon.h: what the files of ARM share: panels of codes for the multiplication that the file
  * defines. Before the file includes this it says how many rows of activations work side by side
- * (MOST_ROWS, 4 at most), and whether its multiplication takes codes as they are stored
- * (STORED_CODES), or is one of signed bytes. */
+ * (MOST_ROWS, 2 or 4), whether its multiplication takes codes as they are stored (STORED_CODES, else
+ * it is one of signed bytes), and the name of its dot product of bytes if it has one.
+ *
+ * The instructions that not every processor has are written out: compilers differ in whether they
+ * have intrinsics for a part of a program. */
 #ifndef MOSHI_CPU_KERNELS_NEON_H
 #define MOSHI_CPU_KERNELS_NEON_H
 
@@ -10,11 +13,16 @@
 #include "kernels.h"
 #include "shared.h"
 
+/* Without "full" clang unrolls before it knows how often, and never again. */
 #if defined(__clang__)
-#define UNROLL _Pragma("unroll")
+#define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
+
+/* Compilers would rather read weights far ahead, and spill sums for them. Multiplications stay where
+ * they are written by being volatile, and memory is read anew after this. */
+#define KEEP_ORDER __asm__ volatile("" : : : "memory")
 
 typedef void panels_function(const void *w, int columns, int panels, const float *const *x,
                              int rows, float *y, size_t stride);
@@ -39,8 +47,7 @@ INLINE uint8x16_t load_codes(enum weight_format format, const uint8_t *at, int g
 {
     uint8x16_t codes = vld1q_u8(at);
 
-    if (format == WEIGHT_Q4)
-        return group ? vshrq_n_u8(codes, 4) : vandq_u8(codes, vdupq_n_u8(15));
+    if (format == WEIGHT_Q4) return group ? vshrq_n_u8(codes, 4) : vandq_u8(codes, vdupq_n_u8(15));
     return STORED_CODES ? codes : veorq_u8(codes, vdupq_n_u8(128));
 }
 
@@ -48,6 +55,49 @@ INLINE uint8x16_t load_codes(enum weight_format format, const uint8_t *at, int g
  * the 16 outputs of a panel; `at` and each x[r] are the group's. */
 INLINE void add_group(enum weight_format format, int R, const uint8_t *at, int group,
                       const int8_t *const *x, int32x4_t (*sums)[4]);
+
+#if defined(DOT_INSTRUCTION)
+
+#define DOT_CASE(lane)                                                                             \
+    case lane:                                                                                     \
+        __asm__ volatile(DOT_INSTRUCTION " %0.4s, %1.16b, %2.4b[" #lane "]"                        \
+                         : "+w"(sums)                                                              \
+                         : "w"(w), "w"(a));                                                        \
+        break;
+
+/* Adds to each of four sums its four codes times the four of `a` that `lane` says. */
+INLINE int32x4_t add_dots(int32x4_t sums, uint8x16_t w, int8x16_t a, int lane)
+{
+    switch (lane) {
+        DOT_CASE(0)
+        DOT_CASE(1)
+        DOT_CASE(2)
+        DOT_CASE(3)
+    }
+    return sums;
+}
+
+/* An add_group. */
+INLINE void add_group_dots(enum weight_format format, int R, const uint8_t *at, int group,
+                           const int8_t *const *x, int32x4_t (*sums)[4])
+{
+    for (int c = 0; c < GROUP; c += 16, at += 16 * PANEL) {
+        int8x16_t a[MOST_ROWS];
+
+        KEEP_ORDER;
+        UNROLL
+        for (int r = 0; r < R; r++) a[r] = vld1q_s8(x[r] + c);
+        UNROLL
+        for (int i = 0; i < 16; i++) {
+            uint8x16_t w = load_codes(format, at + 16 * i, group);
+
+            UNROLL
+            for (int r = 0; r < R; r++) sums[r][i % 4] = add_dots(sums[r][i % 4], w, a[r], i / 4);
+        }
+    }
+}
+
+#endif
 
 /* sums[r][4] are those of a panel's 16 outputs so far. Where weights are multiplied with their
  * offset, the products begin with what that would add. */
@@ -57,6 +107,7 @@ INLINE void code_tile(enum weight_format format, int R, const char *tile,
     const uint8_t *codes = (const uint8_t *)(format == WEIGHT_INT8 ? tile : tile + 4 * PANEL);
     int offset = format == WEIGHT_Q4 || STORED_CODES ? CODE_OFFSET(format) : 0;
 
+    UNROLL
     for (int group = 0; group < 2; group++) {
         const int8_t *rows[MOST_ROWS];
         int32x4_t dots[MOST_ROWS][4];

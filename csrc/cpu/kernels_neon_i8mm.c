@@ -1,6 +1,5 @@
 /* kernels_neon_i8mm.c: panels of codes for ARM with usdot, for one row of activations, and usmmla,
- * for more; both multiply codes as they are stored. The instructions are written out, as in
- * kernels_neon_dot.c. */
+ * for more; both multiply codes as they are stored. */
 #include "kernels.h"
 
 #if defined(MOSHI_CPU_ARM)
@@ -18,46 +17,15 @@
 
 #define MOST_ROWS 4
 #define STORED_CODES 1
+#define DOT_INSTRUCTION "usdot"
 
 #include "kernels_neon.h"
-
-#define USDOT(lane)                                                                                \
-    __asm__("usdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sums) : "w"(w), "w"(a));                \
-    break
-
-/* Adds to each of four sums its four codes times the four of `a` that `lane` says. */
-INLINE int32x4_t add_dots(int32x4_t sums, uint8x16_t w, int8x16_t a, int lane)
-{
-    switch (lane) {
-    case 0:
-        USDOT(0);
-    case 1:
-        USDOT(1);
-    case 2:
-        USDOT(2);
-    case 3:
-        USDOT(3);
-    }
-    return sums;
-}
 
 /* sums[i][j] += w[i][8] . a[j][8] */
 INLINE int32x4_t add_matrices(int32x4_t sums, uint32x4_t w, int8x16_t a)
 {
-    __asm__("usmmla %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(w), "w"(a));
+    __asm__ volatile("usmmla %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(w), "w"(a));
     return sums;
-}
-
-INLINE void add_group_one(enum weight_format format, const uint8_t *at, int group, const int8_t *x,
-                          int32x4_t *sums)
-{
-    for (int c = 0; c < GROUP; c += 16, at += 16 * PANEL) {
-        int8x16_t a = vld1q_s8(x + c);
-
-        UNROLL
-        for (int i = 0; i < 16; i++)
-            sums[i % 4] = add_dots(sums[i % 4], load_codes(format, at + 16 * i, group), a, i / 4);
-    }
 }
 
 /* A product has two outputs and two rows; a row without a neighbour is its own. Fours of columns are
@@ -76,6 +44,7 @@ INLINE void add_group_pairs(enum weight_format format, int R, const uint8_t *at,
     for (int c = 0; c < GROUP; c += 8, at += 8 * PANEL) {
         int8x16_t a[MOST_ROWS / 2];
 
+        KEEP_ORDER;
         UNROLL
         for (int r = 0; r < R; r += 2)
             a[r / 2] = vcombine_s8(vld1_s8(x[r] + c), vld1_s8(x[r + 1 < R ? r + 1 : r] + c));
@@ -108,7 +77,7 @@ INLINE void add_group(enum weight_format format, int R, const uint8_t *at, int g
                       const int8_t *const *x, int32x4_t (*sums)[4])
 {
     if (R == 1)
-        add_group_one(format, at, group, x[0], sums[0]);
+        add_group_dots(format, 1, at, group, x, sums);
     else
         add_group_pairs(format, R, at, group, x, sums);
 }

@@ -130,9 +130,12 @@ static struct matrix take_matrix(enum weight_format format, int rows, int cols)
 static const char *const isas[] = {
     "generic",
 #if defined(__x86_64__)
-    "avx2",    "avx512",
+    "avx2",
+    "avx512",
 #elif defined(__aarch64__)
-    "neon",    "neon_dot", "neon_i8mm",
+    "neon",
+    "neon_dot",
+    "neon_i8mm",
 #endif
 };
 
@@ -2140,8 +2143,8 @@ static double read_once(int threads)
         for (int j = 0; j < (chains); j++) sums[j] = set((float)j);                                \
         for (int i = 0; i < 1000000; i++) {                                                        \
             __asm__ volatile("" : held(a));                                                        \
-            _Pragma("GCC unroll 24") for (int j = 0; j < (chains); j++) sums[j] = fma(sums[j], a,  \
-                                                                                      a);          \
+            _Pragma("GCC unroll 24") for (int j = 0; j < (chains); j++)                            \
+                sums[j] = fma(sums[j], a, a);                                                      \
         }                                                                                          \
         for (int j = 0; j < (chains); j++) {                                                       \
             store(out, sums[j]);                                                                   \
@@ -2481,7 +2484,7 @@ int main(int argc, char **argv)
     test_too_little_scratch_is_an_error();
     test_bad_logits_are_an_error(backends[0]);
     test_subnormals_are_zero_in_a_stage_alone(backends[0]);
-    for (int b = 0; b < n_backends; b++) test_sample_draws_as_defined(backends[b]);
+    for (int b = 0; b < (quick ? 3 : n_backends); b++) test_sample_draws_as_defined(backends[b]);
     test_sample_follows_the_softmax(backends[0]);
     check_delays(backends[0], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
     check_delays(backends[0], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
