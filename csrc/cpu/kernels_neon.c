@@ -8,7 +8,7 @@
  * goes through the columns in order. Tiles of several rows and outputs share loads, but each sum is
  * made in that order in any tile: the bits don't depend on the shape.
  *
- * Nothing is fetched in advance; these processors find streams by themselves. */
+ * Nothing is fetched in advance: no such machine has been measured yet. */
 #include "kernels.h"
 
 #if defined(MOSHI_CPU_ARM)
@@ -53,8 +53,8 @@ INLINE float fold(float32x4_t v)
 
 /* ---- formats ---------------------------------------------------------------------------- */
 
-/* The first or the second vector of a block. Interleaving with zeros is the widening of bf16 that
- * most processors do twice a cycle. */
+/* The first or the second vector of a block. bf16 is interleaved with zeros, because many processors
+ * have more units for that than for shifts. */
 INLINE float32x4_t load_half(enum weight_format format, const char *w, int second)
 {
     uint16x8_t both, zeros = vdupq_n_u16(0);

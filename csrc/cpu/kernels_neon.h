@@ -52,7 +52,7 @@ INLINE uint8x16_t load_codes(enum weight_format format, const uint8_t *at, int g
 }
 
 /* The file's own: adds to sums[R][4] the products of the codes of a group, R rows of activations and
- * the 16 outputs of a panel; `at` and each x[r] are the group's. */
+ * the 16 outputs of a panel; `at` and each x[r] are the group's. The sums of a row come in equal. */
 INLINE void add_group(enum weight_format format, int R, const uint8_t *at, int group,
                       const int8_t *const *x, int32x4_t (*sums)[4]);
 

@@ -39,7 +39,7 @@ INLINE void add_group_pairs(enum weight_format format, int R, const uint8_t *at,
     for (int r = 0; r < R; r += 2) {
         UNROLL
         for (int v = 0; v < 8; v++)
-            pairs[r / 2][v] = vzip1q_s32(sums[r][v / 2], sums[r + 1 < R ? r + 1 : r][v / 2]);
+            pairs[r / 2][v] = vzip1q_s32(sums[r][0], sums[r + 1 < R ? r + 1 : r][0]);
     }
     for (int c = 0; c < GROUP; c += 8, at += 8 * PANEL) {
         int8x16_t a[MOST_ROWS / 2];
