@@ -141,17 +141,27 @@ build/session: build/release/examples/session.o build/libmoshi.a
 
 CC_aarch64 := aarch64-linux-gnu-gcc
 FLAGS_aarch64 := -O3 -Werror
-QEMU_aarch64 := qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu
+QEMU_aarch64 := $(QEMU) max
+# Processors without and with the dot product, and with i8mm, and the kernels that they should have.
+KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
 $(eval $(call variant,aarch64))
 
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
 	@$(CC_aarch64) $(FLAGS_aarch64) $^ -o $@ $(LINK)
 
-.PHONY: aarch64 aarch64-session
+.PHONY: aarch64 aarch64-session aarch64-kernels
 aarch64: aarch64-session ## the C tests and a conversation as on ARM, compared with this machine's
 	$(call run_c_tests,aarch64,$(C_TESTS),$(QEMU_aarch64))
 
-aarch64-session: $(VENV)/.core libmoshi
+aarch64-kernels: ## some shapes of every kernel for ARM, and which kernels a processor gets
+	@scripts/setup_debian.sh aarch64
+	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/test_kernels
+	@set -e; for pair in $(KERNELS_aarch64); do \
+	    echo "$$pair"; $(QEMU) $${pair%=*} build/aarch64/test_kernels best $${pair#*=}; done
+	$(QEMU_aarch64) build/aarch64/test_kernels quick
+
+aarch64-session: $(VENV)/.core libmoshi aarch64-kernels
 	@scripts/setup_debian.sh aarch64 sound
 	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/session $(C_TESTS:tests/c/%.c=build/aarch64/%)
 	$(BIN)/python scripts/same_conversation.py build/session $(QEMU_aarch64) build/aarch64/session

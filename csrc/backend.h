@@ -391,7 +391,7 @@ struct backend_ops {
 struct backend {
     const struct backend_ops *ops;
     const char *device; /* "cpu" */
-    const char *isa; /* what the kernels use: "generic", "avx2", "avx512" */
+    const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
     int failure; /* sticky status, MOSHI_OK if none */
     char sentence[256]; /* of the failure */
@@ -401,7 +401,8 @@ struct backend {
 void backend_fail(struct backend *backend, int status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* threads: 0 is one per core. MOSHI_C_ISA=generic|avx2|avx512 forces the kernels. */
+/* threads: 0 is one per core. MOSHI_C_ISA forces the kernels: generic, avx2, avx512,
+ * neon, neon_dot, neon_i8mm. */
 int cpu_backend_create(int threads, struct backend **backend);
 /* Wraps another backend (and owns it): writes name, shape, range and a hash of each operation's
  * output to the file, and sticks a failure at the first value that is not finite. */

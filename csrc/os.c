@@ -27,6 +27,12 @@
 #include <linux/futex.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
 #endif
 
 #include "status.h"
@@ -320,6 +326,24 @@ const char *os_environment(const char *name)
 int64_t os_process(void)
 {
     return (int64_t)getpid();
+}
+
+int os_cpu_has(enum os_cpu_feature feature)
+{
+#if defined(__linux__) && defined(__aarch64__)
+    /* HWCAP_ASIMDDP and HWCAP2_I8MM; not every system's headers have the names. */
+    return feature == OS_CPU_DOTPROD ? (getauxval(AT_HWCAP) >> 20 & 1) != 0
+                                     : (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
+#elif defined(__APPLE__) && defined(__aarch64__)
+    const char *name = feature == OS_CPU_DOTPROD ? "hw.optional.arm.FEAT_DotProd"
+                                                 : "hw.optional.arm.FEAT_I8MM";
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(name, &value, &bytes, NULL, 0) == 0 && value != 0;
+#else
+    (void)feature;
+    return 0;
+#endif
 }
 
 static void *thread_main(void *arg)

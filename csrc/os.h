@@ -39,6 +39,11 @@ int64_t os_memory_free(void); /* available, 0 if unknown */
 const char *os_environment(const char *name); /* NULL if unset or empty */
 int64_t os_process(void); /* this process's number */
 
+enum os_cpu_feature { OS_CPU_DOTPROD, OS_CPU_I8MM };
+
+/* Instructions of ARM, which the system has to be asked for; 0 on other processors. */
+int os_cpu_has(enum os_cpu_feature feature);
+
 struct os_thread;
 struct os_mutex;
 struct os_condition;

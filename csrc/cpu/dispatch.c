@@ -1,4 +1,5 @@
 /* dispatch.c: which kernels this machine runs. */
+#include <stdio.h>
 #include <string.h>
 
 #include "../os.h"
@@ -25,6 +26,16 @@ static int has_avx512(void)
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(MOSHI_CPU_ARM)
+static int has_dot(void)
+{
+    return os_cpu_has(OS_CPU_DOTPROD);
+}
+
+static int has_i8mm(void)
+{
+    return has_dot() && os_cpu_has(OS_CPU_I8MM);
+}
 #endif
 
 static int always(void)
@@ -41,8 +52,26 @@ static const struct {
 #if defined(MOSHI_CPU_X86)
     {&kernels_avx2, has_avx2},
     {&kernels_avx512, has_avx512},
+#elif defined(MOSHI_CPU_ARM)
+    {&kernels_neon, always},
+    {&kernels_neon_dot, has_dot},
+    {&kernels_neon_i8mm, has_i8mm},
 #endif
 };
+
+static int fail_unknown(const char *wanted)
+{
+    int count = (int)(sizeof tables / sizeof *tables);
+    char names[64] = "";
+
+    for (int i = 0, used = 0; i < count; i++)
+        used += snprintf(names + used, sizeof names - (size_t)used, "%s%s",
+                         i == 0           ? ""
+                         : i == count - 1 ? " or "
+                                          : ", ",
+                         tables[i].kernels->name);
+    return moshi_fail(MOSHI_ERROR_ARGUMENT, "MOSHI_C_ISA is \"%s\", expected %s", wanted, names);
+}
 
 int kernels_choose(const struct cpu_kernels **kernels)
 {
@@ -54,9 +83,7 @@ int kernels_choose(const struct cpu_kernels **kernels)
         if (wanted && strcmp(wanted, tables[i].kernels->name) == 0) found = i;
     }
     if (!wanted) return MOSHI_OK;
-    if (found < 0)
-        return moshi_fail(MOSHI_ERROR_ARGUMENT,
-                          "MOSHI_C_ISA is \"%s\", expected generic, avx2 or avx512", wanted);
+    if (found < 0) return fail_unknown(wanted);
     if (!tables[found].usable())
         return moshi_fail(MOSHI_ERROR_DEVICE,
                           "MOSHI_C_ISA is %s, which this machine can't run (it has %s)", wanted,

@@ -82,11 +82,15 @@ struct cpu_kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MOSHI_CPU_X86 1
+#elif defined(__AARCH64EL__) && defined(__GNUC__)
+#define MOSHI_CPU_ARM 1
 #endif
 
 extern const struct cpu_kernels kernels_generic;
 #if defined(MOSHI_CPU_X86)
 extern const struct cpu_kernels kernels_avx2, kernels_avx512;
+#elif defined(MOSHI_CPU_ARM)
+extern const struct cpu_kernels kernels_neon, kernels_neon_dot, kernels_neon_i8mm;
 #endif
 
 /* The best table this machine can run, or the one MOSHI_C_ISA names. */

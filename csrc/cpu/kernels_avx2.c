@@ -5,12 +5,7 @@
  * 16 its even elements are floats, with the low halves masked away its odd ones, so `arrange` sorts
  * each 16 activations into even and odd ones. `panels` has one lane for each output and goes
  * through the columns in order. Tiles of several rows and outputs share loads, but each sum is made
- * in that order in any tile: the bits don't depend on the shape.
- *
- * exp: n = round(x / ln 2), r = x - n ln 2, e^r = 1 + r + r^2 q(r), then n is added to the
- * exponent.
- * erf: x p(x^2) below 1, else 1 - exp(-s(x)). The polynomials are minimax fits; both are within
- * 2 ulp. */
+ * in that order in any tile: the bits don't depend on the shape. */
 #include "kernels_x86.h"
 
 #if defined(MOSHI_CPU_X86)
@@ -28,10 +23,9 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* Compiled for this instruction set, too. */
 #include "quantise.h"
+#include "shared.h"
 
 #define AHEAD 2048 /* bytes */
 #define BLOCK 16   /* weights */
@@ -107,11 +101,6 @@ INLINE __m256 widen_bf16(const uint16_t *w)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
-void widen_f32_avx2(const void *w, size_t n, float *y)
-{
-    memcpy(y, w, n * sizeof *y);
-}
-
 void widen_f16_avx2(const void *w, size_t n, float *y)
 {
     const uint16_t *h = w;
@@ -143,12 +132,6 @@ void widen_int8_avx2(const void *w, size_t n, float *y)
         _mm256_storeu_ps(y + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow)));
     }
     for (; i < n; i++) y[i] = codes[i];
-}
-
-void arrange_plain_avx2(const float *x, int columns, float *y)
-{
-    if (y != x) memcpy(y, x, (size_t)columns * sizeof *y);
-    memset(y + columns, 0, (padded(columns) - (size_t)columns) * sizeof *y);
 }
 
 static void arrange_bf16_avx2(const float *x, int columns, float *y)
@@ -398,12 +381,6 @@ static void dot_few(enum weight_format format, const char *w, int columns, const
     __m256 partial[3 * OUTPUTS];
 
     dot_tile(format, rows, O, w, columns, x, &span, partial, y, stride);
-}
-
-/* Where tile t of `tiles` begins, all nearly equal in height. */
-INLINE int tile_start(int rows, int tiles, int t)
-{
-    return rows * t / tiles;
 }
 
 /* More rows, and 4 to OUTPUTS outputs, by four: the columns in spans, so that a span of all
@@ -764,45 +741,29 @@ static void panels_q4_avx2(const void *w, int columns, int panels, const float *
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
 }
 
-int quantise_int8_avx2(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_INT8, w, scales, tile);
-}
-
-int quantise_q8_avx2(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_Q8, w, scales, tile);
-}
-
-int quantise_q4_avx2(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_Q4, w, scales, tile);
-}
-
-float magnitude_avx2(const float *x, size_t n)
-{
-    return largest_magnitude(x, n);
-}
-
 /* ---- functions -------------------------------------------------------------------------- */
 
-/* Saturates below exp(-87.3) and above exp(88.3). */
+/* The polynomial of `count` terms, the highest power's first. */
+INLINE __m256 polynomial8(const float *terms, int count, __m256 x)
+{
+    __m256 y = _mm256_set1_ps(terms[0]);
+
+    UNROLL
+    for (int i = 1; i < count; i++) y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(terms[i]));
+    return y;
+}
+
 INLINE __m256 exp8(__m256 x)
 {
     __m256 n, r, q;
 
-    x = _mm256_max_ps(_mm256_set1_ps(-87.3f), x); /* this order keeps NaN */
-    x = _mm256_min_ps(_mm256_set1_ps(88.3f), x);
-    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+    x = _mm256_max_ps(_mm256_set1_ps(EXP_LEAST), x); /* this order keeps NaN */
+    x = _mm256_min_ps(_mm256_set1_ps(EXP_MOST), x);
+    n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(PER_LN2)),
                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e4p-1f), x); /* ln 2 in two pieces */
-    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.7f7d1cp-20f), r);
-    q = _mm256_set1_ps(1.39504788e-3f);
-    q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(8.36888235e-3f));
-    q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(4.16662060e-2f));
-    q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(1.66665196e-1f));
-    q = _mm256_fmadd_ps(q, r, _mm256_set1_ps(0.5f));
-    q = _mm256_fmadd_ps(_mm256_mul_ps(r, r), q, r);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_HIGH), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(LN2_LOW), r);
+    q = _mm256_fmadd_ps(_mm256_mul_ps(r, r), polynomial8(exp_terms, 5, r), r);
     q = _mm256_add_ps(q, _mm256_set1_ps(1.0f));
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(q),
                                                 _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
@@ -811,24 +772,11 @@ INLINE __m256 exp8(__m256 x)
 INLINE __m256 erf8(__m256 x)
 {
     __m256 sign = _mm256_set1_ps(-0.0f), one = _mm256_set1_ps(1.0f);
-    __m256 t = _mm256_andnot_ps(sign, x), s = _mm256_mul_ps(x, x), small, large;
+    __m256 t = _mm256_andnot_ps(sign, x), small, large;
 
-    small = _mm256_set1_ps(7.88912294e-5f);
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(-8.02084222e-4f));
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(5.18953567e-3f));
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(-2.68544443e-2f));
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(1.12836003e-1f));
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(-3.76126260e-1f));
-    small = _mm256_fmadd_ps(small, s, _mm256_set1_ps(1.12837911f));
-    small = _mm256_mul_ps(small, x);
+    small = _mm256_mul_ps(polynomial8(erf_small_terms, 7, _mm256_mul_ps(x, x)), x);
     t = _mm256_min_ps(_mm256_set1_ps(4.0f), t);
-    large = _mm256_set1_ps(-1.85574114e-4f);
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(2.93960841e-3f));
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(-2.18053218e-2f));
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(1.03037380e-1f));
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(6.38225675e-1f));
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(1.12704003f));
-    large = _mm256_fmadd_ps(large, t, _mm256_set1_ps(3.53717682e-4f));
+    large = polynomial8(erf_large_terms, 7, t);
     large = _mm256_sub_ps(one, exp8(_mm256_xor_ps(large, sign)));
     large = _mm256_or_ps(large, _mm256_and_ps(x, sign));
     return _mm256_blendv_ps(large, small, _mm256_cmp_ps(t, one, _CMP_LT_OQ));
@@ -1080,13 +1028,13 @@ void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *
 
 const struct cpu_kernels kernels_avx2 = {
     .name = "avx2",
-    .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx2, arrange_codes_avx2,
+    .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx2, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
     .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2, dot_int8_avx2},
     .panels = {panels_f32_avx2, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
-    .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
-    .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
-    .magnitude = magnitude_avx2,
+    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
+    .magnitude = largest_magnitude,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
     .elu = elu_avx2,

@@ -25,7 +25,9 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
+/* Compiled for this instruction set, too. */
+#include "quantise.h"
+#include "shared.h"
 
 #define AHEAD 2048 /* bytes */
 #define BLOCK 32   /* weights */
@@ -35,12 +37,6 @@
 INLINE __mmask16 lanes(int n)
 {
     return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
-}
-
-/* Where tile t of `tiles` begins, all nearly equal in height. */
-INLINE int tile_start(int rows, int tiles, int t)
-{
-    return rows * t / tiles;
 }
 
 /* The halves, then the halves of these, then 0 + 2 and 1 + 3, then these. */
@@ -591,14 +587,14 @@ static void finish_avx512(const float *u, const float *bias, const float *residu
 
 const struct cpu_kernels kernels_avx512 = {
     .name = "avx512",
-    .arrange = {arrange_plain_avx2, arrange_plain_avx2, arrange_bf16_avx512, arrange_codes_avx2,
+    .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx512, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
     .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},
     .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,
                panels_q4_avx512},
-    .widen = {widen_f32_avx2, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
-    .quantise = {NULL, NULL, NULL, quantise_int8_avx2, quantise_q8_avx2, quantise_q4_avx2},
-    .magnitude = magnitude_avx2,
+    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
+    .magnitude = largest_magnitude,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
     .elu = elu_avx512,

@@ -6,17 +6,13 @@
 
 #include "kernels.h"
 #include "quantise.h"
+#include "shared.h"
 
 #define LANES 8
 
 static float sum_lanes(const float *s)
 {
     return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
-
-static void widen_f32_generic(const void *w, size_t n, float *y)
-{
-    memcpy(y, w, n * sizeof *y);
 }
 
 static void widen_f16_generic(const void *w, size_t n, float *y)
@@ -38,12 +34,6 @@ static void widen_int8_generic(const void *w, size_t n, float *y)
     const int8_t *codes = w;
 
     for (size_t i = 0; i < n; i++) y[i] = codes[i];
-}
-
-static void arrange_generic(const float *x, int columns, float *y)
-{
-    if (y != x) memcpy(y, x, (size_t)columns * sizeof *y);
-    memset(y + columns, 0, (padded(columns) - (size_t)columns) * sizeof *y);
 }
 
 static float dot_f32(const float *w, const float *x, int columns)
@@ -225,26 +215,6 @@ static void panels_q4_generic(const void *w, int columns, int panels, const floa
     panels_codes(WEIGHT_Q4, w, columns, panels, x, rows, y, stride);
 }
 
-static int quantise_int8_generic(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_INT8, w, scales, tile);
-}
-
-static int quantise_q8_generic(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_Q8, w, scales, tile);
-}
-
-static int quantise_q4_generic(const float (*w)[TILE], const float *scales, void *tile)
-{
-    return quantise_tile(WEIGHT_Q4, w, scales, tile);
-}
-
-static float magnitude_generic(const float *x, size_t n)
-{
-    return largest_magnitude(x, n);
-}
-
 static void norm_layer_generic(const float *x, int n, float eps, const float *weight,
                                const float *bias, float *y)
 {
@@ -328,14 +298,14 @@ static void mix_bf16_generic(const float *p, const void *values, int n, int widt
 
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
-    .arrange = {arrange_generic, arrange_generic, arrange_generic, arrange_codes_generic,
+    .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_codes_generic,
                 arrange_codes_generic, arrange_codes_generic},
     .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic, dot_int8_generic},
     .panels = {panels_f32_generic, NULL, NULL, panels_int8_generic, panels_q8_generic,
                panels_q4_generic},
-    .widen = {widen_f32_generic, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
-    .quantise = {NULL, NULL, NULL, quantise_int8_generic, quantise_q8_generic, quantise_q4_generic},
-    .magnitude = magnitude_generic,
+    .widen = {widen_f32, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
+    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
+    .magnitude = largest_magnitude,
     .norm_layer = norm_layer_generic,
     .norm_rms = norm_rms_generic,
     .elu = elu_generic,

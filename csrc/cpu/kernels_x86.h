@@ -6,16 +6,10 @@
 
 #if defined(MOSHI_CPU_X86)
 
-void widen_f32_avx2(const void *w, size_t n, float *y);
 void widen_f16_avx2(const void *w, size_t n, float *y);
 void widen_bf16_avx2(const void *w, size_t n, float *y);
 void widen_int8_avx2(const void *w, size_t n, float *y);
-void arrange_plain_avx2(const float *x, int columns, float *y);
 void arrange_codes_avx2(const float *x, int columns, float *y);
-int quantise_int8_avx2(const float (*w)[TILE], const float *scales, void *tile);
-int quantise_q8_avx2(const float (*w)[TILE], const float *scales, void *tile);
-int quantise_q4_avx2(const float (*w)[TILE], const float *scales, void *tile);
-float magnitude_avx2(const float *x, size_t n);
 void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,
                      float *y);
 void norm_rms_avx2(const float *x, int n, float eps, const float *weight, float *y);

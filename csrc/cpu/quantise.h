@@ -104,4 +104,19 @@ static inline int quantise_tile(enum weight_format format, const float (*w)[TILE
     return good;
 }
 
+static inline int quantise_int8(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_INT8, w, scales, tile);
+}
+
+static inline int quantise_q8(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q8, w, scales, tile);
+}
+
+static inline int quantise_q4(const float (*w)[TILE], const float *scales, void *tile)
+{
+    return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
 #endif

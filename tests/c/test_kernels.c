@@ -10,8 +10,10 @@
  *  - with some rows inactive: their histories stay bitwise as they were, the others' results too.
  * Outputs are poisoned first. Bounds are in one table.
  *
- * test_kernels [bench [threads [words]]]: bench times the main kernels beside the machine's read rate
- * and its rate of multiply-adds, those whose name has the words in it. */
+ * test_kernels quick: one shape of EVERY, for machines that are emulated.
+ * test_kernels best NAME: only whether this machine's kernels are those, and it refuses better ones.
+ * test_kernels bench [threads [words]]: times the main kernels beside the machine's read rate and its
+ * rate of multiply-adds, those whose name has the words in it. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -140,7 +142,22 @@ static struct matrix take_matrix(enum weight_format format, int rows, int cols)
     return matrix_of(format, rows, cols, take_random((size_t)rows * (size_t)cols, amplitude));
 }
 
-static struct backend *backends[9]; /* three of each instruction set: 1, 2, 3 threads */
+/* From the plainest to the best. */
+static const char *const isas[] = {
+    "generic",
+#if defined(__x86_64__)
+    "avx2",
+    "avx512",
+#elif defined(__aarch64__)
+    "neon",
+    "neon_dot",
+    "neon_i8mm",
+#endif
+};
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
+
+static struct backend *backends[3 * COUNT(isas)]; /* of each one: 1, 2, 3 threads */
 static int n_backends;
 
 /* pack: 0 rows, 1 panels of f32, else the block format to make. The naive formulation reads the
@@ -1238,12 +1255,18 @@ struct tally {
     int bits, alone, masked, cases;
 };
 
+/* No loop over shapes has a multiple of it, so that each meets all its values in turn. */
+#define EVERY 11
+static int quick;
+
 static void check_shape(case_function *function, struct shape shape, struct tally *tally)
 {
-    struct outcome naive, all[9];
+    static int turn;
+    struct outcome naive, all[COUNT(backends)];
     int has_lanes = function == case_embed || function == case_attend || function == case_conv ||
                     function == case_transposed;
 
+    if (quick && turn++ % EVERY) return;
     shape.only = -1;
     naive = run_case(function, &shape, NULL);
     for (int b = 0; b < n_backends; b++) {
@@ -1278,8 +1301,6 @@ static void report(const char *operation, const char *detail, const struct tally
 
 static const int row_counts[] = {1, 3, 4, 17, 53};
 static const int sizes[][2] = {{1, 1}, {7, 5}, {31, 33}, {64, 16}, {130, 100}, {600, 70}};
-
-#define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
 /* All row counts and sizes; every variant in turn. */
 static void check_products(const char *operation, case_function *function, int variants, int levels)
@@ -1947,7 +1968,9 @@ static void test_unknown_instruction_set_is_an_error(void)
 
     setenv("MOSHI_C_ISA", "mmx", 1);
     status = cpu_backend_create(1, &backend);
-    verdict(status == MOSHI_ERROR_ARGUMENT && !backend && strstr(moshi_error_detail(), "mmx"),
+    verdict(status == MOSHI_ERROR_ARGUMENT && !backend && strstr(moshi_error_detail(), "mmx") &&
+                strstr(moshi_error_detail(), "expected generic") &&
+                strstr(moshi_error_detail(), isas[COUNT(isas) - 1]),
             "an unknown MOSHI_C_ISA is an error");
     unsetenv("MOSHI_C_ISA");
 }
@@ -2012,15 +2035,13 @@ static void test_trace_finds_the_first_bad_value(void)
 
 static void open_backends(void)
 {
-    static const char *names[] = {"generic", "avx2", "avx512"};
-
-    for (int isa = 0; isa < COUNT(names); isa++) {
+    for (int isa = 0; isa < COUNT(isas); isa++) {
         for (int threads = 1; threads <= 3; threads++) {
             struct backend *backend;
 
-            setenv("MOSHI_C_ISA", names[isa], 1);
+            setenv("MOSHI_C_ISA", isas[isa], 1);
             if (cpu_backend_create(threads, &backend)) {
-                if (threads == 1) printf("skip %s: %s\n", names[isa], moshi_error_detail());
+                if (threads == 1) printf("skip %s: %s\n", isas[isa], moshi_error_detail());
                 continue;
             }
             if (backend->ops->reserve(backend, 53 * 40, 640, 64)) exit(2);
@@ -2028,6 +2049,32 @@ static void open_backends(void)
         }
     }
     unsetenv("MOSHI_C_ISA");
+}
+
+/* best: what this machine should have; NULL: whatever it says. */
+static void test_kernels_are_the_best_that_the_machine_can_run(const char *best)
+{
+    struct backend *backend;
+    char sentence[32];
+    int good = cpu_backend_create(1, &backend) == MOSHI_OK, beyond = 0;
+
+    if (!best) best = good ? backend->isa : "";
+    good = good && strcmp(backend->isa, best) == 0;
+    if (backend) backend->ops->destroy(backend);
+    snprintf(sentence, sizeof sentence, "(it has %s)", best);
+    for (int isa = 0; isa < COUNT(isas); isa++) {
+        int status;
+
+        setenv("MOSHI_C_ISA", isas[isa], 1);
+        status = cpu_backend_create(1, &backend);
+        good &= beyond ? status == MOSHI_ERROR_DEVICE && strstr(moshi_error_detail(), sentence)
+                       : status == MOSHI_OK && strcmp(backend->isa, isas[isa]) == 0;
+        if (backend) backend->ops->destroy(backend);
+        beyond |= strcmp(isas[isa], best) == 0;
+    }
+    unsetenv("MOSHI_C_ISA");
+    verdict(good && beyond, "the kernels are %s, better ones are refused, plainer ones can be had",
+            best);
 }
 
 /* ---- bench ------------------------------------------------------------------------------ */
@@ -2053,6 +2100,7 @@ struct reader {
 #include <immintrin.h>
 #define WIDE __attribute__((target("avx2,fma")))
 #else
+#include <arm_neon.h>
 #define WIDE
 #endif
 
@@ -2098,37 +2146,41 @@ static double read_once(int threads)
 }
 
 /* The rate of a core that does nothing but multiply-adds, of the width that the kernels have. */
-#if defined(__x86_64__)
-#define FMA_RATE(name, isa, vector, set, fma, store, width)                                        \
-    __attribute__((target(isa))) static double name(void)                                          \
+#define FMA_RATE(name, attribute, held, chains, vector, set, fma, store, width)                    \
+    attribute static double name(void)                                                             \
     {                                                                                              \
-        vector sums[12], a = set(0.5f);                                                            \
+        vector sums[chains], a = set(0.5f);                                                        \
         double start = os_clock();                                                                 \
         float out[width];                                                                          \
                                                                                                    \
-        for (int j = 0; j < 12; j++) sums[j] = set((float)j);                                      \
+        for (int j = 0; j < (chains); j++) sums[j] = set((float)j);                                \
         for (int i = 0; i < 1000000; i++) {                                                        \
-            __asm__ volatile("" : "+x"(a));                                                        \
-            _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) sums[j] = fma(sums[j], a, a);    \
+            __asm__ volatile("" : held(a));                                                        \
+            _Pragma("GCC unroll 24") for (int j = 0; j < (chains); j++)                            \
+                sums[j] = fma(sums[j], a, a);                                                      \
         }                                                                                          \
-        for (int j = 0; j < 12; j++) {                                                             \
+        for (int j = 0; j < (chains); j++) {                                                       \
             store(out, sums[j]);                                                                   \
             sink ^= (uint64_t)out[0];                                                              \
         }                                                                                          \
-        return 1000000 * 12 * 2.0 * (width) / (os_clock() - start);                                \
+        return 1000000 * (chains) * 2.0 * (width) / (os_clock() - start);                          \
     }
-FMA_RATE(fma_avx2, "avx2,fma", __m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps, 8)
-FMA_RATE(fma_avx512, "avx512f", __m512, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps, 16)
+#if defined(__x86_64__)
+FMA_RATE(fma_avx2, WIDE, "+x", 12, __m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps, 8)
+FMA_RATE(fma_avx512, __attribute__((target("avx512f"))), "+x", 12, __m512, _mm512_set1_ps,
+         _mm512_fmadd_ps, _mm512_storeu_ps, 16)
 
 static double fma_once(const struct backend *backend)
 {
     return strcmp(backend->isa, "avx512") == 0 ? fma_avx512() : fma_avx2();
 }
-#else
+#elif defined(__aarch64__)
+FMA_RATE(fma_neon, , "+w", 24, float32x4_t, vdupq_n_f32, vfmaq_f32, vst1q_f32, 4)
+
 static double fma_once(const struct backend *backend)
 {
     (void)backend;
-    return 0;
+    return fma_neon();
 }
 #endif
 
@@ -2432,14 +2484,20 @@ int main(int argc, char **argv)
     if (!arena) return 2;
     if (argc > 3) bench_words = argv[3];
     if (argc > 1 && strcmp(argv[1], "bench") == 0) return bench(argc > 2 ? atoi(argv[2]) : 1);
+    if (argc > 2 && strcmp(argv[1], "best") == 0) {
+        test_kernels_are_the_best_that_the_machine_can_run(argv[2]);
+        return failed != 0;
+    }
+    quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     open_backends();
     test_half_floats_convert_exactly();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
+    test_kernels_are_the_best_that_the_machine_can_run(NULL);
     test_too_little_scratch_is_an_error();
     test_bad_logits_are_an_error(backends[0]);
     test_subnormals_are_zero_in_a_stage_alone(backends[0]);
-    for (int b = 0; b < n_backends; b++) test_sample_draws_as_defined(backends[b]);
+    for (int b = 0; b < (quick ? 3 : n_backends); b++) test_sample_draws_as_defined(backends[b]);
     test_sample_follows_the_softmax(backends[0]);
     check_delays(backends[0], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
     check_delays(backends[0], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
