@@ -56,7 +56,8 @@ MOSHI_API const char *moshi_error_detail(void);
 MOSHI_API const char *moshi_version(void);
 
 /* int8: one scale a row; q8, q4: one scale for 32 weights. Those three are for the language model's
- * matrices; embeddings and norms stay as stored. */
+ * matrices; embeddings and norms stay as stored. A file that holds one of them already opens as
+ * MOSHI_AUTO, or as what it holds. */
 enum moshi_dtype {
     MOSHI_AUTO = 0,
     MOSHI_F32,
@@ -148,6 +149,23 @@ MOSHI_API const int *moshi_model_delays(const struct moshi_model *model);
 /* The i-th condition's name (e.g. "description"), NULL past the last; its j-th possible value. */
 MOSHI_API const char *moshi_model_condition_name(const struct moshi_model *model, int i);
 MOSHI_API const char *moshi_model_condition_value(const struct moshi_model *model, int i, int j);
+
+/* ---- conversion ------------------------------------------------------------------------- */
+
+/* A language model in another weight format, as the parts of one .safetensors file: part 0 is its
+ * header, each other one a tensor, in the order in which they follow each other. A part is made when
+ * it is read, which takes about its memory once more. One thread at a time. */
+struct moshi_conversion;
+
+/* Of the options lm_path, config_path, folder, threads and dtype count, of which MOSHI_AUTO is an
+ * error. MOSHI_ERROR_CHECKPOINT also for a file that has nothing to convert. */
+MOSHI_API int moshi_conversion_open(const struct moshi_model_options *options,
+                                    struct moshi_conversion **conversion);
+MOSHI_API void moshi_conversion_close(struct moshi_conversion *conversion);
+MOSHI_API int moshi_conversion_count(const struct moshi_conversion *conversion);
+MOSHI_API int64_t moshi_conversion_bytes(const struct moshi_conversion *conversion, int part);
+/* Writes the bytes of a part. MOSHI_ERROR_CHECKPOINT when a block format can't hold a weight. */
+MOSHI_API int moshi_conversion_read(struct moshi_conversion *conversion, int part, void *to);
 
 /* ---- engine ----------------------------------------------------------------------------- */
 

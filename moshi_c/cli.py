@@ -22,6 +22,7 @@ import numpy as np
 from . import __version__
 from .audio import AudioWriter, check_suffix, read_audio, write_audio
 from .codec_file import CodecFile, read_codec_file, write_codec_file
+from .convert import quantize
 from .errors import AudioError, MoshiError
 from .model import Model, devices, load, load_mimi
 from .progress import Bar
@@ -191,6 +192,20 @@ def _decode(arguments: argparse.Namespace) -> None:
         pcm = mimi.decode(file.codes)[: file.samples]
         write_audio(out, pcm, mimi.sample_rate)
     print(f"{out}: {file.samples / file.sample_rate:.2f} s", file=sys.stderr)
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ValueError("quantize takes its model as SOURCE; expected no --model")
+    target = quantize(
+        arguments.source,
+        arguments.target,
+        "q4" if arguments.dtype == "auto" else arguments.dtype,
+        threads=arguments.threads,
+        progress=sys.stderr.isatty(),
+    )
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {_bytes(size)}", file=sys.stderr)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -394,6 +409,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("input", metavar="IN.mimi", help="the codes")
     decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")
+
+    convert = command(
+        "quantize",
+        _quantize,
+        "a checkpoint in another weight format, as a folder that opens at once",
+        "moshi-c quantize kyutai/moshiko-pytorch-bf16 moshiko-q4 --dtype q4",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
+    convert.add_argument(
+        "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+    )
 
     info = command(
         "info",

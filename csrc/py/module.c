@@ -69,6 +69,27 @@ int raise_from_current(PyObject *type, const char *format, ...)
     return -1;
 }
 
+int path_or_none(PyObject *object, void *result)
+{
+    PyObject **path = result;
+    if (object == Py_None) {
+        *path = NULL;
+        return 1;
+    }
+    return PyUnicode_FSConverter(object, result);
+}
+
+const char *path_text(PyObject *path)
+{
+    return path ? PyBytes_AsString(path) : NULL;
+}
+
+int dtype_from_text(const struct module_state *state, const char *name, enum moshi_dtype *dtype)
+{
+    int status = moshi_dtype_parse(name, dtype);
+    return status == MOSHI_OK ? 0 : raise_status(state, status);
+}
+
 int seed_from_object(PyObject *object, uint64_t *seed)
 {
     PyObject *number = PyNumber_Index(object);
@@ -221,6 +242,9 @@ static int core_exec(PyObject *module)
     state->session_type = add_type(module, &session_spec);
     state->stream_type = add_type(module, &stream_spec);
     if (!state->model_type || !state->session_type || !state->stream_type) return -1;
+    PyTypeObject *conversion_type = add_type(module, &conversion_spec);
+    if (!conversion_type) return -1;
+    Py_DECREF((PyObject *)conversion_type); /* the module has its own */
     return PyModule_AddStringConstant(module, "__version__", moshi_version());
 }
 
