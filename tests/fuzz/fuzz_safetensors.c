@@ -2,6 +2,7 @@
  * An input is a file, or an index and its shards "a.safetensors" and "b.safetensors", with lines
  * "====" between. */
 #include "fuzz.h"
+#include "hash.h"
 #include "safetensors.h"
 
 /* Every tensor is inside its file, has the size its shape says, and is found by its name. */
@@ -34,7 +35,7 @@ static int64_t check_tensors(struct tensor_file *file)
 
 static uint64_t fingerprint(const struct tensor_file *file)
 {
-    return tensor_file_fingerprint(file, FINGERPRINT_START);
+    return tensor_file_fingerprint(file, HASH_START);
 }
 
 static void open_both_ways(const char *path, int64_t data_bytes)
