@@ -213,6 +213,17 @@ static void fill_info(struct moshi_model *model)
         info->lm_path = model->lm_path;
         info->config_path = model->config_path[0] ? model->config_path : NULL;
     }
+    if (info->has_mimi) {
+        const int written = info->has_lm && info->dep_q < info->codebooks ? info->dep_q
+                                                                          : info->codebooks;
+        const int read = info->has_lm ? info->user_q : info->codebooks;
+        mimi_cost(&model->mimi, 0, read, &info->encode_bytes, &info->encode_flops);
+        if (written) mimi_cost(&model->mimi, 1, written, &info->decode_bytes, &info->decode_flops);
+    }
+    if (info->has_lm) {
+        info->temporal_bytes = lm_temporal_bytes(&model->lm);
+        info->depth_bytes = depth_bytes(&model->lm.depth);
+    }
     info->parameters = model->lm_store.parameters + model->mimi_store.parameters;
     info->weight_bytes = model->lm_store.matrix_bytes + model->mimi_store.matrix_bytes;
     if (model->lm_file && tensor_file_mapped_bytes(model->lm_file) > 0)

@@ -86,6 +86,16 @@ struct moshi_device {
 /* Fills up to `capacity` entries, returns how many there are. */
 MOSHI_API int moshi_devices(struct moshi_device *devices, int capacity);
 
+/* What the machine can do at best, with so many threads. */
+struct moshi_limits {
+    double read_bytes_s; /* reading memory that no cache holds */
+    double flops_s; /* f32, two for each multiply-add, with the vectors that the kernels use */
+};
+
+/* Measures both in turn for about that long, and keeps the best. threads: 0 is one per core. Takes
+ * 512 MiB meanwhile. */
+MOSHI_API int moshi_measure(int threads, double seconds, struct moshi_limits *limits);
+
 /* ---- model ------------------------------------------------------------------------------ */
 
 struct moshi_model;
@@ -138,6 +148,10 @@ struct moshi_model_info {
     int64_t parameters; /* of LM and codec */
     int64_t weight_bytes; /* in the format they are read in each frame */
     int64_t mapped_bytes; /* of these, pages shared with the files */
+    /* What one frame reads of them, in each stage, and the codec's f32 operations, two for each
+     * multiply-add. */
+    int64_t encode_bytes, temporal_bytes, depth_bytes, decode_bytes;
+    int64_t encode_flops, decode_flops;
 };
 
 MOSHI_API int moshi_model_open(const struct moshi_model_options *options,
@@ -187,6 +201,7 @@ MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 struct moshi_memory {
     int64_t weights_bytes; /* mapped or private */
     int64_t session_bytes; /* one session with its context full */
+    int64_t kv_bytes; /* of these, what each of its frames then reads beside the weights */
     int64_t session_used_bytes; /* committed by all open sessions now */
     int64_t free_bytes; /* available on the device */
 };

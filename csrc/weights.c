@@ -243,9 +243,7 @@ static void prepare(struct weight_loader *loader, struct matrix *matrix, enum we
     if (loader->status) return;
     if (matrix->packed) matrix->data = NULL; /* the file may be closed */
     if (!panels || matrix->packed != panels) store->matrices[store->n_matrices++] = *matrix;
-    store->matrix_bytes += matrix->packed ? (int64_t)packed_bytes(matrix)
-                                          : (int64_t)matrix->rows * matrix->cols *
-                                                (int64_t)weight_bytes(format);
+    store->matrix_bytes += (int64_t)matrix_bytes(matrix);
 }
 
 /* [rows] scales of an int8 tensor: its name with _scb has 127 times as much. From malloc. */

@@ -272,13 +272,19 @@ static const struct field info_fields[] = {
     INFO(INT64, parameters),
     INFO(INT64, weight_bytes),
     INFO(INT64, mapped_bytes),
+    INFO(INT64, encode_bytes),
+    INFO(INT64, temporal_bytes),
+    INFO(INT64, depth_bytes),
+    INFO(INT64, decode_bytes),
+    INFO(INT64, encode_flops),
+    INFO(INT64, decode_flops),
     {NULL, FIELD_INT, 0},
 };
 
 #define MEMORY(name) {#name, FIELD_INT64, offsetof(struct moshi_memory, name)}
 static const struct field memory_fields[] = {
-    MEMORY(weights_bytes), MEMORY(session_bytes), MEMORY(session_used_bytes),
-    MEMORY(free_bytes),    {NULL, FIELD_INT, 0},
+    MEMORY(weights_bytes),      MEMORY(session_bytes), MEMORY(kv_bytes),
+    MEMORY(session_used_bytes), MEMORY(free_bytes),    {NULL, FIELD_INT, 0},
 };
 
 #define STATS(kind, name) {#name, FIELD_##kind, offsetof(struct moshi_engine_stats, name)}

@@ -199,9 +199,29 @@ static PyObject *core_devices(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(i
     return list;
 }
 
+static PyObject *core_measure(PyObject *module, PyObject *args)
+{
+    struct moshi_limits limits;
+    double seconds;
+    int threads, status;
+    if (!PyArg_ParseTuple(args, "id:measure", &threads, &seconds)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moshi_measure(threads, seconds, &limits);
+    Py_END_ALLOW_THREADS
+    if (status != MOSHI_OK) {
+        raise_status(PyModule_GetState(module), status);
+        return NULL;
+    }
+    return Py_BuildValue("{s:d,s:d}", "read_bytes_s", limits.read_bytes_s, "flops_s",
+                         limits.flops_s);
+}
+
 static PyMethodDef core_methods[] = {
     {"devices", core_devices, METH_NOARGS,
      PyDoc_STR("devices()\n--\n\nWhat this machine offers; for what is not usable, why.")},
+    {"measure", core_measure, METH_VARARGS,
+     PyDoc_STR("measure(threads, seconds, /)\n--\n\n"
+               "The best rates of reading and multiplying that the machine reached.")},
     {"step_many", KEYWORDS(sessions_step_many),
      PyDoc_STR("step_many(sessions, pcms, decode=True)\n--\n\n"
                "One batched step of many sessions of one model: all of them step, or none.")},
