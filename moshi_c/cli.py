@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
+from . import __version__, bench
 from .audio import AudioWriter, check_suffix, read_audio, write_audio
 from .codec_file import CodecFile, read_codec_file, write_codec_file
 from .convert import quantize
@@ -208,6 +208,23 @@ def _quantize(arguments: argparse.Namespace) -> None:
     print(f"{target}: {_bytes(size)}", file=sys.stderr)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        _check_folder(Path(arguments.json))
+    with _load(arguments, max_sessions=max(bench.SESSIONS)) as model:
+        if not model._info["has_mimi"]:
+            raise ValueError(f"{model._source} has no codec; expected a model that hears")
+
+        def shown(what: str) -> None:
+            if sys.stderr.isatty():
+                print(f"measuring: {what}", file=sys.stderr)
+
+        report = bench.run(model, frames=arguments.frames, threads=arguments.threads, shown=shown)
+    print(bench.text(report))
+    if arguments.json:
+        bench.write(report, Path(arguments.json))
+
+
 def _info(arguments: argparse.Namespace) -> None:
     rows: list[tuple[str, str]] = [("moshi_c", __version__)]
     rows.append(("Python", f"{platform.python_version()} on {platform.platform()}"))
@@ -267,13 +284,13 @@ def _bytes(count: int) -> str:
 # ---- shared ------------------------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace, max_sessions: int = 1) -> Model:
     return load(
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
-        max_sessions=1,
+        max_sessions=max_sessions,
         progress=sys.stderr.isatty(),
     )
 
@@ -427,8 +444,19 @@ def _parser() -> argparse.ArgumentParser:
         "what is installed, and what a model is",
         "moshi-c info kyutai/moshiko-pytorch-bf16",
     )
-    # SUPPRESS: without it the absent argument would overwrite --model
-    info.add_argument(
-        "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
+    measure = command(
+        "bench",
+        _bench,
+        "what this machine can do, and what a model makes of it",
+        "moshi-c bench --dtype q8 --json bench.json",
     )
+    measure.add_argument(
+        "--frames", type=_count, default=100, metavar="N", help="steps of a measurement (100)"
+    )
+    measure.add_argument("--json", metavar="FILE", help="write the figures too")
+    for sub in (info, measure):
+        # SUPPRESS: without it the absent argument would overwrite --model
+        sub.add_argument(
+            "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
+        )
     return parser
