@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, _core, hub
+from . import _core, hub
 from .model import Model, devices
 from .session import Session, step_many
 
@@ -207,7 +207,7 @@ def run(model: Model, *, frames: int, threads: int | None, shown: Callable[[str]
     here = next(device for device in devices() if device.name == "cpu")
     report: dict[str, Any] = {
         "benchmark": "moshi-c bench",
-        "version": __version__,
+        "version": _core.__version__,
         "machine": {
             "processor": _processor(),
             "device": here.description,

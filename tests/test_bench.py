@@ -77,7 +77,7 @@ def test_bytes_of_a_frame_are_those_of_the_matrices(dtype: Any) -> None:
     weights, _ = bench.language_weights(config)
     read = info["temporal_bytes"] + info["depth_bytes"]
     # panels are padded to whole tiles
-    assert weights * bench.BITS[dtype] / 8 <= read <= 1.1 * weights * bench.BITS[dtype] / 8
+    assert weights * bench.BITS[dtype] / 8 <= read <= 1.25 * weights * bench.BITS[dtype] / 8
 
 
 def report(p99: dict[int, float], estimates: dict[str, float]) -> dict[str, Any]:
