@@ -22,7 +22,7 @@ LEAST = 0.03  # of a time; what is less is never called a change
 def timings(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float, float]]:
     """Name, median and relative spread of every time and every ratio.
 
-    Ratios are another side's time over ours, so that a larger one is better: they go in inverted."""
+    Ratios are other times over ours, so that a larger one is better: they go in inverted."""
     if not isinstance(value, dict):
         return
     name = ".".join(path)
