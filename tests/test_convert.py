@@ -93,6 +93,17 @@ def test_the_file_names_its_format_and_panels_stay_in_it(tmp_path: Path, dtype: 
         assert model._info["mapped_bytes"] == made._info["mapped_bytes"] + stored
 
 
+def test_a_tensor_with_an_odd_name_is_kept(made: Checkpoints, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(made.lm("rows"), source)
+    name = 'condition_provider."\\ \t\n\u00e9.weight'
+    extra = torch.arange(3.0)
+    save_file(load_file(source / LM_NAME) | {name: extra}, source / LM_NAME)
+    folder = converted(source, tmp_path / "converted", "q4")
+    assert torch.equal(load_file(folder / LM_NAME)[name], extra)
+    moshi_c.load(folder, progress=False).close()
+
+
 def test_upstreams_reader_opens_the_file(tmp_path: Path) -> None:
     state = load_file(converted(None, tmp_path / "tiny", "q4") / LM_NAME)
     assert state["text_linear.weight"].dtype == torch.uint8
