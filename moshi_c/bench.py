@@ -261,6 +261,8 @@ def text(report: dict[str, Any]) -> str:
             row += f"{entry['bytes'] / 1e6:>11.1f} MB{entry['gb_s']:>9.1f} GB/s"
             row += f"{100 * entry['share_of_floor']:>12.0f} %"
         lines.append(f"{name:<10}{row}")
+    if any(entry.get("share_of_floor", 0) > 1 for entry in report["stages"].values()):
+        lines.append("more than 100 %: a cache holds these weights")
     lines += ["", f"{'sessions':<10}" + "".join(f"{name:>14}" for name in columns[:3])]
     for count, entry in report["sessions"].items():
         row = "".join(f"{entry[key]:>11.2f} ms" for key in ("p50", "p99", "max"))
