@@ -349,11 +349,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["codec", "lm"], help="leave the other out")
     options = parser.parse_args()
     if options.part:
-        threads = int(os.environ["MOSHI_C_THREADS"])
-        found = (
-            codec(threads, options.blocks) if options.part == "codec" else language(options.blocks)
-        )
-        print(json.dumps(found))
+        run = codec if options.part == "codec" else language
+        print(json.dumps(run(int(os.environ["MOSHI_C_THREADS"]), options.blocks)))
         return
     result: dict[str, Any] = {"versions": versions()}
     if options.only != "lm":
