@@ -263,12 +263,18 @@ fuzz-corpus: ## the inputs that are kept, through the readers in C, under the sa
 soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does memory grow?
 	$(BIN)/python benchmarks/soak.py
 
+$(VENV)/.bench: $(VENV)/.test
+	$(PIP) "moshi_c[bench]"
+	touch $@
+
 .PHONY: bench
-bench: $(VENV)/.test ## ours and upstream's, in turn; JSON to benchmarks/results
+bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/mimi.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 	$(BIN)/python benchmarks/fork.py
+	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/memory.py
 
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root

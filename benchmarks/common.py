@@ -13,7 +13,6 @@ import json
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,20 +63,9 @@ def commit() -> str:
 
 def read_rate(threads: int, seconds: float = 0.25) -> float:
     """GB/s of reading memory that no cache holds, `threads` threads at once."""
-    size = 512 << 20
-    block = np.ones(size // 8, dtype=np.int64)
-    parts = np.array_split(block, threads)
-    rates = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not rates:
-        workers = [threading.Thread(target=part.max) for part in parts]
-        start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        rates.append(size / (time.perf_counter() - start) / 1e9)
-    return max(rates)
+    from moshi_c import _core
+
+    return _core.measure(threads, seconds)["read_bytes_s"] / 1e9
 
 
 def interleave(

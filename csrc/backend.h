@@ -351,8 +351,9 @@ struct backend_ops {
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
     /* May repack w (then it is packed, f32, and its rows no longer needed) or move it to the
-     * device. pack == 0 leaves a mapped matrix in place where the backend can read it so. Returns a
-     * status; release_matrix undoes it. */
+     * device. pack == 0 leaves a mapped matrix in place where the backend can read it so. A w that
+     * is packed already has the panels of a file; a backend that reads them there leaves w.packed
+     * as it is. Returns a status; release_matrix undoes it where w.packed has changed. */
     int (*prepare_matrix)(struct backend *backend, struct matrix *w, int pack);
     /* Instead of it: makes a block format of w's float rows, or of int8 rows with scales. */
     int (*quantise_matrix)(struct backend *backend, struct matrix *w, enum weight_format format);

@@ -60,6 +60,18 @@ void depth_free(struct depth *depth)
     transformer_free(&depth->stack);
 }
 
+int64_t depth_bytes(const struct depth *depth)
+{
+    const struct lm_config *config = depth->config;
+    int64_t bytes = 0;
+    for (int k = 0; k < config->dep_q; ++k) {
+        const int set = config->depth_schedule[k];
+        bytes += (int64_t)matrix_bytes(&depth->input[config->depth_multi_linear ? set : 0]);
+        bytes += transformer_bytes(&depth->stack, set) + (int64_t)matrix_bytes(&depth->head[k]);
+    }
+    return bytes;
+}
+
 int depth_work_create(struct depth_work *work, const struct depth *depth, struct backend *backend,
                       int lanes)
 {

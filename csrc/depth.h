@@ -25,6 +25,8 @@ struct depth {
 
 int depth_load(struct depth *depth, const struct lm_config *config, struct weight_loader *loader);
 void depth_free(struct depth *depth);
+/* Bytes of matrices that a frame reads; what several steps share counts for each of them. */
+int64_t depth_bytes(const struct depth *depth);
 
 /* Scratch for `lanes` rows. */
 struct depth_work {

@@ -182,6 +182,8 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     memory->free_bytes = os_memory_free();
     if (engine->lm.backend) {
         memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
+        memory->kv_bytes = (int64_t)(engine->lm.kv.cache.page_bytes / KV_PAGE_POSITIONS) *
+                           engine->lm.context;
         memory->session_used_bytes = (int64_t)kv_pages_used(&engine->lm.kv) *
                                      (int64_t)engine->lm.kv.cache.page_bytes;
     }

@@ -118,6 +118,13 @@ void lm_free(struct lm *lm)
     lm_config_free(&lm->config);
 }
 
+int64_t lm_temporal_bytes(const struct lm *lm)
+{
+    int64_t bytes = transformer_bytes(&lm->temporal, 0) + (int64_t)matrix_bytes(&lm->text_head);
+    for (int i = 0; i < lm->config.heads; ++i) bytes += (int64_t)matrix_bytes(&lm->heads[i]);
+    return bytes;
+}
+
 /* ---- conditions ------------------------------------------------------------------------- */
 
 static int value_index(const struct condition_config *config, const char *value, int *index)

@@ -36,6 +36,8 @@ struct lm {
 /* Takes over `config` (and frees it in lm_free, also after a failure). */
 int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader *loader);
 void lm_free(struct lm *lm);
+/* Bytes of matrices that the temporal stage of a frame reads. */
+int64_t lm_temporal_bytes(const struct lm *lm);
 
 /* sum[D] of all summed conditions: those named in `given`, the learnt padding for the rest. */
 int lm_condition_sum(const struct lm *lm, const struct moshi_condition *given, int n_given,

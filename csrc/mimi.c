@@ -266,6 +266,40 @@ static int is_transposed(const struct mimi *mimi, const struct conv *conv)
            (conv >= mimi->decoder_up && conv < mimi->decoder_up + CONFIG_MAX_RATIOS);
 }
 
+void mimi_cost(const struct mimi *mimi, int decoder, int levels, int64_t *bytes, int64_t *flops)
+{
+    const struct mimi_config *config = &mimi->config;
+    const struct conv *convs[MAX_CONVS];
+    const int count = list_convs(mimi, decoder, convs);
+    int64_t rows = decoder ? config->stride : config->frame_size;
+    *bytes = *flops = 0;
+    for (int i = 0; i < count; ++i) {
+        const struct conv *conv = convs[i];
+        const int transposed = is_transposed(mimi, conv);
+        const int64_t elements = conv->depthwise ? (int64_t)conv->kernel * conv->in
+                                                 : (int64_t)conv->weight.rows * conv->weight.cols;
+        if (i == count - 1) rows = decoder ? 1 : config->stride; /* up- and downsampling */
+        *bytes += conv->depthwise ? elements * 4 : (int64_t)matrix_bytes(&conv->weight);
+        *flops += 2 * elements * (transposed ? rows : rows / conv->stride);
+        rows = transposed ? rows * conv->stride : rows / conv->stride;
+    }
+    const int64_t stack =
+        transformer_bytes(decoder ? &mimi->decoder_transformer : &mimi->encoder_transformer, 0);
+    *bytes += stack;
+    *flops += 2 * config->stride * (stack / 4); /* all in f32 */
+    const struct rvq *quantisers[2] = {&mimi->first, &mimi->rest};
+    for (int q = 0; q < 2; ++q) {
+        const struct rvq *rvq = quantisers[q];
+        const int used = q ? levels - 1 : levels > 0;
+        const struct matrix *projection = decoder ? &rvq->out_proj : &rvq->in_proj;
+        if (used < 1) continue;
+        int64_t elements = (int64_t)projection->rows * projection->cols;
+        if (!decoder) elements += (int64_t)used * rvq->bins * rvq->dim; /* the search */
+        *bytes += 4 * elements;
+        *flops += 2 * elements;
+    }
+}
+
 static int create_side(struct mimi_state *state, int decoder)
 {
     const struct mimi *mimi = state->mimi;

@@ -34,6 +34,9 @@ struct mimi {
  * convolutions beside them, nine tenths of the codec. The others and the quantisers are f32. */
 int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight_loader *loader);
 void mimi_free(struct mimi *mimi);
+/* What one frame costs: bytes of weights read, and operations of products, two for each
+ * multiply-add. decoder: 0 the encoder with its search for codes, 1 the decoder. */
+void mimi_cost(const struct mimi *mimi, int decoder, int levels, int64_t *bytes, int64_t *flops);
 
 /* History and scratch of up to `lanes` signals. `frames` is how many frames one call may take. */
 struct mimi_state {

@@ -69,7 +69,7 @@ static int copy_path(const char *from, char *to, size_t capacity)
 }
 
 static int open_lm(struct moshi_model *model, const struct moshi_model_options *options,
-                   struct lm_config *config)
+                   struct lm_config *config, struct weight_plan *plan)
 {
     int status;
     if (options->lm_path)
@@ -93,7 +93,8 @@ static int open_lm(struct moshi_model *model, const struct moshi_model_options *
     struct weight_loader loader = {.store = &model->lm_store,
                                    .file = model->lm_file,
                                    .dtype = options->dtype,
-                                   .check_finite = options->check_weights};
+                                   .check_finite = options->check_weights,
+                                   .plan = plan};
     return lm_load(&model->lm, config, &loader);
 }
 
@@ -219,6 +220,17 @@ static void fill_info(struct moshi_model *model)
         info->lm_path = model->lm_path;
         info->config_path = model->config_path[0] ? model->config_path : NULL;
     }
+    if (info->has_mimi) {
+        const int written = info->has_lm && info->dep_q < info->codebooks ? info->dep_q
+                                                                          : info->codebooks;
+        const int read = info->has_lm ? info->user_q : info->codebooks;
+        mimi_cost(&model->mimi, 0, read, &info->encode_bytes, &info->encode_flops);
+        if (written) mimi_cost(&model->mimi, 1, written, &info->decode_bytes, &info->decode_flops);
+    }
+    if (info->has_lm) {
+        info->temporal_bytes = lm_temporal_bytes(&model->lm);
+        info->depth_bytes = depth_bytes(&model->lm.depth);
+    }
     info->parameters = model->lm_store.parameters + model->mimi_store.parameters;
     info->weight_bytes = model->lm_store.matrix_bytes + model->mimi_store.matrix_bytes;
     if (model->lm_file && tensor_file_mapped_bytes(model->lm_file) > 0)
@@ -255,10 +267,11 @@ static int open_backend(struct moshi_model *model, const struct moshi_model_opti
     return status;
 }
 
-int moshi_model_open(const struct moshi_model_options *options, struct moshi_model **result)
+/* A model of which nothing is known but its backend and where its config is. */
+static int begin_model(const struct moshi_model_options *options, struct moshi_model **result)
 {
-    *result = NULL;
     struct moshi_model *model = calloc(1, sizeof *model);
+    *result = model;
     if (!model) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a model");
     model->process = os_process();
     int status = MOSHI_OK;
@@ -281,13 +294,41 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
                            sizeof model->config_path);
         if (!status && !os_path_exists(model->config_path)) model->config_path[0] = '\0';
     }
+    return status;
+}
+
+static int open_language(struct moshi_model *model, const struct moshi_model_options *options,
+                         struct weight_plan *plan)
+{
     struct lm_config config;
+    int status = parse_lm_config(model, &config);
+    if (status) return status;
+    model->info.has_lm = 1;
+    return open_lm(model, options, &config, plan);
+}
+
+int model_open_plan(const struct moshi_model_options *options, struct weight_plan *plan,
+                    struct moshi_model **result)
+{
+    struct moshi_model *model;
+    int status = begin_model(options, &model);
+    if (!status) status = open_language(model, options, plan);
+    if (status) {
+        moshi_model_close(model);
+        model = NULL;
+    }
+    *result = model;
+    return status;
+}
+
+int moshi_model_open(const struct moshi_model_options *options, struct moshi_model **result)
+{
+    *result = NULL;
+    struct moshi_model *model;
+    struct lm_config config;
+    int status = begin_model(options, &model);
     if (!status && !options->codec_only) {
-        status = parse_lm_config(model, &config);
-        if (!status) {
-            status = open_lm(model, options, &config);
-            model->info.has_lm = 1;
-        }
+        status = open_language(model, options, NULL);
         if (!status) status = open_mimi(model, options, &model->lm.config);
     } else if (!status) {
         /* A model's folder names its codec in its config. */

@@ -56,7 +56,8 @@ MOSHI_API const char *moshi_error_detail(void);
 MOSHI_API const char *moshi_version(void);
 
 /* int8: one scale a row; q8, q4: one scale for 32 weights. Those three are for the language model's
- * matrices; embeddings and norms stay as stored. */
+ * matrices; embeddings and norms stay as stored. A file that holds one of them already opens as
+ * MOSHI_AUTO, or as what it holds. */
 enum moshi_dtype {
     MOSHI_AUTO = 0,
     MOSHI_F32,
@@ -84,6 +85,16 @@ struct moshi_device {
 
 /* Fills up to `capacity` entries, returns how many there are. */
 MOSHI_API int moshi_devices(struct moshi_device *devices, int capacity);
+
+/* What the machine can do at best, with so many threads. */
+struct moshi_limits {
+    double read_bytes_s; /* reading memory that no cache holds */
+    double flops_s; /* f32, two for each multiply-add, with the vectors that the kernels use */
+};
+
+/* Measures both in turn for about that long, and keeps the best. threads: 0 is one per core. Takes
+ * 512 MiB meanwhile. */
+MOSHI_API int moshi_measure(int threads, double seconds, struct moshi_limits *limits);
 
 /* ---- model ------------------------------------------------------------------------------ */
 
@@ -139,6 +150,10 @@ struct moshi_model_info {
     int64_t parameters; /* of LM and codec */
     int64_t weight_bytes; /* in the format they are read in each frame */
     int64_t mapped_bytes; /* of these, pages shared with the files */
+    /* What one frame reads of them, in each stage, and the codec's f32 operations, two for each
+     * multiply-add. */
+    int64_t encode_bytes, temporal_bytes, depth_bytes, decode_bytes;
+    int64_t encode_flops, decode_flops;
 };
 
 MOSHI_API int moshi_model_open(const struct moshi_model_options *options,
@@ -150,6 +165,23 @@ MOSHI_API const int *moshi_model_delays(const struct moshi_model *model);
 /* The i-th condition's name (e.g. "description"), NULL past the last; its j-th possible value. */
 MOSHI_API const char *moshi_model_condition_name(const struct moshi_model *model, int i);
 MOSHI_API const char *moshi_model_condition_value(const struct moshi_model *model, int i, int j);
+
+/* ---- conversion ------------------------------------------------------------------------- */
+
+/* A language model in another weight format, as the parts of one .safetensors file: part 0 is its
+ * header, each other one a tensor, in the order in which they follow each other. A part is made when
+ * it is read, which takes about its memory once more. One thread at a time. */
+struct moshi_conversion;
+
+/* Of the options lm_path, config_path, folder, threads and dtype count, of which MOSHI_AUTO is an
+ * error. MOSHI_ERROR_CHECKPOINT also for a file that has nothing to convert. */
+MOSHI_API int moshi_conversion_open(const struct moshi_model_options *options,
+                                    struct moshi_conversion **conversion);
+MOSHI_API void moshi_conversion_close(struct moshi_conversion *conversion);
+MOSHI_API int moshi_conversion_count(const struct moshi_conversion *conversion);
+MOSHI_API int64_t moshi_conversion_bytes(const struct moshi_conversion *conversion, int part);
+/* Writes the bytes of a part. MOSHI_ERROR_CHECKPOINT when a block format can't hold a weight. */
+MOSHI_API int moshi_conversion_read(struct moshi_conversion *conversion, int part, void *to);
 
 /* ---- engine ----------------------------------------------------------------------------- */
 
@@ -171,6 +203,7 @@ MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 struct moshi_memory {
     int64_t weights_bytes; /* mapped or private */
     int64_t session_bytes; /* one session with its context full */
+    int64_t kv_bytes; /* of these, what each of its frames then reads beside the weights */
     int64_t session_used_bytes; /* committed by all open sessions now */
     int64_t free_bytes; /* available on the device */
 };

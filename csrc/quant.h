@@ -78,6 +78,13 @@ static inline size_t packed_bytes(const struct matrix *w)
     return ((size_t)w->rows + PANEL - 1) / PANEL * panel_bytes(w->format, w->cols);
 }
 
+/* What reading the whole matrix reads. */
+static inline size_t matrix_bytes(const struct matrix *w)
+{
+    return w->packed ? packed_bytes(w)
+                     : (size_t)w->rows * (size_t)w->cols * weight_bytes(w->format);
+}
+
 /* Rows first .. first+count-1 as a matrix of their own; W must not be packed. */
 static inline struct matrix matrix_rows(struct matrix w, int first, int count)
 {

@@ -8,6 +8,7 @@
 #include "safetensors.h"
 
 #include <limits.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -725,4 +726,103 @@ uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash)
                           sample);
     }
     return hash;
+}
+
+/* ---- writing a header -------------------------------------------------------------------- */
+
+static void put(struct tensor_header *header, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+static void put(struct tensor_header *header, const char *format, ...)
+{
+    for (int again = 0; again < 2 && header->status == MOSHI_OK; again++) {
+        size_t room = header->capacity - header->bytes;
+        va_list arguments;
+        va_start(arguments, format);
+        int length = vsnprintf(room > 0 ? header->text + header->bytes : NULL, room, format,
+                               arguments);
+        va_end(arguments);
+        if (length >= 0 && (size_t)length < room) {
+            header->bytes += (size_t)length;
+            return;
+        }
+        size_t capacity = 2 * header->capacity + (size_t)(length > 0 ? length : 0) + 256;
+        char *text = realloc(header->text, capacity);
+        if (text == NULL) {
+            header->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a table of tensors");
+            return;
+        }
+        header->text = text;
+        header->capacity = capacity;
+    }
+}
+
+/* The length of the header stands in front of it and is filled in at the end. */
+static void begin(struct tensor_header *header, const char *separator)
+{
+    put(header, "%s", header->bytes > 0 ? separator : "        {");
+}
+
+static void put_string(struct tensor_header *header, const char *text)
+{
+    put(header, "\"");
+    for (const char *at = text; *at != '\0'; at++) {
+        if (*at == '"' || *at == '\\') {
+            put(header, "\\%c", *at);
+        } else if ((unsigned char)*at < 0x20) {
+            put(header, "\\u%04x", (unsigned)*at);
+        } else {
+            put(header, "%c", *at);
+        }
+    }
+    put(header, "\"");
+}
+
+void tensor_header_fact(struct tensor_header *header, const char *key, const char *value)
+{
+    begin(header, ",");
+    if (header->facts++ == 0) {
+        put(header, "\"__metadata__\":{");
+    }
+    put_string(header, key);
+    put(header, ":");
+    put_string(header, value);
+}
+
+static void end_facts(struct tensor_header *header)
+{
+    if (header->facts > 0) {
+        put(header, "}");
+        header->facts = 0;
+    }
+}
+
+void tensor_header_add(struct tensor_header *header, const char *name, enum tensor_dtype dtype,
+                       int n_dims, const int64_t *dims)
+{
+    size_t bytes = dtypes[dtype].bytes, at = header->data_bytes;
+    char shape[256];
+    end_facts(header);
+    begin(header, ",");
+    for (int i = 0; i < n_dims; i++) {
+        bytes *= (size_t)dims[i];
+    }
+    put_string(header, name);
+    put(header, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", dtypes[dtype].name,
+        tensor_shape_text(dims, n_dims, shape, sizeof shape), at, at + bytes);
+    header->data_bytes = at + bytes;
+}
+
+int tensor_header_end(struct tensor_header *header, size_t alignment)
+{
+    end_facts(header);
+    begin(header, "");
+    put(header, "}");
+    while (header->status == MOSHI_OK && header->bytes % alignment != 0) {
+        put(header, " ");
+    }
+    for (int i = 0; i < 8 && header->status == MOSHI_OK; i++) {
+        header->text[i] = (char)((uint64_t)(header->bytes - 8) >> 8 * i);
+    }
+    return header->status;
 }

@@ -64,6 +64,21 @@ uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash);
 /* Whether no number of an F32, F16 or BF16 tensor is NaN or infinity. */
 int tensor_is_finite(const struct tensor *tensor);
 
+/* The bytes of a file before its data. Zero-initialise, add facts for the metadata, then the tensors
+ * in the order of their data, and end; `text` is the caller's to free whatever became of it. */
+struct tensor_header {
+    char *text;
+    size_t bytes, capacity;
+    size_t data_bytes; /* of the tensors so far */
+    int facts, status;
+};
+
+void tensor_header_fact(struct tensor_header *header, const char *key, const char *value);
+void tensor_header_add(struct tensor_header *header, const char *name, enum tensor_dtype dtype,
+                       int n_dims, const int64_t *dims);
+/* The data shall begin at a multiple of `alignment` bytes. */
+int tensor_header_end(struct tensor_header *header, size_t alignment);
+
 const char *tensor_dtype_name(enum tensor_dtype dtype); /* "F32", as in the file */
 size_t tensor_dtype_bytes(enum tensor_dtype dtype);
 /* "[2048,512]" into text[capacity]. Returns text. */

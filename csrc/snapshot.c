@@ -126,69 +126,34 @@ int snapshot_make_room(struct kv_pages *kv, int lane, int64_t offset)
 
 /* ---- writing ---------------------------------------------------------------------------- */
 
-/* A text that counts what does not fit. */
-struct text {
-    char *to;
-    size_t room, length;
-};
-
-static void put(struct text *text, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
-static void put(struct text *text, const char *format, ...)
+static int make_header(const struct snapshot *snapshot, struct tensor_header *header)
 {
-    va_list arguments;
-    va_start(arguments, format);
-    size_t left = text->length < text->room ? text->room - text->length : 0;
-    int written = vsnprintf(left ? text->to + text->length : NULL, left, format, arguments);
-    va_end(arguments);
-    text->length += written > 0 ? (size_t)written : 0;
-}
-
-/* The names and facts are ours: nothing in them needs escaping. */
-static void put_header(struct text *text, const struct snapshot *snapshot)
-{
-    put(text, "{\"__metadata__\":{");
     for (int i = 0; i < snapshot->n_facts; ++i)
-        put(text, "%s\"%s\":\"%s\"", i ? "," : "", snapshot->facts[i].key,
-            snapshot->facts[i].value);
-    put(text, "}");
-    size_t at = 0;
+        tensor_header_fact(header, snapshot->facts[i].key, snapshot->facts[i].value);
     for (int i = 0; i < snapshot->n_items; ++i) {
         const struct snapshot_item *item = &snapshot->items[i];
-        char shape[160];
-        put(text, ",\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", item->name,
-            tensor_dtype_name(item->dtype),
-            tensor_shape_text(item->dims, item->n_dims, shape, sizeof shape), at, at + item->bytes);
-        at += item->bytes;
+        tensor_header_add(header, item->name, item->dtype, item->n_dims, item->dims);
     }
-    put(text, "}");
-    while (text->length % 8) put(text, " ");
+    return tensor_header_end(header, 8);
 }
 
 int snapshot_write(const struct snapshot *snapshot, void *data, size_t *bytes)
 {
     if (snapshot->status) return snapshot->status;
-    struct text text = {0};
-    put_header(&text, snapshot);
-    const size_t header = text.length;
-    size_t total = 8 + header;
-    for (int i = 0; i < snapshot->n_items; ++i) total += snapshot->items[i].bytes;
+    struct tensor_header header = {0};
+    int status = make_header(snapshot, &header);
+    const size_t total = header.bytes + header.data_bytes;
+    if (!status && data && *bytes < total)
+        status = moshi_fail(MOSHI_ERROR_ARGUMENT, "%zu bytes for a snapshot, expected %zu", *bytes,
+                            total);
+    if (!status && data) memcpy(data, header.text, header.bytes);
+    free(header.text);
+    if (status) return status;
     if (!data) {
         *bytes = total;
         return MOSHI_OK;
     }
-    if (*bytes < total)
-        return moshi_fail(MOSHI_ERROR_ARGUMENT, "%zu bytes for a snapshot, expected %zu", *bytes,
-                          total);
-    char *copy = malloc(header + 1);
-    if (!copy) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the header of a snapshot");
-    text = (struct text){.to = copy, .room = header + 1};
-    put_header(&text, snapshot);
-    uint8_t *to = data;
-    for (int i = 0; i < 8; ++i) *to++ = (uint8_t)((uint64_t)header >> 8 * i);
-    memcpy(to, copy, header);
-    to += header;
-    free(copy);
+    uint8_t *to = (uint8_t *)data + header.bytes;
     for (int i = 0; i < snapshot->n_items; ++i) {
         const struct snapshot_item *item = &snapshot->items[i];
         if (item->kv)

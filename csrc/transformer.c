@@ -100,6 +100,18 @@ int transformer_load(struct transformer *transformer, const struct transformer_c
     return loader->status;
 }
 
+int64_t transformer_bytes(const struct transformer *transformer, int set)
+{
+    int64_t bytes = 0;
+    for (int i = 0; i < transformer->config.layers; ++i) {
+        const struct transformer_layer *layer = &transformer->layers[i];
+        bytes += (int64_t)(matrix_bytes(&layer->in_proj[set]) +
+                           matrix_bytes(&layer->out_proj[set]) + matrix_bytes(&layer->ffn_in[set]) +
+                           matrix_bytes(&layer->ffn_out[set]));
+    }
+    return bytes;
+}
+
 void transformer_free(struct transformer *transformer)
 {
     for (int i = 0; transformer->layers && i < transformer->config.layers; ++i)

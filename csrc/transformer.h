@@ -33,6 +33,9 @@ int transformer_load(struct transformer *transformer, const struct transformer_c
                      struct weight_loader *loader, const char *prefix, const char *label);
 void transformer_free(struct transformer *transformer);
 
+/* Bytes of the matrices of one weight set. */
+int64_t transformer_bytes(const struct transformer *transformer, int set);
+
 /* One forward pass in place on x. */
 struct transformer_run {
     struct rows rows;

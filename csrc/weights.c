@@ -223,26 +223,27 @@ static enum weight_format wanted_format(const struct weight_loader *loader,
     }
 }
 
-/* Hands a matrix to the backend; `format` as it shall be read. */
+/* Hands a matrix to the backend; `format` as it shall be read. Panels that the backend leaves where
+ * they are stay the file's. */
 static void prepare(struct weight_loader *loader, struct matrix *matrix, enum weight_format format,
                     int pack)
 {
     if (loader->status) return;
     struct weight_store *store = loader->store;
     const struct backend_ops *ops = store->backend->ops;
+    const void *panels = matrix->packed;
     if (!grow((void **)&store->matrices, store->n_matrices, &store->matrix_capacity,
               sizeof *store->matrices)) {
         loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the list of matrices");
         return;
     }
-    loader->status = is_block_format(format) ? ops->quantise_matrix(store->backend, matrix, format)
-                                             : ops->prepare_matrix(store->backend, matrix, pack);
+    loader->status = is_block_format(format) && !panels
+                         ? ops->quantise_matrix(store->backend, matrix, format)
+                         : ops->prepare_matrix(store->backend, matrix, pack);
     if (loader->status) return;
     if (matrix->packed) matrix->data = NULL; /* the file may be closed */
-    store->matrices[store->n_matrices++] = *matrix;
-    store->matrix_bytes += matrix->packed ? (int64_t)packed_bytes(matrix)
-                                          : (int64_t)matrix->rows * matrix->cols *
-                                                (int64_t)weight_bytes(format);
+    if (!panels || matrix->packed != panels) store->matrices[store->n_matrices++] = *matrix;
+    store->matrix_bytes += (int64_t)matrix_bytes(matrix);
 }
 
 /* [rows] scales of an int8 tensor: its name with _scb has 127 times as much. From malloc. */
@@ -259,6 +260,27 @@ static float *row_scales(struct weight_loader *loader, const struct tensor *tens
     return scales;
 }
 
+/* Writes down what a tensor becomes; what stays as it is needs no line. */
+static void plan(struct weight_loader *loader, struct tensor *tensor, enum weight_format format,
+                 int sets, int rows, int cols)
+{
+    struct weight_plan *changes = loader->plan;
+    struct tensor *scales = NULL;
+    if (loader->status || (format == format_of(tensor) && !is_block_format(format))) return;
+    if (tensor->dtype == TENSOR_I8) {
+        int64_t all = (int64_t)sets * rows;
+        scales = weights_need(loader, "%s_scb", tensor->name);
+        if (weights_check(loader, scales, 1, &all)) return;
+    }
+    if (!grow((void **)&changes->changes, changes->count, &changes->capacity,
+              sizeof *changes->changes)) {
+        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the list of tensors");
+        return;
+    }
+    changes->changes[changes->count++] = (struct weight_change){tensor, scales, format,
+                                                                sets,   rows,   cols};
+}
+
 /* `sets` matrices that are stacked on the rows of one tensor. */
 static void bind(struct weight_loader *loader, struct tensor *tensor, enum weight_format format,
                  int sets, int rows, int cols, struct matrix *matrices)
@@ -267,6 +289,10 @@ static void bind(struct weight_loader *loader, struct tensor *tensor, enum weigh
     int is_int8 = tensor && tensor->dtype == TENSOR_I8;
     if (is_int8 ? check_shape(loader, tensor, 2, dims) : weights_check(loader, tensor, 2, dims))
         return;
+    if (loader->plan) {
+        plan(loader, tensor, format, sets, rows, cols);
+        return;
+    }
     float *scales = is_int8 ? row_scales(loader, tensor, dims[0]) : NULL;
     struct matrix all = {.format = format_of(tensor),
                          .rows = sets * rows,
@@ -306,12 +332,114 @@ static void bind_lean(struct weight_loader *loader, const struct tensor *tensor,
     }
 }
 
+/* ---- panels of a file ------------------------------------------------------------------- */
+
+/* The block format that a file's metadata names. */
+static int panel_format(struct weight_loader *loader, enum weight_format *format)
+{
+    const char *path = tensor_file_path(loader->file);
+    const char *name = tensor_file_metadata(loader->file, METADATA_FORMAT);
+    const char *layout = tensor_file_metadata(loader->file, METADATA_LAYOUT);
+    for (int f = 0; f < WEIGHT_FORMATS; ++f) {
+        *format = (enum weight_format)f;
+        if (is_block_format(*format) && strcmp(name, weight_format_name(*format)) == 0) break;
+        if (f == WEIGHT_FORMATS - 1)
+            return loader->status =
+                       moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                  "%s: the metadata's %s is \"%.40s\", expected int8, q8 or q4",
+                                  path, METADATA_FORMAT, name);
+    }
+    if (!layout || strcmp(layout, PANEL_LAYOUT) != 0)
+        return loader->status = moshi_fail(
+                   MOSHI_ERROR_CHECKPOINT,
+                   "%s: the metadata's %s is \"%.40s\", expected %s: convert the original again",
+                   path, METADATA_LAYOUT, layout ? layout : "", PANEL_LAYOUT);
+    return MOSHI_OK;
+}
+
+/* Every scale finite, and no code -128, whose opposite the kernels could not hold. */
+static int check_panels(struct weight_loader *loader, const struct tensor *tensor,
+                        enum weight_format format, int cols)
+{
+    const size_t bytes = panel_bytes(format, cols), tile = tile_bytes(format);
+    const char *at = tensor->data, *end = at + tensor->bytes;
+    for (; at < end; at += bytes)
+        for (size_t k = 0; k < bytes;) {
+            const size_t scales = format == WEIGHT_INT8 ? (k ? 0 : sizeof(float) * PANEL)
+                                                        : sizeof(uint16_t) * 2 * PANEL;
+            const struct tensor part = {.dtype = format == WEIGHT_INT8 ? TENSOR_F32 : TENSOR_F16,
+                                        .elements = format == WEIGHT_INT8 ? PANEL : 2 * PANEL,
+                                        .data = at + k};
+            const size_t codes = format == WEIGHT_INT8 ? tile : tile - scales;
+            const char *wrong = scales && !tensor_is_finite(&part) ? "a scale that is not finite"
+                                : format != WEIGHT_Q4 && memchr(at + k + scales, 0, codes)
+                                    ? "the code -128"
+                                    : NULL;
+            if (wrong)
+                return loader->status = moshi_fail(
+                           MOSHI_ERROR_CHECKPOINT,
+                           "%s: tensor %s has %s in panel %zu, expected finite scales and codes "
+                           "from -127 to 127",
+                           tensor_file_path(loader->file), tensor->name, wrong,
+                           (size_t)(at - (const char *)tensor->data) / bytes);
+            k += scales + codes;
+        }
+    return MOSHI_OK;
+}
+
+static void bind_panels(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
+                        int cols, struct matrix *matrices)
+{
+    enum weight_format format;
+    if (panel_format(loader, &format)) return;
+    if (loader->plan) {
+        loader->status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                    "%s holds %s weights already, expected floats to convert",
+                                    tensor_file_path(loader->file), weight_format_name(format));
+        return;
+    }
+    if (loader->dtype != MOSHI_AUTO && wanted_format(loader, tensor) != format) {
+        loader->status =
+            moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                       "%s holds %s weights, which can't be read as %s, expected dtype auto or %s",
+                       tensor_file_path(loader->file), weight_format_name(format),
+                       moshi_dtype_name(loader->dtype), weight_format_name(format));
+        return;
+    }
+    struct matrix one = {.format = format, .rows = rows, .cols = cols};
+    const size_t bytes = packed_bytes(&one), panel = panel_bytes(format, cols);
+    const int64_t dims[3] = {sets, (int64_t)(bytes / panel), (int64_t)panel};
+    if (check_shape(loader, tensor, 3, dims)) return;
+    if (loader->check_finite && check_panels(loader, tensor, format, cols)) return;
+    loader->store->parameters += (int64_t)sets * rows * cols - tensor->elements;
+    const char *panels = tensor->data;
+    if ((uintptr_t)panels % PANEL_ALIGNMENT) {
+        char *copy = weight_store_allocate(loader->store, tensor->bytes);
+        if (!copy) {
+            loader->status = MOSHI_ERROR_MEMORY;
+            return;
+        }
+        panels = memcpy(copy, panels, tensor->bytes);
+    } else {
+        loader->store->mapped_bytes += (int64_t)tensor->bytes;
+    }
+    for (int i = 0; i < sets && !loader->status; ++i) {
+        matrices[i] = one;
+        matrices[i].packed = (void *)(uintptr_t)(panels + (size_t)i * bytes); /* never written to */
+        prepare(loader, &matrices[i], format, loader->pack);
+    }
+}
+
+/* ---- what models bind ------------------------------------------------------------------- */
+
 void weights_matrices(struct weight_loader *loader, struct tensor *tensor, int sets, int rows,
                       int cols, struct matrix *matrices)
 {
     memset(matrices, 0, (size_t)sets * sizeof *matrices);
     if (!tensor) return;
-    if (loader->lean == WEIGHT_F32)
+    if (tensor->dtype == TENSOR_U8 && tensor_file_metadata(loader->file, METADATA_FORMAT))
+        bind_panels(loader, tensor, sets, rows, cols, matrices);
+    else if (loader->lean == WEIGHT_F32)
         bind(loader, tensor, wanted_format(loader, tensor), sets, rows, cols, matrices);
     else
         bind_lean(loader, tensor, sets, rows, cols, matrices);
@@ -327,7 +455,13 @@ void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, i
                           struct matrix *matrix)
 {
     memset(matrix, 0, sizeof *matrix);
-    if (tensor) bind(loader, tensor, plain_format(loader, tensor), 1, rows, cols, matrix);
+    if (!tensor) return;
+    enum weight_format format = plain_format(loader, tensor);
+    if (loader->plan && is_block_format(format)) { /* published int8 rows stay as they are */
+        weights_need(loader, "%s_scb", tensor->name);
+        return;
+    }
+    bind(loader, tensor, format, 1, rows, cols, matrix);
 }
 
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
@@ -340,6 +474,10 @@ void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows
     *matrix = (struct matrix){.format = stored, .rows = rows, .cols = cols, .data = tensor->data};
     /* A wider copy of a table would hold the same numbers. */
     if (format == WEIGHT_F32) format = stored;
+    if (loader->plan) {
+        plan(loader, tensor, format, 1, rows, cols);
+        return;
+    }
     if (aligned(tensor) && format == stored)
         loader->store->mapped_bytes += (int64_t)tensor->bytes;
     else
@@ -420,6 +558,10 @@ const float *weights_vector(struct weight_loader *loader, struct tensor *tensor,
     struct matrix rounded = {0}, vector = {0};
     /* A model cast to 16 bits upstream has its norms cast too. */
     enum weight_format format = plain_format(loader, tensor);
+    if (loader->plan) {
+        if (format != WEIGHT_F32) plan(loader, tensor, format, 1, 1, (int)count);
+        return NULL;
+    }
     if (format != WEIGHT_F32 && format != format_of(tensor)) {
         convert(loader, tensor, NULL, format, &rounded);
         struct tensor cast = *tensor;
@@ -445,4 +587,43 @@ void weights_finish(struct weight_loader *loader)
             return;
         }
     }
+}
+
+/* ---- conversion ------------------------------------------------------------------------- */
+
+size_t weight_change_bytes(const struct weight_change *change)
+{
+    const struct matrix one = {
+        .format = change->format, .rows = change->rows, .cols = change->cols};
+    return is_block_format(change->format)
+               ? (size_t)change->sets * packed_bytes(&one)
+               : (size_t)change->tensor->elements * weight_bytes(change->format);
+}
+
+int weight_change_make(const struct weight_loader *loader, const struct weight_change *change,
+                       void *to)
+{
+    struct weight_store store;
+    weight_store_init(&store, loader->store->backend);
+    struct weight_loader once = {.store = &store, .file = loader->file, .dtype = loader->dtype};
+    struct matrix *matrices = calloc((size_t)change->sets, sizeof *matrices);
+    if (!matrices) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a list of matrices");
+    if (is_block_format(change->format)) {
+        bind(&once, change->tensor, change->format, change->sets, change->rows, change->cols,
+             matrices);
+        const size_t bytes = weight_change_bytes(change) / (size_t)change->sets;
+        for (int i = 0; i < change->sets && !once.status; ++i)
+            store.backend->ops->download(store.backend, (char *)to + (size_t)i * bytes,
+                                         matrices[i].packed, bytes);
+    } else {
+        const int64_t rows = (int64_t)change->sets * change->rows;
+        float *scales = change->scales ? row_scales(&once, change->tensor, rows) : NULL;
+        matrices->cols = change->cols;
+        if (!once.status) convert(&once, change->tensor, scales, change->format, matrices);
+        if (!once.status) memcpy(to, matrices->data, weight_change_bytes(change));
+        free(scales);
+    }
+    free(matrices);
+    weight_store_release(&store);
+    return once.status;
 }

@@ -3,12 +3,22 @@
  * A weight_loader remembers the first failure, so that a model binds its tensors as a plain list
  * and asks once at the end. Every tensor's dtype and shape is checked against the config; what the
  * file holds beyond the model is an error too, as it is upstream. Matrices stay in the file map
- * where the backend can read them so. */
+ * where the backend can read them so.
+ *
+ * A file may hold the panels of a block format instead of a matrix's rows: a U8 tensor of the same
+ * name, [sets][panels][bytes of a panel] as quant.h has them, in a file whose metadata names the
+ * format (METADATA_FORMAT: "int8", "q8" or "q4") and the layout (METADATA_LAYOUT). Panels are read
+ * where they lie when they begin at a multiple of PANEL_ALIGNMENT. */
 #ifndef MOSHI_WEIGHTS_H
 #define MOSHI_WEIGHTS_H
 
 #include "backend.h"
 #include "safetensors.h"
+
+#define METADATA_FORMAT "moshi_c.format"
+#define METADATA_LAYOUT "moshi_c.layout"
+#define PANEL_LAYOUT "1" /* of quant.h; another number when it changes */
+#define PANEL_ALIGNMENT 64
 
 /* Memory and prepared matrices that a model owns through its backend. */
 struct weight_store {
@@ -30,17 +40,35 @@ void weight_store_release(struct weight_store *store);
 /* Zeroed device memory owned by the store; NULL after recording a failure. */
 void *weight_store_allocate(struct weight_store *store, size_t bytes);
 
+/* What the tensors of a file become in another format. */
+struct weight_plan {
+    struct weight_change {
+        struct tensor *tensor;
+        struct tensor *scales;    /* of an I8 tensor, which go with it; else NULL */
+        enum weight_format format;
+        int sets, rows, cols;     /* of a block format's matrices */
+    } *changes;
+    int count, capacity;
+};
+
 struct weight_loader {
     struct weight_store *store;
     struct tensor_file *file;
     enum moshi_dtype dtype; /* of matrices; MOSHI_AUTO: as stored */
     int pack;               /* matrices get the backend's own layout */
+    int check_finite;       /* a weight that is not finite is a failure */
     /* Format of the matrices that are read once for a few rows, when it is narrower than f32: bf16,
      * or int8 with f32 activations; the codec's. */
     enum weight_format lean;
-    int check_finite; /* a weight that is not finite is a failure */
+    struct weight_plan *plan; /* not NULL: it is filled, and no matrix or vector is made */
     int status; /* the first failure */
 };
+
+/* Bytes of a tensor as a change leaves it. */
+size_t weight_change_bytes(const struct weight_change *change);
+/* Writes them. The loader's dtype is the new one; its store lends the backend and keeps nothing. */
+int weight_change_make(const struct weight_loader *loader, const struct weight_change *change,
+                       void *to);
 
 /* The tensor of that name, or NULL. Marks it used. */
 struct tensor *weights_find(struct weight_loader *loader, const char *format, ...)

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
+from . import __version__, bench
 from .audio import AudioWriter, check_suffix, read_audio, write_audio
 from .codec_file import CodecFile, read_codec_file, write_codec_file
+from .convert import quantize
 from .errors import AudioError, MoshiError
 from .model import Model, devices, load, load_mimi
 from .progress import Bar
@@ -193,6 +194,37 @@ def _decode(arguments: argparse.Namespace) -> None:
     print(f"{out}: {file.samples / file.sample_rate:.2f} s", file=sys.stderr)
 
 
+def _quantize(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ValueError("quantize takes its model as SOURCE; expected no --model")
+    target = quantize(
+        arguments.source,
+        arguments.target,
+        "q4" if arguments.dtype == "auto" else arguments.dtype,
+        threads=arguments.threads,
+        progress=sys.stderr.isatty(),
+    )
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {_bytes(size)}", file=sys.stderr)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        _check_folder(Path(arguments.json))
+    with _load(arguments, max_sessions=max(bench.SESSIONS)) as model:
+        if not model._info["has_mimi"]:
+            raise ValueError(f"{model._source} has no codec; expected a model that hears")
+
+        def shown(what: str) -> None:
+            if sys.stderr.isatty():
+                print(f"measuring: {what}", file=sys.stderr)
+
+        report = bench.run(model, frames=arguments.frames, threads=arguments.threads, shown=shown)
+    print(bench.text(report))
+    if arguments.json:
+        bench.write(report, Path(arguments.json))
+
+
 def _info(arguments: argparse.Namespace) -> None:
     rows: list[tuple[str, str]] = [("moshi_c", __version__)]
     rows.append(("Python", f"{platform.python_version()} on {platform.platform()}"))
@@ -252,13 +284,13 @@ def _bytes(count: int) -> str:
 # ---- shared ------------------------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace, max_sessions: int = 1) -> Model:
     return load(
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
-        max_sessions=1,
+        max_sessions=max_sessions,
         progress=sys.stderr.isatty(),
     )
 
@@ -395,14 +427,36 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("input", metavar="IN.mimi", help="the codes")
     decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")
 
+    convert = command(
+        "quantize",
+        _quantize,
+        "a checkpoint in another weight format, as a folder that opens at once",
+        "moshi-c quantize kyutai/moshiko-pytorch-bf16 moshiko-q4 --dtype q4",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
+    convert.add_argument(
+        "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+    )
+
     info = command(
         "info",
         _info,
         "what is installed, and what a model is",
         "moshi-c info kyutai/moshiko-pytorch-bf16",
     )
-    # SUPPRESS: without it the absent argument would overwrite --model
-    info.add_argument(
-        "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
+    measure = command(
+        "bench",
+        _bench,
+        "what this machine can do, and what a model makes of it",
+        "moshi-c bench --dtype q8 --json bench.json",
     )
+    measure.add_argument(
+        "--frames", type=_count, default=100, metavar="N", help="steps of a measurement (100)"
+    )
+    measure.add_argument("--json", metavar="FILE", help="write the figures too")
+    for sub in (info, measure):
+        # SUPPRESS: without it the absent argument would overwrite --model
+        sub.add_argument(
+            "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
+        )
     return parser

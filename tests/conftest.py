@@ -204,8 +204,8 @@ class Conversation:
 def conversation(
     made: Checkpoints, mimi_full: Path, request: pytest.FixtureRequest
 ) -> Conversation:
-    """A first frame and 26 s of sound (with --long a minute), which is past the codec's ring of 10 s
-    and the language model's of 16 s; all of the codec's decisions are clear of ties."""
+    """A first frame and 26 s of sound (with --long a minute): longer than the codec's ring of 10 s
+    and the language model's of 16 s. All of the codec's decisions are clear of ties."""
     import numpy as np
     import sound
     import upstream

@@ -28,7 +28,7 @@ import soundfile
 from numpy.typing import NDArray
 
 import moshi_c
-from moshi_c import AudioError, CheckpointError, Model, Session, SessionError
+from moshi_c import AudioError, CheckpointError, Model, Session, SessionError, convert
 
 if TYPE_CHECKING:
     from conftest import Checkpoints
@@ -143,17 +143,20 @@ _OF_SESSIONS = [
 
 
 @pytest.mark.parametrize(
-    ("sharded", "first", "last"),
+    ("kind", "first", "last"),
     [
-        (False, 0, 200),
-        pytest.param(False, 200, 1000, marks=pytest.mark.slow),
-        (True, 1000, 1100),
+        ("", 0, 200),
+        pytest.param("", 200, 1000, marks=pytest.mark.slow),
+        ("sharded", 1000, 1100),
+        ("q4", 1100, 1200),
     ],
 )
 def test_damaged_checkpoints_work_or_say_what_is_wrong(
-    made: Checkpoints, tmp_path: Path, sharded: bool, first: int, last: int
+    made: Checkpoints, tmp_path: Path, kind: str, first: int, last: int
 ) -> None:
-    folder = made.lm("rows", sharded=sharded)
+    folder = made.lm("rows", sharded=kind == "sharded")
+    if kind == "q4":
+        folder = convert.quantize(folder, tmp_path / "q4", "q4", progress=False)
     code, out, errors = process(
         TESTS / "damage.py", folder, tmp_path / "work", first, last, HF_HUB_OFFLINE="1"
     )

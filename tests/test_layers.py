@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("depth",),
     ("lm", "mimi"),
     ("model",),
-    ("engine",),
+    ("convert", "engine"),
     ("codec", "session"),
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row}

@@ -56,20 +56,46 @@ def published_tensors() -> dict[str, list[int]]:
     return shapes
 
 
-def write_sparse(path: Path, shapes: dict[str, list[int]]) -> int:
-    """A bf16 safetensors file whose data are a hole. Returns the number of parameters."""
-    header: dict[str, object] = {}
+Entry = tuple[str, list[int], int]  # dtype, shape, bytes
+
+
+def write_hole(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    """A safetensors file whose data are a hole."""
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+    for name, (dtype, shape, size) in entries.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + offset)
-    return offset // 2
+
+
+def write_sparse(path: Path, shapes: dict[str, list[int]]) -> int:
+    """The tensors in bf16. Returns the number of parameters."""
+    counts = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
+    write_hole(path, {n: ("BF16", s, 2 * counts[n]) for n, s in shapes.items()}, {})
+    return sum(counts.values())
+
+
+TILE_BYTES = {"q8": 1088, "q4": 576}  # of 16 rows and 64 columns
+
+
+def write_sparse_panels(path: Path, dtype: str) -> None:
+    """The published tensors, all matrices of layers and heads as panels."""
+    panels: dict[str, Entry] = {}
+    rest: dict[str, Entry] = {}
+    for name, shape in published_tensors().items():
+        if "emb" in name or "norm" in name:
+            rest[name] = ("BF16", shape, 2 * int(np.prod(shape, dtype=np.int64)))
+            continue
+        stacked = name.startswith("depformer.") and "self_attn" in name
+        sets = STEPS if stacked else 1
+        made = [sets, shape[0] // sets // 16, shape[1] // 64 * TILE_BYTES[dtype]]
+        panels[name] = ("U8", made, int(np.prod(made, dtype=np.int64)))
+    write_hole(path, panels | rest, {"moshi_c.format": dtype, "moshi_c.layout": "1"})
 
 
 MEASURE = textwrap.dedent(

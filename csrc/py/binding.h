@@ -44,6 +44,11 @@ static inline struct module_state *state_of(PyObject *self)
 int raise_status(const struct module_state *state, int status);
 /* Raises `type` with a message; an exception already set becomes its cause. Returns -1. */
 int raise_from_current(PyObject *type, const char *format, ...);
+/* For "O&": a path as bytes, or NULL for None. */
+int path_or_none(PyObject *object, void *result);
+const char *path_text(PyObject *path); /* NULL for NULL */
+/* The format of that name; ValueError and -1. */
+int dtype_from_text(const struct module_state *state, const char *name, enum moshi_dtype *dtype);
 /* Any integer, 0..2**64-1; else ValueError or TypeError and -1. */
 int seed_from_object(PyObject *object, uint64_t *seed);
 /* A new array of zeros; float32 or int32. */
@@ -90,7 +95,7 @@ struct moshi_engine *model_engine(struct model_object *self, const struct module
 struct moshi_engine *model_attach(struct model_object *self, const struct module_state *state);
 void model_detach(struct model_object *self);
 
-extern PyType_Spec model_spec, session_spec, stream_spec;
+extern PyType_Spec model_spec, session_spec, stream_spec, conversion_spec;
 
 /* step_many(sessions, pcms, decode=True), a function of the module. */
 PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs);

@@ -77,28 +77,6 @@ static void model_destroy(struct model_object *self)
 
 /* ---- new, close ------------------------------------------------------------------------- */
 
-/* For "O&": a path as bytes, or NULL for None. */
-static int path_or_none(PyObject *object, void *result)
-{
-    PyObject **path = result;
-    if (object == Py_None) {
-        *path = NULL;
-        return 1;
-    }
-    return PyUnicode_FSConverter(object, result);
-}
-
-static const char *path_text(PyObject *path)
-{
-    return path ? PyBytes_AsString(path) : NULL;
-}
-
-static int parse_dtype(const struct module_state *state, const char *name, enum moshi_dtype *dtype)
-{
-    int status = moshi_dtype_parse(name, dtype);
-    return status == MOSHI_OK ? 0 : raise_status(state, status);
-}
-
 static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"folder",
@@ -134,9 +112,9 @@ static PyObject *model_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                                      &kv_dtype, &engine_options.context,
                                      &engine_options.max_sessions, &options.check_weights))
         return NULL;
-    if (parse_dtype(state, dtype, &options.dtype) < 0 ||
-        parse_dtype(state, mimi_dtype, &options.mimi_dtype) < 0 ||
-        parse_dtype(state, kv_dtype, &engine_options.kv_dtype) < 0)
+    if (dtype_from_text(state, dtype, &options.dtype) < 0 ||
+        dtype_from_text(state, mimi_dtype, &options.mimi_dtype) < 0 ||
+        dtype_from_text(state, kv_dtype, &engine_options.kv_dtype) < 0)
         goto done;
     options.folder = path_text(folder);
     options.config_path = path_text(config);
@@ -294,13 +272,19 @@ static const struct field info_fields[] = {
     INFO(INT64, parameters),
     INFO(INT64, weight_bytes),
     INFO(INT64, mapped_bytes),
+    INFO(INT64, encode_bytes),
+    INFO(INT64, temporal_bytes),
+    INFO(INT64, depth_bytes),
+    INFO(INT64, decode_bytes),
+    INFO(INT64, encode_flops),
+    INFO(INT64, decode_flops),
     {NULL, FIELD_INT, 0},
 };
 
 #define MEMORY(name) {#name, FIELD_INT64, offsetof(struct moshi_memory, name)}
 static const struct field memory_fields[] = {
-    MEMORY(weights_bytes), MEMORY(session_bytes), MEMORY(session_used_bytes),
-    MEMORY(free_bytes),    {NULL, FIELD_INT, 0},
+    MEMORY(weights_bytes),      MEMORY(session_bytes), MEMORY(kv_bytes),
+    MEMORY(session_used_bytes), MEMORY(free_bytes),    {NULL, FIELD_INT, 0},
 };
 
 #define STATS(kind, name) {#name, FIELD_##kind, offsetof(struct moshi_engine_stats, name)}

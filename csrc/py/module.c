@@ -69,6 +69,27 @@ int raise_from_current(PyObject *type, const char *format, ...)
     return -1;
 }
 
+int path_or_none(PyObject *object, void *result)
+{
+    PyObject **path = result;
+    if (object == Py_None) {
+        *path = NULL;
+        return 1;
+    }
+    return PyUnicode_FSConverter(object, result);
+}
+
+const char *path_text(PyObject *path)
+{
+    return path ? PyBytes_AsString(path) : NULL;
+}
+
+int dtype_from_text(const struct module_state *state, const char *name, enum moshi_dtype *dtype)
+{
+    int status = moshi_dtype_parse(name, dtype);
+    return status == MOSHI_OK ? 0 : raise_status(state, status);
+}
+
 int seed_from_object(PyObject *object, uint64_t *seed)
 {
     PyObject *number = PyNumber_Index(object);
@@ -178,9 +199,29 @@ static PyObject *core_devices(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(i
     return list;
 }
 
+static PyObject *core_measure(PyObject *module, PyObject *args)
+{
+    struct moshi_limits limits;
+    double seconds;
+    int threads, status;
+    if (!PyArg_ParseTuple(args, "id:measure", &threads, &seconds)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = moshi_measure(threads, seconds, &limits);
+    Py_END_ALLOW_THREADS
+    if (status != MOSHI_OK) {
+        raise_status(PyModule_GetState(module), status);
+        return NULL;
+    }
+    return Py_BuildValue("{s:d,s:d}", "read_bytes_s", limits.read_bytes_s, "flops_s",
+                         limits.flops_s);
+}
+
 static PyMethodDef core_methods[] = {
     {"devices", core_devices, METH_NOARGS,
      PyDoc_STR("devices()\n--\n\nWhat this machine offers; for what is not usable, why.")},
+    {"measure", core_measure, METH_VARARGS,
+     PyDoc_STR("measure(threads, seconds, /)\n--\n\n"
+               "The best rates of reading and multiplying that the machine reached.")},
     {"step_many", KEYWORDS(sessions_step_many),
      PyDoc_STR("step_many(sessions, pcms, decode=True)\n--\n\n"
                "One batched step of many sessions of one model: all of them step, or none.")},
@@ -221,6 +262,9 @@ static int core_exec(PyObject *module)
     state->session_type = add_type(module, &session_spec);
     state->stream_type = add_type(module, &stream_spec);
     if (!state->model_type || !state->session_type || !state->stream_type) return -1;
+    PyTypeObject *conversion_type = add_type(module, &conversion_spec);
+    if (!conversion_type) return -1;
+    Py_DECREF((PyObject *)conversion_type); /* the module has its own */
     return PyModule_AddStringConstant(module, "__version__", moshi_version());
 }
 

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "../../csrc/backend.h"
+#include "../../csrc/cpu/probe.h"
 #include "../../csrc/os.h"
 
 /* Largest |a - b| / (rms of b's row + |b|). Left: generic against double. Right: another
@@ -2089,100 +2090,15 @@ static void *next_piece(size_t bytes)
     return stream + stream_at - (bytes + 63) / 64 * 64;
 }
 
-static volatile uint64_t sink;
-
-struct reader {
-    const uint64_t *from;
-    size_t words;
-};
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define WIDE __attribute__((target("avx2,fma")))
-#else
-#include <arm_neon.h>
-#define WIDE
-#endif
-
-typedef uint64_t vector __attribute__((vector_size(32)));
-
-/* Eight streams side by side were faster than one, with or without prefetch. */
-WIDE static void read_piece(void *arg)
-{
-    const struct reader *reader = arg;
-    size_t stream_vectors = reader->words / 32;
-    const vector *from = (const vector *)(const void *)reader->from;
-    vector a = {0}, b = {0}, c = {0}, d = {0};
-
-    for (size_t i = 0; i + 2 <= stream_vectors; i += 2) {
-        for (size_t j = 0; j < 8; j += 2) {
-            const vector *one = from + j * stream_vectors + i, *other = one + stream_vectors;
-
-            a ^= one[0];
-            b ^= one[1];
-            c ^= other[0];
-            d ^= other[1];
-        }
-    }
-    a ^= b ^ c ^ d;
-    sink ^= a[0] ^ a[1] ^ a[2] ^ a[3];
-}
-
-/* Bytes a second, read by so many threads. */
+/* Bytes a second, read by so many threads; also empties the caches near the cores. */
 static double read_once(int threads)
 {
     enum { PIECE = 32 << 20 };
-    struct os_thread *workers[64];
-    struct reader readers[64];
-    double start = os_clock();
+    const void *from[64];
 
-    for (int t = 0; t < threads; t++) {
-        readers[t] = (struct reader){next_piece(PIECE), PIECE / 8};
-        if (t && os_thread_start(&workers[t], read_piece, &readers[t])) exit(2);
-    }
-    read_piece(&readers[0]);
-    for (int t = 1; t < threads; t++) os_thread_join(workers[t]);
-    return (double)PIECE * threads / (os_clock() - start);
+    for (int t = 0; t < threads; t++) from[t] = next_piece(PIECE);
+    return probe_read(threads, from, PIECE);
 }
-
-/* The rate of a core that does nothing but multiply-adds, of the width that the kernels have. */
-#define FMA_RATE(name, attribute, held, chains, vector, set, fma, store, width)                    \
-    attribute static double name(void)                                                             \
-    {                                                                                              \
-        vector sums[chains], a = set(0.5f);                                                        \
-        double start = os_clock();                                                                 \
-        float out[width];                                                                          \
-                                                                                                   \
-        for (int j = 0; j < (chains); j++) sums[j] = set((float)j);                                \
-        for (int i = 0; i < 1000000; i++) {                                                        \
-            __asm__ volatile("" : held(a));                                                        \
-            _Pragma("GCC unroll 24") for (int j = 0; j < (chains); j++)                            \
-                sums[j] = fma(sums[j], a, a);                                                      \
-        }                                                                                          \
-        for (int j = 0; j < (chains); j++) {                                                       \
-            store(out, sums[j]);                                                                   \
-            sink ^= (uint64_t)out[0];                                                              \
-        }                                                                                          \
-        return 1000000 * (chains) * 2.0 * (width) / (os_clock() - start);                          \
-    }
-#if defined(__x86_64__)
-FMA_RATE(fma_avx2, WIDE, "+x", 12, __m256, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps, 8)
-FMA_RATE(fma_avx512, __attribute__((target("avx512f"))), "+x", 12, __m512, _mm512_set1_ps,
-         _mm512_fmadd_ps, _mm512_storeu_ps, 16)
-
-static double fma_once(const struct backend *backend)
-{
-    return strcmp(backend->isa, "avx512") == 0 ? fma_avx512() : fma_avx2();
-}
-#elif defined(__aarch64__)
-FMA_RATE(fma_neon, , "+w", 24, float32x4_t, vdupq_n_f32, vfmaq_f32, vst1q_f32, 4)
-
-static double fma_once(const struct backend *backend)
-{
-    (void)backend;
-    return fma_neon();
-}
-#endif
 
 static int by_value(const void *a, const void *b)
 {
@@ -2214,8 +2130,8 @@ static double bench_run(const char *name, void (*once)(struct bench_job *), stru
     for (int i = 0; i < SAMPLES; i++) {
         double start;
 
-        rates[i] = read_once(threads); /* also empties the caches near the core */
-        peaks[i] = flops > 0 ? fma_once(job->backend) * threads : 0;
+        rates[i] = read_once(threads);
+        peaks[i] = flops > 0 ? probe_multiply(threads) : 0;
         start = os_clock();
         once(job);
         seconds[i] = os_clock() - start;

@@ -243,7 +243,19 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
             + space.encode()
         )
 
+    def panels(dtype: Any) -> bytes:
+        """With matrices in a block format."""
+        from moshi_c import convert
+
+        with tempfile.TemporaryDirectory() as name:
+            target = convert.quantize(folder, Path(name) / dtype, dtype, progress=False)
+            data = (target / "model.safetensors").read_bytes()
+        (size,) = struct.unpack("<Q", data[:8])
+        return both() + MARK + data[8 : 8 + size]
+
     return {
+        "weights-q4": panels("q4"),
+        "weights-int8": panels("int8"),
         "weights-f32": stored("F32", 4),
         "weights-f16": stored("F16", 2),
         "weights-bf16-at-odd-bytes": stored("BF16", 2, " " * (len(json.dumps(header)) % 2 + 1)),

@@ -1,0 +1,140 @@
+"""Checkpoints in another weight format: what the language model's matrices would be made into while
+loading, made once and kept in a folder that opens at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, get_args
+
+from . import _core, hub
+from .errors import CheckpointError
+from .progress import Bar
+
+#: Formats to convert to.
+Target = Literal["q8", "q4", "int8", "bf16"]
+
+
+def quantize(
+    source: hub.PathLike | None,
+    target: hub.PathLike,
+    dtype: Target = "q4",
+    *,
+    mimi: hub.PathLike | None = None,
+    tokenizer: hub.PathLike | None = None,
+    config: hub.PathLike | None = None,
+    threads: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Path:
+    """Writes a checkpoint whose language model has another weight format.
+
+    `load(target)` then gives, bit for bit, what `load(source, dtype=dtype)` gives, without the time
+    and memory that quantising takes. Codec, tokenizer, embeddings and norms are copied. The folder
+    is written under another name and renamed when it is whole; nothing is overwritten.
+
+    Args:
+        source: as for `load`.
+        target: the new folder; its parent must exist.
+        dtype: "q8" (8.5 bits a weight), "q4" (4.5), "int8" (8) or "bf16".
+        mimi, tokenizer, config, threads, revision, token, progress: as for `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the source can't be opened or converted, or the target can't be written.
+        ValueError: an option out of range.
+    """
+    if dtype not in get_args(Target):
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Target))}")
+    files = hub.resolve(
+        source,
+        mimi=mimi,
+        tokenizer=tokenizer,
+        config=config,
+        revision=revision,
+        token=token,
+        progress=progress,
+    )
+    folder = Path(os.fsdecode(target)).expanduser()
+    _check_target(folder)
+    assert files.lm is not None
+    conversion = _core.Conversion(
+        lm_path=os.fspath(files.lm),
+        config_path=os.fspath(files.config_path) if files.config_path else None,
+        dtype=dtype,
+        threads=threads or 0,
+    )
+    try:
+        sizes = conversion.sizes
+        copied = {
+            "mimi_name": files.mimi,
+            "mimi_config_name": files.mimi_config,
+            "tokenizer_name": files.tokenizer,
+        }
+        total = sum(sizes) + sum(path.stat().st_size for path in copied.values() if path)
+        free = shutil.disk_usage(folder.parent).free
+        if free < total:
+            raise CheckpointError(
+                f"{folder} needs {total} bytes, but {folder.parent} has only {free} free"
+            )
+        names = {"moshi_name": hub.DEFAULT_LM}
+        with _unfinished(folder) as work, Bar(progress, total / 1e9, "GB") as bar:
+            for key, path in copied.items():
+                if path is None:
+                    continue
+                name = path.name if path.name not in names.values() else f"{key}-{path.name}"
+                names[key] = name
+                shutil.copyfile(path, work / name)
+                bar.update(path.stat().st_size / 1e9)
+            with (work / hub.DEFAULT_LM).open("wb") as file:
+                for part, size in enumerate(sizes):
+                    file.write(conversion.read(part))
+                    bar.update(size / 1e9)
+                _keep(file)
+            with (work / "config.json").open("w", encoding="utf-8") as text:
+                json.dump(files.config | names, text, indent=2)
+                _keep(text)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        conversion.close()
+    return folder
+
+
+def _check_target(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder} is there already; expected the name of a new folder")
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"{folder} cannot be written: there is no folder {folder.parent}")
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which becomes it at the end, or is removed after a failure."""
+    work = folder.with_name(f"{folder.name}.unfinished")
+    try:
+        work.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"{work} is there already: another process is writing it, or was ended while it did; "
+            "remove it"
+        ) from None
+    try:
+        yield work
+        # Of all that may be there by now only an empty folder would be replaced.
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _keep(file: IO[bytes] | IO[str]) -> None:
+    """What is renamed into place must be on the disk first."""
+    file.flush()
+    os.fsync(file.fileno())
