@@ -68,6 +68,13 @@ def read_rate(threads: int, seconds: float = 0.25) -> float:
     return _core.measure(threads, seconds)["read_bytes_s"] / 1e9
 
 
+def multiply_rate(threads: int) -> float:
+    """GFLOP/s of `threads` threads that do nothing but multiply-adds, of the kernels' width."""
+    from moshi_c import _core
+
+    return _core.measure(threads, 0)["flops_s"] / 1e9
+
+
 def interleave(
     sides: dict[str, Callable[[int], None]], blocks: int, calls: int, warm_up: int = 3
 ) -> dict[str, list[list[float]]]:

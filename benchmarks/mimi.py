@@ -9,11 +9,8 @@ when they do nothing else, probed around every call.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,60 +34,6 @@ FORMATS = ("f32", "bf16", "int8")
 LEAST_SNR = {"bf16": 43.0, "int8": 36.0}
 # Multiply-adds of a frame, encoder with eight codebooks and decoder.
 MACS = {"encode": 221.3e6, "decode": 219.7e6}
-
-PROBE = r"""
-#include <time.h>
-typedef float vector __attribute__((vector_size(WIDTH)));
-#define STEPS 100000
-double rate(void)
-{
-    struct timespec a, b;
-    vector s[12], x;
-    for (int i = 0; i < WIDTH / 4; i++) x[i] = 0.5f;
-    for (int j = 0; j < 12; j++) s[j] = x;
-    clock_gettime(CLOCK_MONOTONIC, &a);
-    for (int i = 0; i < STEPS; i++) {
-        __asm__ volatile("" : KEEP(x));
-        _Pragma("GCC unroll 12") for (int j = 0; j < 12; j++) s[j] = s[j] * x + x;
-    }
-    clock_gettime(CLOCK_MONOTONIC, &b);
-    for (int j = 0; j < 12; j++) __asm__ volatile("" : KEEP(s[j]));
-    return STEPS * 12 * 2.0 * (WIDTH / 4) /
-           ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
-}
-"""
-
-
-class Probe:
-    """The rate of multiply-adds of so many threads at once."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        width = 64 if "avx512" in common.processor() else 32
-        source, library = folder / "probe.c", folder / "probe.so"
-        keep = '"+v"' if width == 64 else '"+x"'
-        source.write_text(f"#define WIDTH {width}\n#define KEEP(v) {keep}(v)\n{PROBE}")
-        flags = ["-mavx512f", "-mprefer-vector-width=512"] if width == 64 else ["-mavx2", "-mfma"]
-        command = ["cc", "-O3", *flags, "-shared", "-fPIC", str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        self.rate = ctypes.CDLL(str(library)).rate
-        self.rate.restype = ctypes.c_double
-        self.threads = threads
-        self.seen: list[float] = []
-
-    def __call__(self) -> float:
-        """GFLOP/s."""
-        rates = [0.0] * self.threads
-
-        def work(index: int) -> None:
-            rates[index] = self.rate()
-
-        workers = [threading.Thread(target=work, args=(i,)) for i in range(self.threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        self.seen.append(sum(rates) / 1e9)
-        return self.seen[-1]
 
 
 def check(
@@ -127,9 +70,15 @@ def check(
 
 
 def shares(
-    calls: dict[str, Callable[[int], None]], probe: Probe, macs: float, blocks: int
+    calls: dict[str, Callable[[int], None]], threads: int, macs: float, blocks: int
 ) -> dict[str, Any]:
     """Milliseconds a frame and share of the rate of multiply-adds probed around each call."""
+    seen: list[float] = []
+
+    def probe() -> float:
+        seen.append(common.multiply_rate(threads))
+        return seen[-1]
+
     for call in calls.values():
         call(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -149,8 +98,9 @@ def shares(
             "p50_ms_a_frame": round(1e3 * float(np.median(times[name])), 3),
             "best_ms_a_frame": round(1e3 * min(times[name]), 3),
             "share_of_fma_rate": round(float(np.median(rates[name])), 3),
-            "best_over_best_rate": round(2e-9 * macs / min(times[name]) / max(probe.seen), 3),
+            "best_over_best_rate": round(2e-9 * macs / min(times[name]) / max(seen), 3),
         }
+    result["fma_rate_gflop_s"] = [round(min(seen), 1), round(max(seen), 1)]
     return result
 
 
@@ -192,7 +142,6 @@ def measure(folder: Path, threads: int, blocks: int, whole_blocks: int) -> dict[
 
     some = np.ascontiguousarray(pcm[: WHOLE * FRAME])
     said = np.random.default_rng(1).integers(0, 2048, (8, WHOLE)).astype(np.int32)
-    probe = Probe(folder, threads)
 
     def their_file(_: int) -> None:
         upstream.encode(whole, some)
@@ -204,10 +153,9 @@ def measure(folder: Path, threads: int, blocks: int, whole_blocks: int) -> dict[
         name: lambda _, mimi=mimi: mimi.decode(said) for name, mimi in ours.items()
     }
     result["whole_encode"] = shares(
-        {**encoders, "pytorch": their_file}, probe, MACS["encode"], whole_blocks
+        {**encoders, "pytorch": their_file}, threads, MACS["encode"], whole_blocks
     )
-    result["whole_decode"] = shares(decoders, probe, MACS["decode"], whole_blocks)
-    result["fma_rate_gflop_s"] = [round(min(probe.seen), 1), round(max(probe.seen), 1)]
+    result["whole_decode"] = shares(decoders, threads, MACS["decode"], whole_blocks)
     return result
 
 

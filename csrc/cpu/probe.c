@@ -88,11 +88,9 @@ AVX2 static void read_avx2(void *probe)
         for (int l = 0; l < (lanes); l++) a[l] = 0.5f;                                             \
         for (int j = 0; j < CHAINS; j++) sums[j] = a * (float)j;                                   \
         for (int i = 0; i < ROUNDS; i++) {                                                         \
+            __asm__ volatile("" : KEEP(a));                                                        \
             _Pragma("GCC unroll 12") for (int j = 0; j < CHAINS; j++)                              \
-            {                                                                                      \
                 sums[j] = multiply_add(sums[j], a);                                                \
-                __asm__ volatile("" : KEEP(sums[j]));                                              \
-            }                                                                                      \
         }                                                                                          \
         for (int j = 1; j < CHAINS; j++) sums[0] += sums[j];                                       \
         memcpy(&bits, &sums[0], sizeof bits);                                                      \
