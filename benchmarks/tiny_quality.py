@@ -58,6 +58,16 @@ def codec(sentences: int, seed: int) -> dict[str, Any]:
     return found
 
 
+def frame_ms(frames: int = 1000) -> dict[str, float]:
+    """Milliseconds a frame, sound to sound, in f32 on one thread."""
+    user = 0.05 * np.random.default_rng(0).standard_normal((frames, 1920)).astype(np.float32)
+    with moshi_c.load(dtype="f32", threads=1) as model, moshi_c.Session(model, seed=1) as session:
+        for frame in user:
+            session.step(frame)
+        stats = session.stats
+    return {"p50_ms": round(stats.p50_ms, 3), "p99_ms": round(stats.p99_ms, 3)}
+
+
 def keep_sounds(listener: eval_lm.Listener, folder: Path, seed: int, count: int = 10) -> None:
     """Questions and answers of `count` calls, families in turn: the user left, the model right."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +103,7 @@ def main() -> None:
     files = sum(file.stat().st_size for file in packaged_model().iterdir())
     result: dict[str, Any] = {
         "megabytes": round(files / 1e6, 2),
+        "frame_f32_one_thread": frame_ms(),
         "codec": codec(options.sentences, options.seed),
     }
     print("greedy", flush=True)
