@@ -94,7 +94,7 @@ def test_info_says_what_is_there(arguments: list[str], capsys: Capture) -> None:
     folder = str(moshi_c.hub.packaged_model())
     assert main(["info", *[folder if part == "FOLDER" else part for part in arguments]]) == 0
     text = capsys.readouterr().out
-    for part in (moshi_c.__version__, "cpu", "moshi", "8 of the model", "320 pieces", "bf16"):
+    for part in (moshi_c.__version__, "cpu", "moshi", "8 of the model", "400 pieces", "bf16"):
         assert part in text
 
 
