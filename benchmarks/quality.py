@@ -6,10 +6,16 @@ user's codes and the same tokens of its own, and its logits are compared with th
 Kullback-Leibler divergence (nats) and the share of frames whose most likely token is the same, for
 the text and for each codebook. "bf16 keys and values" tells apart what they alone cost, since every
 format but f32 has them by default.
+
+Of the package's model it also counts the right answers in calls, as benchmarks/tiny_quality.py
+does: greedy, by users whose voices it never heard.
 """
 
 from __future__ import annotations
 
+import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import common
@@ -18,6 +24,12 @@ import sound
 from played import Played, divergence, play_with
 
 import moshi_c
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "train_tiny"))
+
+import eval_lm
+from corpus import split
+from espeak import Espeak
 
 FORMATS = {
     "bf16 keys and values": {"dtype": "f32", "kv_dtype": "bf16"},
@@ -70,10 +82,18 @@ def logits(played: Played) -> tuple[np.ndarray, np.ndarray]:
     return played.text_logits[:, None], played.audio_logits
 
 
+def right_answers(count: int, **settings: Any) -> float:
+    """The share of `count` trained exchanges."""
+    asked = random.Random(5).sample(split().trained, count)
+    listener = eval_lm.Listener(threads=None, **settings)
+    return float(eval_lm.ask_all(listener, Espeak(), asked, 5, sounds=0)["exact"])
+
+
 def main() -> None:
     parser = common.arguments(__doc__, "quality")
     parser.add_argument("--model", help="folder or hub id; default: the package's small model")
     parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--answers", type=int, default=200, help="of the package's model")
     options = parser.parse_args()
 
     def opened(**settings: Any) -> moshi_c.Model:
@@ -97,6 +117,10 @@ def main() -> None:
             "audio_kl": [round(float(value), 6) for value in audio_kl],
             "audio_top1": [round(float(value), 4) for value in audio_same],
         }
+    answers = {}
+    if options.model is None:
+        for name, settings in {"f32": {"dtype": "f32"}, **FORMATS}.items():
+            answers[name] = right_answers(options.answers, **settings)
     common.report(
         "quality",
         options.out,
@@ -107,6 +131,7 @@ def main() -> None:
             "distinct_text_tokens": len(set(text.tolist())),
             "f32_weights_bytes": sizes["f32"],
             "formats": table,
+            "answers": {"asked": options.answers, "right": answers} if answers else None,
         },
     )
 

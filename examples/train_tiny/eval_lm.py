@@ -63,6 +63,7 @@ class Listener:
     """A model to talk to.
 
     temperatures: of sound and text; (0, 0) is greedy, None the model's own.
+    options: more of moshi_c.load.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Listener:
         folder: Path | None = None,
         temperatures: tuple[float, float] | None = (0.0, 0.0),
         seed: int = 0,
-        threads: int = 1,
+        threads: int | None = 1,
+        **options: Any,
     ) -> None:
-        self._model = moshi_c.load(folder, max_sessions=TOGETHER, threads=threads)
+        self._model = moshi_c.load(folder, max_sessions=TOGETHER, threads=threads, **options)
         self._options: dict[str, Any] = {}
         if temperatures is not None:
             sound, text = temperatures
