@@ -25,11 +25,13 @@ _MAX_BYTES = 64 << 20
 
 
 def _reason(error: Exception) -> str:
-    """What SentencePiece says, without the places in its sources."""
+    """What SentencePiece says, without the places in its sources and the file's odd letters."""
     if isinstance(error, UnicodeDecodeError):
         return "a piece is not UTF-8"
     text = str(error).removeprefix("INTERNAL: ").strip().rstrip(".")
-    return "it could not be parsed" if ".cc(" in text or not text else text
+    if ".cc(" in text or not text:
+        return "it could not be parsed"
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:200])
 
 
 class Tokenizer:
