@@ -25,6 +25,7 @@ ABI3 = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISA
 COMPILE = [
     "-std=gnu11",
     "-O3",
+    "-g0",  # Python's own flags would make the binary six times as large
     "-ffp-contract=off",  # the same bits from every build of the same kernels
     "-fvisibility=hidden",
     "-pthread",

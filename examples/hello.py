@@ -29,7 +29,14 @@ BEFORE_S, AFTER_S = 0.5, 4.5  # of silence around the question
 def spoken(text: str, voice: str, rate: int) -> NDArray[np.float32]:
     """The text as espeak-ng says it, at `rate` samples a second, half as loud as it can be."""
     command = ["espeak-ng", "-v", voice, "-s", "150", "--stdout", text]
-    wav = subprocess.run(command, check=True, capture_output=True).stdout
+    try:
+        wav = subprocess.run(command, check=True, capture_output=True).stdout
+    except FileNotFoundError:
+        raise SystemExit(
+            "espeak-ng is not installed; install it, or give a file of sound as the question"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"espeak-ng can't say it: {error.stderr.decode().strip()}") from None
     pcm, from_rate = soundfile.read(io.BytesIO(wav), dtype="float32")
     return 0.5 * moshi_c.audio.resample(pcm, from_rate, rate)
 
@@ -44,11 +51,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("hello"), help="folder for the files")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        ask(arguments)
+    except (moshi_c.MoshiError, OSError) as error:
+        raise SystemExit(f"hello.py: {error}") from None
 
+
+def ask(arguments: argparse.Namespace) -> None:
+    """Asks, shows what came back, and keeps it."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with moshi_c.load(arguments.model) as model:
         rate = model.sample_rate
-        if Path(arguments.question).is_file():
+        # A name that ends like a file's is one, be it there or not.
+        if Path(arguments.question).suffix[1:].isalnum() or Path(arguments.question).is_file():
             question = read_audio(arguments.question, rate)
         else:
             question = spoken(arguments.question, arguments.voice, rate)

@@ -422,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     decode = command(
-        "decode", _decode, "codes of the codec to sound", "moshi-c decode speech.mimi speech.wav"
+        "decode", _decode, "codes of the codec to sound", "moshi-c decode speech.mimi again.wav"
     )
     decode.add_argument("input", metavar="IN.mimi", help="the codes")
     decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")

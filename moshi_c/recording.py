@@ -130,7 +130,7 @@ class Recording:
         except ImportError as error:
             raise ImportError(
                 "Recording.plot needs matplotlib, which could not be imported "
-                f"({error}); install it with: pip install 'moshi_c[notebook]'"
+                f"({error}); install it with: pip install 'moshi_c[plot]'"
             ) from error
         return draw(self, start, self.duration if end is None else end)
 

@@ -277,6 +277,8 @@ class Session:
         """
         if seed is None:
             seed = secrets.randbits(64)
+        if not isinstance(model, Model):
+            raise TypeError(f"Session got {type(model).__name__}, expected a Model from load()")
         if conditions is None and model.family == "hibiki":
             # upstream's defaults for speech translation
             conditions = {"description": "very_good"}
@@ -581,11 +583,13 @@ class Session:
             heads=heads,
         )
 
-    def run(self, audio: Any, *, progress: bool = False) -> Recording:
+    def run(self, audio: Any, *, after: float = 0.0, progress: bool = False) -> Recording:
         """Listens to a whole recording: `push`, then `flush`.
 
         Args:
             audio: a path, or `[N]` samples at `sample_rate`.
+            after: seconds of silence to go on listening to, so that what is asked at the end of the
+                recording can be answered; at most an hour.
             progress: show a bar on stderr.
 
         Returns:
@@ -599,6 +603,9 @@ class Session:
         if isinstance(audio, (str, os.PathLike)):
             audio = read_audio(audio, self._rate)
         samples = as_pcm(audio, "audio")
+        if not 0 <= after <= 3600:
+            raise ValueError(f"after is {after!r} s; expected 0 to 3600")
+        samples = np.concatenate([samples, np.zeros(round(after * self._rate), np.float32)])
         with self._busy(), Bar(progress, len(samples) / self._rate) as bar:
             frames: list[Frame] = []
             heard: list[Pcm] = []

@@ -29,8 +29,6 @@ def main() -> None:
 
     commit, began = common.commit(), time.monotonic()
     found: dict[str, dict[str, object]] = {}
-    if options.stages != STAGES and options.out.exists():
-        found = json.loads(options.out.read_text())["stages"]
     for stage in options.stages:
         print(f"==== make {stage}", flush=True)
         start = time.monotonic()
@@ -43,6 +41,9 @@ def main() -> None:
         }
         if status:
             break
+    # Read only now: another run may have added stages meanwhile.
+    if options.stages != STAGES and options.out.exists():
+        found = json.loads(options.out.read_text())["stages"] | found
     failed = [stage for stage, one in found.items() if one["outcome"] == "failed"]
     seconds = round(time.monotonic() - began)
     common.report(

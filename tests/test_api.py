@@ -538,6 +538,22 @@ def test_a_recording_at_another_rate_stays_in_time(model: Model) -> None:
 # ---- whole recordings --------------------------------------------------------------------------
 
 
+def test_run_listens_on_for_as_long_as_it_is_told(model: Model) -> None:
+    with Session(model, seed=SEED) as session:
+        expected = session.run(np.concatenate([VOICE, np.zeros(12000, np.float32)]))
+    with Session(model, seed=SEED) as session:
+        recording = session.run(VOICE, after=0.5)
+        assert recording.pcm is not None and same(recording.pcm, expected.pcm)
+        for after in (-1, 3601, float("nan")):
+            with pytest.raises(ValueError, match="expected 0 to 3600"):
+                session.run(VOICE, after=after)
+
+
+def test_a_session_is_of_a_model() -> None:
+    with pytest.raises(TypeError, match=r"Session got str, expected a Model from load\(\)"):
+        Session("moshi-tiny")  # type: ignore[arg-type]
+
+
 def test_run_is_push_then_flush(model: Model, stepped: list[Frame], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "voice.wav", VOICE, 24000, subtype="FLOAT")
     for audio in (VOICE, str(tmp_path / "voice.wav"), tmp_path / "voice.wav"):

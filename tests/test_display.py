@@ -314,7 +314,7 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch: pytest.Monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "moshi_c.plot", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'moshi_c\[notebook\]'") as caught:
+    with pytest.raises(ImportError, match=r"pip install 'moshi_c\[plot\]'") as caught:
         made(1).plot()
     assert not isinstance(caught.value, moshi_c.MoshiError)
     made(1)._repr_html_()

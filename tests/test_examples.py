@@ -97,3 +97,20 @@ def test_hello_asks_and_shows_the_answer(tmp_path: Path) -> None:
     command[2:5] = ["made/question.wav", "--out", "again"]
     again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert model.removeprefix("model  ") in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nofile.wav"], "hello.py: nofile.wav does not exist"),
+        (["hello", "--voice", "nosuch"], "espeak-ng can't say it: "),
+        (["--model", "nosuch"], "hello.py: nosuch does not exist"),
+    ],
+)
+def test_hello_says_what_is_wrong_in_one_line(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "hello.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
