@@ -89,7 +89,7 @@ def core() -> Extension:
         "moshi_c._core",
         sources=files("c", ("csrc/py",)) if compiled else files("c"),
         extra_objects=[compiled] if compiled else [],
-        depends=files("h"),
+        depends=files("h") + ([compiled] if compiled else []),
         define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
         py_limited_api=ABI3,
         extra_compile_args=compile_flags,

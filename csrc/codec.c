@@ -8,10 +8,11 @@
 #include "engine.h"
 #include "status.h"
 
-/* Frames of one call over whole signals, of all of them together: enough rows to use the arithmetic
- * well (two of each in the layers with most weights), few enough that sessions are not kept waiting
- * and memory stays constant. */
+/* Frames of one pass over whole signals, of all of them together: enough rows to use the arithmetic
+ * well (two of each in the layers with most weights), few enough that memory stays constant. While
+ * there are sessions or streams that may want the backend in between, a pass is shorter. */
 #define WHOLE_FRAMES 24
+#define WHOLE_FRAMES_SHARED 8
 
 /* A codec state with its input and output buffers and row map on the device. */
 struct codec {
@@ -181,6 +182,7 @@ int mimi_stream_create(struct moshi_engine *engine, int batch, struct mimi_strea
         free(stream);
         return status;
     }
+    __atomic_add_fetch(&engine->streams, 1, __ATOMIC_RELAXED);
     *result = stream;
     return MOSHI_OK;
 }
@@ -192,6 +194,7 @@ void mimi_stream_destroy(struct mimi_stream *stream)
     os_mutex_lock(lock);
     codec_release(&stream->codec);
     os_mutex_unlock(lock);
+    __atomic_sub_fetch(&stream->codec.engine->streams, 1, __ATOMIC_RELAXED);
     free(stream);
 }
 
@@ -372,6 +375,18 @@ static void whole_close(struct whole *whole)
     free(whole->codes);
 }
 
+/* Of each signal in the next pass, with so many to go. The bits don't depend on it. */
+static int pass_frames(const struct codec *codec, int64_t left)
+{
+    struct moshi_engine *engine = codec->engine;
+    int shared = __atomic_load_n(&engine->streams, __ATOMIC_RELAXED) > 0;
+    os_mutex_lock(engine->lock);
+    for (int i = 0; i < engine->max_sessions; ++i) shared |= engine->slots[i] != NULL;
+    os_mutex_unlock(engine->lock);
+    const int most = shared ? WHOLE_FRAMES_SHARED / codec->batch : codec->frames;
+    return left < most ? (int)left : most;
+}
+
 /* Element (signal, codebook, frame) of codes[batch][levels][frames]. */
 static int64_t code_index(int b, int k, int64_t t, int levels, int64_t frames)
 {
@@ -389,8 +404,8 @@ static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch
     int status = whole_open(&whole, engine, batch, levels);
     if (status) return status;
     struct codec *codec = &whole.codec;
-    for (int64_t first = 0; first < frames && !status; first += codec->frames) {
-        int count = frames - first < codec->frames ? (int)(frames - first) : codec->frames;
+    for (int64_t first = 0, count; first < frames && !status; first += count) {
+        count = pass_frames(codec, frames - first);
         int64_t start = first * frame_size, wanted = count * frame_size;
         int64_t have = samples - start < wanted ? samples - start : wanted;
         os_mutex_lock(lock);
@@ -398,11 +413,11 @@ static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch
         for (int b = 0; b < batch && !status; ++b) {
             ops->upload(engine->backend, codec->pcm + b * wanted, pcm + b * samples + start,
                         (size_t)have * sizeof *pcm);
-            status = mimi_encode_grow(&codec->state, b, count);
+            status = mimi_encode_grow(&codec->state, b, (int)count);
         }
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
-                              &(struct codec_call){codec, count, levels});
+                              &(struct codec_call){codec, (int)count, levels});
         ops->download(engine->backend, whole.codes, codec->codes,
                       (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
         os_mutex_unlock(lock);
@@ -443,8 +458,8 @@ static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int b
     int status = whole_open(&whole, engine, batch, n_codes);
     if (status) return status;
     struct codec *codec = &whole.codec;
-    for (int64_t first = 0; first < frames && !status; first += codec->frames) {
-        int count = frames - first < codec->frames ? (int)(frames - first) : codec->frames;
+    for (int64_t first = 0, count; first < frames && !status; first += count) {
+        count = pass_frames(codec, frames - first);
         int32_t *to = whole.codes;
         for (int b = 0; b < batch; ++b)
             for (int t = 0; t < count; ++t)
@@ -454,10 +469,10 @@ static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int b
         ops->upload(engine->backend, codec->codes, whole.codes,
                     (size_t)batch * (size_t)count * (size_t)n_codes * sizeof *codes);
         for (int b = 0; b < batch && !status; ++b)
-            status = mimi_decode_grow(&codec->state, b, count);
+            status = mimi_decode_grow(&codec->state, b, (int)count);
         if (!status)
             status = ops->run(engine->backend, 3, decode_stage,
-                              &(struct codec_call){codec, count, n_codes});
+                              &(struct codec_call){codec, (int)count, n_codes});
         for (int b = 0; b < batch; ++b)
             ops->download(engine->backend, pcm + (b * frames + first) * frame_size,
                           codec->pcm + (int64_t)b * count * frame_size,

@@ -46,6 +46,7 @@ struct moshi_engine {
     struct lm_state lm;
     struct mimi_state mimi; /* only with a codec */
     struct moshi_session **slots; /* [max_sessions], NULL: free; under lock */
+    int streams;                  /* of the codec that are open; atomic */
     int frame_size, user_q, dep_q, decode_q;
 
     struct os_mutex *lock;

@@ -3,20 +3,28 @@ loading, made once and kept in a folder that opens at once."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Literal, get_args
 
 from . import _core, hub
 from .errors import CheckpointError
+from .model import _check_count
 from .progress import Bar
 
 #: Formats to convert to.
 Target = Literal["q8", "q4", "int8", "bf16"]
+
+#: Names of copied files whose own cannot be used.
+_COPIES = {
+    "mimi_name": "mimi-copy.safetensors",
+    "mimi_config_name": "mimi-copy.json",
+    "tokenizer_name": "tokenizer-copy.model",
+}
 
 
 def quantize(
@@ -35,14 +43,15 @@ def quantize(
     """Writes a checkpoint whose language model has another weight format.
 
     `load(target)` then gives, bit for bit, what `load(source, dtype=dtype)` gives, without the time
-    and memory that quantising takes. Codec, tokenizer, embeddings and norms are copied. The folder
-    is written under another name and renamed when it is whole; nothing is overwritten.
+    and memory that quantising takes. Codec and tokenizer are copied, and so are embeddings and norms
+    unless everything becomes bf16. The folder is written under another name and renamed when it is whole; nothing is overwritten.
 
     Args:
         source: as for `load`.
         target: the new folder; its parent must exist.
         dtype: "q8" (8.5 bits a weight), "q4" (4.5), "int8" (8) or "bf16".
-        mimi, tokenizer, config, threads, revision, token, progress: as for `load`.
+        mimi, tokenizer, config, threads, revision, token: as for `load`.
+        progress: show bars on stderr, of the download and of the conversion.
 
     Returns:
         The folder.
@@ -53,6 +62,11 @@ def quantize(
     """
     if dtype not in get_args(Target):
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Target))}")
+    _check_count("threads", threads)
+    folder = Path(os.fsdecode(target))
+    with contextlib.suppress(RuntimeError):  # a user that does not exist: the name as it is
+        folder = folder.expanduser()
+    _check_target(folder)
     files = hub.resolve(
         source,
         mimi=mimi,
@@ -62,8 +76,6 @@ def quantize(
         token=token,
         progress=progress,
     )
-    folder = Path(os.fsdecode(target)).expanduser()
-    _check_target(folder)
     assert files.lm is not None
     conversion = _core.Conversion(
         lm_path=os.fspath(files.lm),
@@ -89,9 +101,10 @@ def quantize(
             for key, path in copied.items():
                 if path is None:
                     continue
-                name = path.name if path.name not in names.values() else f"{key}-{path.name}"
-                names[key] = name
-                shutil.copyfile(path, work / name)
+                names[key] = name = _free_name(path.name, key, names.values())
+                with path.open("rb") as source_file, (work / name).open("wb") as file:
+                    shutil.copyfileobj(source_file, file)
+                    _keep(file)
                 bar.update(path.stat().st_size / 1e9)
             with (work / hub.DEFAULT_LM).open("wb") as file:
                 for part, size in enumerate(sizes):
@@ -108,14 +121,22 @@ def quantize(
     return folder
 
 
+def _free_name(name: str, key: str, taken: Iterable[str]) -> str:
+    """The file's own name, or another where a folder has it already or a config can't hold it."""
+    used = {other.casefold() for other in ("config.json", *taken)}
+    if name.casefold() in used or not name.isascii() or "\\" in name:
+        return _COPIES[key]
+    return name
+
+
 def _check_target(folder: Path) -> None:
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} is there already; expected the name of a new folder")
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         raise CheckpointError(f"{folder} cannot be written: there is no folder {folder.parent}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A folder beside it, which becomes it at the end, or is removed after a failure."""
     work = folder.with_name(f"{folder.name}.unfinished")
@@ -130,8 +151,9 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         yield work
         # Of all that may be there by now only an empty folder would be replaced.
         work.rename(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _keep(file: IO[bytes] | IO[str]) -> None:

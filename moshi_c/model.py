@@ -109,7 +109,7 @@ def load(
         device: "auto" or "cpu". "auto" is the environment's MOSHI_C_DEVICE, else the CPU.
         dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16",
             or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
-            norms stay as stored. What `moshi-c quantize` has written opens in its format only.
+            norms stay as stored. Panels that `moshi-c quantize` has written open in their format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
             "f32", "bf16".
         context: frames remembered; None for the checkpoint's.
@@ -186,7 +186,7 @@ def load_mimi(
         source: None for the small codec in the package, a weight file, or a folder or repository of
             a model.
         device, threads, revision, token, mmap, progress: as for `load`.
-        dtype: of the layers with most weights: "auto" (as stored) or "f32"; "bf16", half the
+        dtype: of the layers with most weights: "auto" or "f32": float32; "bf16", half the
             memory to read; "int8" (one scale per row), a quarter. Sound and sums stay float32.
         codebooks: how many codes a frame has, 1 to what the file holds.
         config: the codec's own JSON settings, when no `config.json` beside it names them and they

@@ -113,6 +113,37 @@ def test_upstreams_reader_opens_the_file(tmp_path: Path) -> None:
 # ---- folders -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "to\\k.model", "tök.model"])
+def test_copied_files_get_names_that_the_folder_can_hold(tmp_path: Path, name: str) -> None:
+    source, apart = tmp_path / "source", tmp_path / "apart"
+    shutil.copytree(moshi_c.hub.packaged_model(), source)
+    apart.mkdir()
+    (source / "tokenizer_tiny.model").rename(apart / name)
+    (source / "codec").mkdir()
+    (source / "mimi_config.json").rename(source / "codec" / "config.json")
+    config = json.loads((source / "config.json").read_text())
+    config["mimi_config_name"] = "codec/config.json"
+    (source / "config.json").write_text(json.dumps(config))
+    folder = convert.quantize(
+        source, tmp_path / "made", tokenizer=apart / name, progress=False
+    )
+    with moshi_c.load(folder, progress=False) as model:
+        assert model.tokenizer is not None and model.tokenizer.vocab_size == 400
+        with moshi_c.Session(model, seed=1) as session:
+            session.step(np.zeros(1920, np.float32))
+
+
+def test_targets_and_options_are_checked_before_the_source(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is there already"):
+        converted(Path("org/none"), tmp_path, "q4")
+    for target in ("~nobody-of-that-name/x", "a" * 300 + "/x"):
+        with pytest.raises(CheckpointError, match="there is no folder"):
+            converted(Path("org/none"), Path(target), "q4")
+    for threads in (0, 1.5, 10**10):
+        with pytest.raises(ValueError, match="expected a whole number of 1 or more"):
+            convert.quantize(None, tmp_path / "new", threads=threads)  # type: ignore[arg-type]
+
+
 def test_nothing_is_overwritten(made: Checkpoints, tmp_path: Path) -> None:
     target = tmp_path / "there"
     for make in (target.mkdir, lambda: target.write_text("mine")):

@@ -337,3 +337,15 @@ def test_swapping_two_rows_of_any_tensor_changes_codes_or_sound(
         if not noticed(folder):
             unnoticed.append((name, pair))
     assert unnoticed == []
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_whole_signal_has_the_same_bits_beside_streams(mimi_small: Path, rows: int) -> None:
+    """Passes are shorter while a stream may be waiting for its turn."""
+    mimi = moshi_c.load_mimi(str(mimi_small), codebooks=8)
+    pcm = np.stack([sound.minute()[row * 99_000 :][: 400 * FRAME] for row in range(rows)])
+    codes = mimi.encode(pcm)
+    voice = mimi.decode(codes)
+    with mimi.stream():
+        assert (mimi.encode(pcm) == codes).all() and (mimi.decode(codes) == voice).all()
+    assert (mimi.encode(pcm) == codes).all()
