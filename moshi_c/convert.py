@@ -43,8 +43,9 @@ def quantize(
     """Writes a checkpoint whose language model has another weight format.
 
     `load(target)` then gives, bit for bit, what `load(source, dtype=dtype)` gives, without the time
-    and memory that quantising takes. Codec and tokenizer are copied, and so are embeddings and norms
-    unless everything becomes bf16. The folder is written under another name and renamed when it is whole; nothing is overwritten.
+    and memory that quantising takes. Codec and tokenizer are copied, and so are embeddings and
+    norms unless everything becomes bf16. The folder is written under another name and renamed when
+    it is whole; nothing is overwritten.
 
     Args:
         source: as for `load`.
@@ -132,7 +133,7 @@ def _free_name(name: str, key: str, taken: Iterable[str]) -> str:
 def _check_target(folder: Path) -> None:
     if os.path.lexists(folder):
         raise CheckpointError(f"{folder} is there already; expected the name of a new folder")
-    if not os.path.isdir(folder.parent):
+    if not os.path.isdir(folder.parent):  # noqa: PTH112 - Path.is_dir raises for long names
         raise CheckpointError(f"{folder} cannot be written: there is no folder {folder.parent}")
 
 

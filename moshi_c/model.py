@@ -109,7 +109,7 @@ def load(
         device: "auto" or "cpu". "auto" is the environment's MOSHI_C_DEVICE, else the CPU.
         dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16",
             or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
-            norms stay as stored. Panels that `moshi-c quantize` has written open in their format only.
+            norms stay as stored. The panels of `moshi-c quantize` open in their own format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
             "f32", "bf16".
         context: frames remembered; None for the checkpoint's.
