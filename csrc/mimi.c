@@ -295,8 +295,8 @@ void mimi_cost(const struct mimi *mimi, int decoder, int levels, int64_t *bytes,
         *flops += 2 * elements * (transposed ? rows : rows / conv->stride);
         rows = transposed ? rows * conv->stride : rows / conv->stride;
     }
-    const struct transformer *stack =
-        decoder ? &mimi->decoder_transformer : &mimi->encoder_transformer;
+    const struct transformer *stack = decoder ? &mimi->decoder_transformer
+                                              : &mimi->encoder_transformer;
     *bytes += transformer_bytes(stack, 0);
     *flops += 2 * config->stride * stack_elements(stack);
     const struct rvq *quantisers[2] = {&mimi->first, &mimi->rest};

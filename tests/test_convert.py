@@ -124,9 +124,7 @@ def test_copied_files_get_names_that_the_folder_can_hold(tmp_path: Path, name: s
     config = json.loads((source / "config.json").read_text())
     config["mimi_config_name"] = "codec/config.json"
     (source / "config.json").write_text(json.dumps(config))
-    folder = convert.quantize(
-        source, tmp_path / "made", tokenizer=apart / name, progress=False
-    )
+    folder = convert.quantize(source, tmp_path / "made", tokenizer=apart / name, progress=False)
     with moshi_c.load(folder, progress=False) as model:
         assert model.tokenizer is not None and model.tokenizer.vocab_size == 400
         with moshi_c.Session(model, seed=1) as session:
