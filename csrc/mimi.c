@@ -266,18 +266,6 @@ static int is_transposed(const struct mimi *mimi, const struct conv *conv)
            (conv >= mimi->decoder_up && conv < mimi->decoder_up + CONFIG_MAX_RATIOS);
 }
 
-static int64_t stack_elements(const struct transformer *stack)
-{
-    int64_t elements = 0;
-    for (int i = 0; i < stack->config.layers; ++i) {
-        const struct transformer_layer *layer = &stack->layers[i];
-        const struct matrix *matrices[] = {layer->in_proj, layer->out_proj, layer->ffn_in,
-                                           layer->ffn_out};
-        for (int m = 0; m < 4; ++m) elements += (int64_t)matrices[m]->rows * matrices[m]->cols;
-    }
-    return elements;
-}
-
 void mimi_cost(const struct mimi *mimi, int decoder, int levels, int64_t *bytes, int64_t *flops)
 {
     const struct mimi_config *config = &mimi->config;
@@ -298,7 +286,7 @@ void mimi_cost(const struct mimi *mimi, int decoder, int levels, int64_t *bytes,
     const struct transformer *stack = decoder ? &mimi->decoder_transformer
                                               : &mimi->encoder_transformer;
     *bytes += transformer_bytes(stack, 0);
-    *flops += 2 * config->stride * stack_elements(stack);
+    *flops += 2 * config->stride * transformer_elements(stack, 0);
     const struct rvq *quantisers[2] = {&mimi->first, &mimi->rest};
     for (int q = 0; q < 2; ++q) {
         const struct rvq *rvq = quantisers[q];

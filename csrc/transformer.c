@@ -100,16 +100,38 @@ int transformer_load(struct transformer *transformer, const struct transformer_c
     return loader->status;
 }
 
+#define LAYER_MATRICES 4
+
+static void layer_matrices(const struct transformer_layer *layer, int set,
+                           const struct matrix *matrices[LAYER_MATRICES])
+{
+    matrices[0] = &layer->in_proj[set];
+    matrices[1] = &layer->out_proj[set];
+    matrices[2] = &layer->ffn_in[set];
+    matrices[3] = &layer->ffn_out[set];
+}
+
 int64_t transformer_bytes(const struct transformer *transformer, int set)
 {
+    const struct matrix *matrices[LAYER_MATRICES];
     int64_t bytes = 0;
     for (int i = 0; i < transformer->config.layers; ++i) {
-        const struct transformer_layer *layer = &transformer->layers[i];
-        bytes += (int64_t)(matrix_bytes(&layer->in_proj[set]) +
-                           matrix_bytes(&layer->out_proj[set]) + matrix_bytes(&layer->ffn_in[set]) +
-                           matrix_bytes(&layer->ffn_out[set]));
+        layer_matrices(&transformer->layers[i], set, matrices);
+        for (int m = 0; m < LAYER_MATRICES; ++m) bytes += (int64_t)matrix_bytes(matrices[m]);
     }
     return bytes;
+}
+
+int64_t transformer_elements(const struct transformer *transformer, int set)
+{
+    const struct matrix *matrices[LAYER_MATRICES];
+    int64_t elements = 0;
+    for (int i = 0; i < transformer->config.layers; ++i) {
+        layer_matrices(&transformer->layers[i], set, matrices);
+        for (int m = 0; m < LAYER_MATRICES; ++m)
+            elements += (int64_t)matrices[m]->rows * matrices[m]->cols;
+    }
+    return elements;
 }
 
 void transformer_free(struct transformer *transformer)

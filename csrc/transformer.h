@@ -33,8 +33,9 @@ int transformer_load(struct transformer *transformer, const struct transformer_c
                      struct weight_loader *loader, const char *prefix, const char *label);
 void transformer_free(struct transformer *transformer);
 
-/* Bytes of the matrices of one weight set. */
+/* Of the matrices of one weight set: bytes, and weights in any format. */
 int64_t transformer_bytes(const struct transformer *transformer, int set);
+int64_t transformer_elements(const struct transformer *transformer, int set);
 
 /* One forward pass in place on x. */
 struct transformer_run {

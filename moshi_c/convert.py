@@ -13,7 +13,7 @@ from typing import IO, Literal, get_args
 
 from . import _core, hub
 from .errors import CheckpointError
-from .model import _check_count
+from .model import _check_count, _check_option
 from .progress import Bar
 
 #: Formats to convert to.
@@ -61,12 +61,9 @@ def quantize(
         CheckpointError: the source can't be opened or converted, or the target can't be written.
         ValueError: an option out of range.
     """
-    if dtype not in get_args(Target):
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(get_args(Target))}")
+    _check_option("dtype", dtype, get_args(Target))
     _check_count("threads", threads)
-    folder = Path(os.fsdecode(target))
-    with contextlib.suppress(RuntimeError):  # a user that does not exist: the name as it is
-        folder = folder.expanduser()
+    folder = hub.expanded(Path(os.fsdecode(target)))
     _check_target(folder)
     files = hub.resolve(
         source,

@@ -322,7 +322,11 @@ def _split_hub(reference: str) -> tuple[str, str]:
 
 
 def _local(text: str) -> Path:
-    path = Path(text.removeprefix("file://"))
+    return expanded(Path(text.removeprefix("file://")))
+
+
+def expanded(path: Path) -> Path:
+    """With the folder of the user that a "~" names."""
     with contextlib.suppress(RuntimeError):  # "~name" of nobody
         return path.expanduser()
     return path
