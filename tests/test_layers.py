@@ -21,6 +21,7 @@ PACKAGE = ROOT / "moshi_c"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("moshi",),
     ("hash", "status"),
+    ("ogg_opus",),
     ("os",),
     ("json", "quant"),
     ("config", "safetensors"),
