@@ -314,6 +314,18 @@ MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
  * or audio == NULL leave that part free. audio: dep_q codes. */
 MOSHI_API int moshi_session_force_next(struct moshi_session *session, int32_t text,
                                        const int32_t *audio);
+/* Steps `frames` frames of which every token is known, many in one pass: the state becomes that of as
+ * many steps by these codes that were forced to say these tokens, without a voice, bit for bit.
+ * text_tokens[frames], codes[dep_q][frames], user_codes[user_q][frames], frame by frame as a recording
+ * has them: what belongs to one moment stands in one column, whatever the model's delays. Of the
+ * streams that are late the last codes are said by the next steps. Tokens of moments from before the
+ * first frame which those streams have still to say are chosen as ever, by steps. The codec hears and
+ * says nothing of it. said[frames] (may be NULL): the text tokens that these steps give out, -1 before
+ * the first output. MOSHI_ERROR_ARGUMENT or _AUDIO when a token is missing or out of range; then
+ * nothing has changed. There are no logits afterwards. */
+MOSHI_API int moshi_session_prefill(struct moshi_session *session, int frames,
+                                    const int32_t *text_tokens, const int32_t *codes,
+                                    const int32_t *user_codes, int32_t *said);
 /* Logits of the last step, after guidance: text[text_card], audio[dep_q][card]. Either may be NULL.
  * Needs keep_logits. */
 MOSHI_API int moshi_session_logits(struct moshi_session *session, float *text, float *audio);

@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("lm", "mimi"),
     ("model",),
     ("convert", "engine"),
-    ("codec", "session"),
+    ("codec", "prefill", "session"),
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row}
 
