@@ -72,6 +72,17 @@ INLINE __m256 fold8(const __m512 *s)
     return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
 }
 
+/* Four of them, likewise. */
+INLINE __m128 fold4(const __m512 *s)
+{
+    __m256 ab = fold_pair(s[0], s[1]), cd = fold_pair(s[2], s[3]);
+    __m256 four = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    __m128 ac = _mm256_castps256_ps128(four), bd = _mm256_extractf128_ps(four, 1);
+
+    ac = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xdd));
+    return _mm_shuffle_ps(ac, ac, 0xd8);
+}
+
 /* ---- rows of weights times rows of activations ------------------------------------------ */
 
 static void arrange_bf16_avx512(const float *x, int columns, float *y)
@@ -179,9 +190,10 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
     for (int r = 0; r < R; r++) {
         if (O == 8) {
             _mm256_storeu_ps(y + (size_t)r * stride, fold8(s[r]));
+        } else if (O == 4) {
+            _mm_storeu_ps(y + (size_t)r * stride, fold4(s[r]));
         } else {
-            UNROLL
-            for (int o = 0; o < O; o++) y[(size_t)r * stride + (size_t)o] = fold(s[r][o]);
+            y[(size_t)r * stride] = fold(s[r][0]);
         }
     }
 }
@@ -391,18 +403,16 @@ static void panel_tiles_2(int R, const float *w, size_t columns, size_t begin, s
     }
 }
 
-/* What tile t of `tiles` fetches during columns begin..end-1: its share of one panel's next span, of
- * four panels', which begins at column 0 of the four after these when the columns end. */
+/* What tile t of `tiles` fetches during columns begin..end-1: of the next span of four panels, which
+ * begins at column 0 of the four after these when the columns end, a panel's or, of more than four
+ * tiles, half a panel's. */
 static struct stream next_span(const float *w, size_t columns, size_t begin, size_t end, int t,
                                int tiles)
 {
-    size_t p = (size_t)t % 4, turn = (size_t)t / 4, turns = ((size_t)tiles - 1 - p) / 4 + 1;
-    size_t from = end < columns ? p * columns + end : (4 + p) * columns;
-    size_t left = end < columns ? columns - end : columns;
-    size_t width = left < end - begin ? left : end - begin;
+    size_t half = t & 4 ? (end - begin) / 2 : 0;
+    size_t column = (size_t)(t & 3) * columns + (end < columns ? end : 4 * columns) + half;
 
-    return (struct stream){(const char *)(w + (from + width * turn / turns) * PANEL),
-                           width * PANEL * sizeof *w / (turns * (end - begin))};
+    return (struct stream){(const char *)(w + column * PANEL), tiles > 4 ? 32 : 64};
 }
 
 /* All rows with P panels: the columns in spans, so that a span of the panels stays in the first cache
@@ -621,8 +631,7 @@ static void elu_avx512(const float *x, size_t n, float *y)
     }
 }
 
-static void finish_avx512(const float *u, const float *bias, const float *residual, size_t n,
-                          float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
@@ -632,6 +641,68 @@ static void finish_avx512(const float *u, const float *bias, const float *residu
         if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, residual + i));
         _mm512_mask_storeu_ps(y + i, some, v);
     }
+}
+
+static void finish_avx512(const float *u, size_t u_stride, const float *bias, const float *residual,
+                          int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
+}
+
+/* ---- attention -------------------------------------------------------------------------- */
+
+/* y += the sum of J rows; as in kernels_avx2.c, bit for bit. */
+INLINE void mix_rows(enum weight_format format, int J, const float *p, const char *values,
+                     int width, float *y)
+{
+    size_t bytes = weight_bytes(format), row_bytes = (size_t)width * bytes;
+    __m512 weights[8];
+
+    UNROLL
+    for (int j = 0; j < J; j++) weights[j] = _mm512_set1_ps(p[j]);
+    for (int d = 0; d < width; d += 16) {
+        __mmask16 some = lanes(width - d);
+        __m512 sum = _mm512_maskz_loadu_ps(some, y + d);
+
+        UNROLL
+        for (int j = 0; j < J; j++) {
+            const char *at = values + (size_t)j * row_bytes + (size_t)d * bytes;
+            __m512 value;
+
+            if (d % (64 / (int)bytes) == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            if (format == WEIGHT_F32)
+                value = _mm512_maskz_loadu_ps(some, at);
+            else
+                value = _mm512_castsi512_ps(_mm512_slli_epi32(
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at)), 16));
+            sum = _mm512_fmadd_ps(weights[j], value, sum);
+        }
+        _mm512_mask_storeu_ps(y + d, some, sum);
+    }
+}
+
+INLINE void mix(enum weight_format format, const float *p, const void *values, int n, int width,
+                float *y)
+{
+    size_t row_bytes = (size_t)width * weight_bytes(format);
+    const char *from = values;
+    int j = 0;
+
+    for (; j + 8 <= n; j += 8) mix_rows(format, 8, p + j, from + (size_t)j * row_bytes, width, y);
+    for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
+}
+
+static void mix_f32_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_F32, p, values, n, width, y);
+}
+
+static void mix_bf16_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
 const struct cpu_kernels kernels_avx512 = {
@@ -653,7 +724,7 @@ const struct cpu_kernels kernels_avx512 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx512,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512},
 };
 
 #if defined(__clang__)
