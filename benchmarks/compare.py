@@ -4,7 +4,7 @@
 
 Codec: Mimi at its real size with random weights, one and two threads. Frame by frame (encode, then
 decode) beside upstream's PyTorch and rustymimi; four seconds at once beside upstream's PyTorch and
-transformers, whose decoder does not stream. Language model: the model of step.py, 7B width with 4
+transformers, whose decoder does not stream. Language model: the model of step.py, 7B width with 8
 of 32 layers and the whole depth transformer, in bf16 beside upstream's PyTorch, and ours in q8 and
 q4.
 
