@@ -9,6 +9,9 @@
 /* Jobs of fewer multiply-adds than this are not worth waking a thread for. */
 #define PARALLEL_WORK 16384
 
+/* Queries of one head that read the cache together. */
+#define ATTEND_STEPS 6
+
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -16,7 +19,7 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
-    float *scores; /* [threads][keys]: a query, then its scores */
+    float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
     size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;
@@ -54,6 +57,9 @@ struct product {
      * half. Both may be written to. */
     void (*finish)(const struct product *product, int row, int first, int count, float *sums,
                    const float *other);
+    /* Or, of a whole matrix, the same for rows row.. that lie `stride` apart. */
+    void (*finish_rows)(const struct product *product, int row, int rows, int first, int count,
+                        const float *sums, size_t stride);
     const void *op;
     struct cpu_backend *cpu;
 };
