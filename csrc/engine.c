@@ -157,8 +157,8 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "context is %d, expected 1 to %d frames",
                           options->context, 1 << 20);
     if (options->kv_dtype != MOSHI_AUTO && options->kv_dtype != MOSHI_F32 &&
-        options->kv_dtype != MOSHI_BF16)
-        return moshi_fail(MOSHI_ERROR_ARGUMENT, "kv_dtype is %s, expected auto, f32 or bf16",
+        options->kv_dtype != MOSHI_BF16 && options->kv_dtype != MOSHI_INT8)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "kv_dtype is %s, expected auto, f32, bf16 or int8",
                           moshi_dtype_name(options->kv_dtype));
     struct moshi_engine *engine = calloc(1, sizeof *engine);
     if (!engine) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine");

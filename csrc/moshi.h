@@ -189,7 +189,9 @@ struct moshi_engine;
 
 struct moshi_engine_options {
     int max_sessions; /* 0: 8 */
-    enum moshi_dtype kv_dtype; /* MOSHI_AUTO: f32 for f32 weights, else bf16 */
+    /* MOSHI_AUTO: f32 for f32 weights, else bf16. MOSHI_INT8 has one scale for each head and
+     * position, and remembers twice as much in the memory of bf16. */
+    enum moshi_dtype kv_dtype;
     int context; /* frames remembered; 0: the checkpoint's */
 };
 

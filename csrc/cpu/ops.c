@@ -183,8 +183,10 @@ static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
-    enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i];
+    enum weight_format format = cache->dtype == MOSHI_BF16   ? WEIGHT_BF16
+                                : cache->dtype == MOSHI_INT8 ? WEIGHT_INT8
+                                                             : WEIGHT_F32;
+    int dim = cache->head_dim, lane = op->rows.lane[i], coded = format == WEIGHT_INT8;
     int kv_head = head / (op->heads / cache->kv_heads);
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)op->heads + (size_t)head;
     float *y = op->y + row * (size_t)dim, *scores = scratch + padded(dim);
@@ -194,17 +196,18 @@ static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op
     memset(y, 0, (size_t)dim * sizeof *y);
     visible(op, i, t, &begin, &end);
     if (begin >= end) return;
-    kernels->arrange[format](op->q + row * (size_t)dim, dim, scratch);
+    kernels->arrange[coded ? WEIGHT_F32 : format](op->q + row * (size_t)dim, dim, scratch);
     for (int value = 0; value < 2; value++) {
         for (int64_t j = begin; j < end;) {
             int run = cache->page_positions - (int)(j % cache->page_positions);
-            const char *at = kv_address(cache, lane, op->layer, value, kv_head, j);
+            char *at = kv_address(cache, lane, op->layer, value, kv_head, j);
+            const float *scales = coded ? kv_scale(cache, at, j) : NULL;
+            float *of = scores + (j - begin);
 
             if (run > end - j) run = (int)(end - j);
-            if (!value)
-                kernels->dot[format](at, dim, run, &query, 1, scores + (j - begin), 0);
-            else
-                kernels->mix[format](scores + (j - begin), at, run, dim, y);
+            if (!value) kernels->dot[format](at, dim, run, &query, 1, of, 0);
+            for (int k = 0; coded && k < run; k++) of[k] *= scales[k];
+            if (value) kernels->mix[format](of, at, run, dim, y);
             j += run;
         }
         if (!value) kernels->softmax(scores, (int)(end - begin), 1.0f / sqrtf((float)dim));
