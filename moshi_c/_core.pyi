@@ -19,7 +19,7 @@ class Device(TypedDict):
 
 #: index, pcm float32[frame_size] (None when not decoded), text_token (-1 before the first output),
 #: codes int32[dep_q] (None before the first output), user_codes int32[user_q], level in dBFS,
-#: heads float32[heads, head_dim] (None without heads), seconds the step took
+#: heads float32[heads, head_dim] (None without heads), seconds the step took, event (None or a word)
 FrameTuple = tuple[
     int,
     NDArray[np.float32] | None,
@@ -29,6 +29,7 @@ FrameTuple = tuple[
     float,
     NDArray[np.float32] | None,
     float,
+    str | None,
 ]
 
 @final
@@ -89,6 +90,9 @@ class Session:
         null_conditions: Mapping[str, str | None] | None = None,
         offline_start: bool = False,
         keep_logits: bool = False,
+        context_policy: str = "ring",
+        context_range: int = 0,
+        context_keep: int = 0,
     ) -> Session: ...
     @property
     def seed(self) -> int: ...

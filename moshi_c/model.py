@@ -22,8 +22,9 @@ from .tokenizer import Tokenizer
 #: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
 #: "q8" and "q4" have one for 32 weights.
 Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
-#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16.
-KvDtype = Literal["auto", "f32", "bf16"]
+#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one scale
+#: for each head and frame.
+KvDtype = Literal["auto", "f32", "bf16", "int8"]
 
 #: Of a signal that is not held whole, frames at a time: enough for long passes, 2 MB of sound.
 _PIECE_FRAMES = 240
@@ -116,7 +117,8 @@ def load(
             or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
             norms stay as stored. The panels of `moshi-c quantize` open in their own format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
-            "f32", "bf16".
+            "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
+            benchmarks/quality.py measures.
         context: frames remembered; None for the checkpoint's.
         max_sessions: how many sessions may be open at once.
         threads: of the CPU; None for MOSHI_C_THREADS, else one per core.

@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
-    ("model",),
+    ("model", "refresh"),
     ("convert", "engine"),
     ("codec", "prefill", "session"),
 )

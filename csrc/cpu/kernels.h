@@ -78,7 +78,7 @@ struct cpu_kernels {
 
     /* x = softmax(scale * x), in place; n >= 1 */
     void (*softmax)(float *x, int n, float scale);
-    /* y[width] += sum over j of p[j] * values[j][width]; f32 and bf16 only */
+    /* y[width] += sum over j of p[j] * values[j][width]; f32, bf16 and codes of int8 */
     void (*mix[WEIGHT_FORMATS])(const float *p, const void *values, int n, int width, float *y);
 };
 

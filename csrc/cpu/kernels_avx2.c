@@ -973,6 +973,9 @@ void softmax_avx2(float *x, int n, float scale)
 
 INLINE __m256 load_values(enum weight_format format, const char *from)
 {
+    if (format == WEIGHT_INT8)
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)from)));
     return format == WEIGHT_F32 ? _mm256_loadu_ps((const float *)(const void *)from)
                                 : widen_bf16((const uint16_t *)(const void *)from);
 }
@@ -1006,7 +1009,9 @@ INLINE void mix_rows(enum weight_format format, int J, const float *p, const cha
         for (int j = 0; j < J; j++) {
             const char *at = values + (size_t)j * row_bytes + (size_t)d * bytes;
             float value = format == WEIGHT_F32 ? *(const float *)(const void *)at
-                                               : bf16_to_f32(*(const uint16_t *)(const void *)at);
+                          : format == WEIGHT_INT8
+                              ? *(const int8_t *)at
+                              : bf16_to_f32(*(const uint16_t *)(const void *)at);
 
             y[d] = fmaf(p[j], value, y[d]);
         }
@@ -1034,6 +1039,11 @@ static void mix_bf16_avx2(const float *p, const void *values, int n, int width, 
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
+void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
+}
+
 const struct cpu_kernels kernels_avx2 = {
     .name = "avx2",
     .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx2, arrange_codes_avx2,
@@ -1052,7 +1062,7 @@ const struct cpu_kernels kernels_avx2 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx2,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
+    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2, mix_int8_avx2},
 };
 
 #if defined(__clang__)

@@ -724,7 +724,7 @@ const struct cpu_kernels kernels_avx512 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx512,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512},
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx2},
 };
 
 #if defined(__clang__)

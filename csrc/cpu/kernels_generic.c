@@ -299,6 +299,14 @@ static void mix_bf16_generic(const float *p, const void *values, int n, int widt
         for (int d = 0; d < width; d++) y[d] += p[j] * bf16_to_f32(v[d]);
 }
 
+static void mix_int8_generic(const float *p, const void *values, int n, int width, float *y)
+{
+    const int8_t *v = values;
+
+    for (int j = 0; j < n; j++, v += width)
+        for (int d = 0; d < width; d++) y[d] += p[j] * v[d];
+}
+
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
     .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_codes_generic,
@@ -318,5 +326,5 @@ const struct cpu_kernels kernels_generic = {
     .add_scaled = add_scaled_generic,
     .finish = finish_generic,
     .softmax = softmax_generic,
-    .mix = {mix_f32_generic, NULL, mix_bf16_generic},
+    .mix = {mix_f32_generic, NULL, mix_bf16_generic, mix_int8_generic},
 };

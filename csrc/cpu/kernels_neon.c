@@ -649,6 +649,11 @@ static void mix_bf16_neon(const float *p, const void *values, int n, int width, 
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
+static void mix_int8_neon(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
+}
+
 #define TABLE(isa)                                                                                 \
     const struct cpu_kernels kernels_##isa = {                                                     \
         .name = #isa,                                                                              \
@@ -669,7 +674,7 @@ static void mix_bf16_neon(const float *p, const void *values, int n, int width, 
         .add_scaled = add_scaled_neon,                                                             \
         .finish = finish_neon,                                                                     \
         .softmax = softmax_neon,                                                                   \
-        .mix = {mix_f32_neon, NULL, mix_bf16_neon},                                                \
+        .mix = {mix_f32_neon, NULL, mix_bf16_neon, mix_int8_neon},                                 \
     }
 TABLE(neon);
 TABLE(neon_dot);

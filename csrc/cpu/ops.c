@@ -178,17 +178,24 @@ static void visible(const struct op_attend *op, int i, int t, int64_t *begin, in
 
 /* Positions that lie together in a page. */
 struct run {
-    const char *at;
+    char *at;
     int count;
+    const float *scales; /* one a position, of MOSHI_INT8; else NULL */
 };
 
 static struct run next_run(const struct op_attend *op, int lane, int value, int head, int64_t first,
                            int64_t end)
 {
     int page = op->cache->page_positions, count = page - (int)(first % page);
+    char *at = kv_address(op->cache, lane, op->layer, value, head, first);
 
-    return (struct run){kv_address(op->cache, lane, op->layer, value, head, first),
-                        end - first < count ? (int)(end - first) : count};
+    return (struct run){at, end - first < count ? (int)(end - first) : count,
+                        op->cache->dtype == MOSHI_INT8 ? kv_scale(op->cache, at, first) : NULL};
+}
+
+static void scale_by(const float *scales, int n, float *x)
+{
+    for (int i = 0; scales && i < n; i++) x[i] *= scales[i];
 }
 
 /* Queries t..t+n-1 of one head: scores of all keys that one of them sees, each one's softmax, weighted
@@ -198,8 +205,10 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
-    enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i];
+    enum weight_format format = cache->dtype == MOSHI_BF16   ? WEIGHT_BF16
+                                : cache->dtype == MOSHI_INT8 ? WEIGHT_INT8
+                                                             : WEIGHT_F32;
+    int dim = cache->head_dim, lane = op->rows.lane[i], coded = format == WEIGHT_INT8;
     int kv_head = head / (op->heads / cache->kv_heads);
     size_t step = (size_t)op->heads * (size_t)dim;
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * step + (size_t)head * (size_t)dim;
@@ -210,8 +219,8 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
 
     for (int q = 0; q < n; q++) {
         queries[q] = scratch + (size_t)q * cpu->keys;
-        kernels->arrange[format](op->q + row + (size_t)q * step, dim,
-                                 scratch + (size_t)q * cpu->keys);
+        kernels->arrange[coded ? WEIGHT_F32 : format](op->q + row + (size_t)q * step, dim,
+                                                      scratch + (size_t)q * cpu->keys);
         memset(y + (size_t)q * step, 0, (size_t)dim * sizeof *y);
         visible(op, i, t + q, &begin[q], &end[q]);
     }
@@ -220,6 +229,8 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
         run = next_run(op, lane, 0, kv_head, j, end[n - 1]);
         kernels->dot[format](run.at, dim, run.count, queries, n, scores + (j - begin[0]),
                              cpu->keys);
+        for (int q = 0; q < n; q++)
+            scale_by(run.scales, run.count, scores + (size_t)q * cpu->keys + (j - begin[0]));
     }
     for (int q = 0; q < n; q++)
         if (begin[q] < end[q])
@@ -230,12 +241,13 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
         for (int q = 0; q < n; q++) {
             int64_t from = begin[q] > j ? begin[q] : j;
             int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+            float *weights = scores + (size_t)q * cpu->keys + (from - begin[0]);
 
-            if (from < to)
-                kernels->mix[format](scores + (size_t)q * cpu->keys + (from - begin[0]),
-                                     run.at +
-                                         (size_t)(from - j) * (size_t)dim * weight_bytes(format),
-                                     (int)(to - from), dim, y + (size_t)q * step);
+            if (from >= to) continue;
+            scale_by(run.scales ? run.scales + (from - j) : NULL, (int)(to - from), weights);
+            kernels->mix[format](weights,
+                                 run.at + (size_t)(from - j) * (size_t)dim * weight_bytes(format),
+                                 (int)(to - from), dim, y + (size_t)q * step);
         }
     }
 }

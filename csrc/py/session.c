@@ -149,22 +149,43 @@ static int session_create(struct session_object *self, const struct module_state
 
 static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {
-        "model",           "seed",          "text_temperature", "text_top_k",  "audio_temperature",
-        "audio_top_k",     "cfg_coef",      "cfg_masked_until", "cfg_no_text", "conditions",
-        "null_conditions", "offline_start", "keep_logits",      NULL};
+    static char *names[] = {"model",
+                            "seed",
+                            "text_temperature",
+                            "text_top_k",
+                            "audio_temperature",
+                            "audio_top_k",
+                            "cfg_coef",
+                            "cfg_masked_until",
+                            "cfg_no_text",
+                            "conditions",
+                            "null_conditions",
+                            "offline_start",
+                            "keep_logits",
+                            "context_policy",
+                            "context_range",
+                            "context_keep",
+                            NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *model, *seed = NULL, *conditions = NULL, *null_conditions = NULL;
     PyObject *text_temperature = NULL, *text_top_k = NULL;
     PyObject *audio_temperature = NULL, *audio_top_k = NULL;
     float cfg_coef = 1.0f;
     int cfg_masked_until = -1, cfg_no_text = 0, offline_start = 0, keep_logits = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOpp:Session", names,
+    int context_range = 0, context_keep = 0;
+    const char *context_policy = "ring";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOppsii:Session", names,
                                      state->model_type, &model, &seed, &text_temperature,
                                      &text_top_k, &audio_temperature, &audio_top_k, &cfg_coef,
                                      &cfg_masked_until, &cfg_no_text, &conditions, &null_conditions,
-                                     &offline_start, &keep_logits))
+                                     &offline_start, &keep_logits, &context_policy, &context_range,
+                                     &context_keep))
         return NULL;
+    if (strcmp(context_policy, "ring") != 0 && strcmp(context_policy, "refresh") != 0) {
+        PyErr_Format(PyExc_ValueError, "context_policy is '%s'; expected 'ring' or 'refresh'",
+                     context_policy);
+        return NULL;
+    }
     if (!seed) {
         PyErr_SetString(PyExc_TypeError, "Session() needs the keyword argument seed");
         return NULL;
@@ -193,6 +214,10 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     options.n_null_conditions = null_list.count;
     options.start = offline_start ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options.keep_logits = keep_logits;
+    options.context_policy = strcmp(context_policy, "refresh") == 0 ? MOSHI_CONTEXT_REFRESH
+                                                                    : MOSHI_CONTEXT_RING;
+    options.context_range = context_range;
+    options.context_keep = context_keep;
 
     self = session_of(session_alloc(type));
     if (self && session_create(self, state, model_self, &options) < 0) Py_CLEAR(self);
@@ -276,6 +301,11 @@ static PyObject *none(void)
     Py_RETURN_NONE;
 }
 
+static const char *const events[] = {[MOSHI_EVENT_NONE] = NULL,
+                                     [MOSHI_EVENT_CONTEXT_80] = "context_80",
+                                     [MOSHI_EVENT_REFRESH_BEGIN] = "refresh_begin",
+                                     [MOSHI_EVENT_REFRESH_END] = "refresh_end"};
+
 /* The tuple of _core.pyi. Takes the reference to pcm, which may be NULL. */
 static PyObject *frame_tuple(const struct session_object *self, const struct moshi_frame *frame,
                              PyObject *pcm)
@@ -283,9 +313,9 @@ static PyObject *frame_tuple(const struct session_object *self, const struct mos
     PyObject *codes = frame->n_codes > 0 ? int32_row(frame->codes, frame->n_codes) : none();
     PyObject *user_codes = int32_row(frame->user_codes, frame->n_user_codes);
     PyObject *heads = frame->n_heads > 0 ? heads_array(frame, self->head_dim) : none();
-    return Py_BuildValue("(LNiNNdNd)", (long long)frame->index, pcm ? pcm : none(),
+    return Py_BuildValue("(LNiNNdNdz)", (long long)frame->index, pcm ? pcm : none(),
                          (int)frame->text_token, codes, user_codes, (double)frame->level_db, heads,
-                         frame->step_s);
+                         frame->step_s, events[frame->event]);
 }
 
 /* Room for the sound of one frame; NULL with an exception, or NULL without when there is none. */
