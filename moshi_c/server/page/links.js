@@ -1,0 +1,164 @@
+// The two ways to the server, behind one interface.
+//
+//   link = new ChatLink(query, events)   Opus, /api/chat
+//   link = new PcmLink(query, events)    samples, /ws/pcm
+//   link.send(samples)                   24 kHz; nothing is sent before `ready`
+//   link.close()
+//
+// events: ready(), audio(samples), text(string), waiting(position), closed({opened, reason, again}), where
+// `reason` is a sentence or empty and `again` says that another attempt makes sense.
+
+import { OpusDecoder, OpusEncoder } from "./opus.js";
+
+const KIND = { handshake: 0, audio: 1, text: 2, metadata: 4, error: 5 };
+// Sound that the line has not taken yet; a line that slow gets no more of it.
+const MOST_UNSENT = 64000;
+// Close codes of a server that goes away, or of a line that broke: trying again makes sense.
+const AGAIN = new Set([1001, 1006, 1011, 1012, 1013]);
+
+function address(path, query) {
+  const url = new URL(path, document.baseURI);
+  for (const [name, value] of Object.entries(query)) {
+    if (value !== "") url.searchParams.set(name, value);
+  }
+  return url;
+}
+
+// A WebSocket tells nothing about a refusal; the same address without one does.
+async function whyRefused(url) {
+  try {
+    const answer = await fetch(url, { cache: "no-store" });
+    if (![401, 403, 429, 503].includes(answer.status)) return {};
+    const sentence = (await answer.text()).trim();
+    return { refused: true, status: answer.status, reason: sentence.length < 300 ? sentence : "" };
+  } catch {
+    return { reason: "The server cannot be reached." };
+  }
+}
+
+class Link {
+  #opened = false;
+  #told = ""; // the server's last word on why
+
+  constructor(path, query, events) {
+    this.events = events;
+    this.dropped = 0;
+    const url = address(path, query);
+    const socketUrl = new URL(url);
+    socketUrl.protocol = url.protocol.replace("http", "ws");
+    this.socket = new WebSocket(socketUrl);
+    this.socket.binaryType = "arraybuffer";
+    this.socket.onopen = () => (this.#opened = true);
+    this.socket.onmessage = ({ data }) => this.received(data);
+    this.socket.onclose = async ({ code, reason }) => {
+      this.release();
+      const closed = { opened: this.#opened, code, reason: this.#told || reason, again: AGAIN.has(code) };
+      if (!this.#opened) {
+        const why = await whyRefused(url);
+        closed.reason ||= why.reason;
+        closed.status = why.status;
+        closed.again = !why.refused;
+      }
+      this.events.closed(closed);
+    };
+  }
+
+  // Gives up its place without a word to `events`.
+  close() {
+    this.socket.onclose = null;
+    this.socket.onmessage = null;
+    this.socket.close(1000);
+    this.release();
+  }
+
+  post(bytes) {
+    if (this.socket.readyState !== WebSocket.OPEN) return;
+    if (this.socket.bufferedAmount > MOST_UNSENT) this.dropped++;
+    else this.socket.send(bytes);
+  }
+
+  failed(sentence) {
+    this.#told = sentence;
+  }
+
+  release() {}
+}
+
+export class ChatLink extends Link {
+  constructor(query, events) {
+    super("api/chat", query, events);
+    const broken = (error) => {
+      this.failed(`Opus failed in this browser: ${error.message}`);
+      this.socket.close(1000);
+    };
+    this.encoder = new OpusEncoder((bytes) => {
+      const message = new Uint8Array(1 + bytes.length);
+      message[0] = KIND.audio;
+      message.set(bytes, 1);
+      this.post(message);
+    }, broken);
+    this.decoder = new OpusDecoder((samples) => events.audio(samples), broken);
+    this.letters = new TextDecoder();
+  }
+
+  received(data) {
+    if (typeof data === "string" || data.byteLength < 1) return;
+    const bytes = new Uint8Array(data);
+    const rest = bytes.subarray(1);
+    if (bytes[0] === KIND.handshake) this.events.ready();
+    else if (bytes[0] === KIND.audio) this.decoder.push(rest);
+    else if (bytes[0] === KIND.text) this.events.text(this.letters.decode(rest, { stream: true }));
+    else if (bytes[0] === KIND.error) this.failed(new TextDecoder().decode(rest));
+    else if (bytes[0] === KIND.metadata) this.#metadata(new TextDecoder().decode(rest));
+  }
+
+  #metadata(text) {
+    try {
+      const { waiting } = JSON.parse(text);
+      if (waiting > 0) this.events.waiting(waiting);
+    } catch {
+      // Other servers put other things there.
+    }
+  }
+
+  send(samples) {
+    this.encoder.push(samples);
+  }
+
+  release() {
+    this.encoder.close();
+    this.decoder.close();
+  }
+}
+
+export class PcmLink extends Link {
+  constructor(query, events) {
+    super("ws/pcm", { ...query, format: "s16", rate: 24000 }, events);
+  }
+
+  received(data) {
+    if (typeof data === "string") {
+      this.#told(JSON.parse(data));
+      return;
+    }
+    const view = new DataView(data);
+    const samples = new Float32Array(data.byteLength >> 1);
+    for (let i = 0; i < samples.length; i++) samples[i] = view.getInt16(2 * i, true) / 32768;
+    this.events.audio(samples);
+  }
+
+  #told(message) {
+    if (message.type === "ready") this.events.ready();
+    else if (message.type === "waiting") this.events.waiting(message.position);
+    else if (message.type === "error") this.failed(message.message);
+    else if (message.text) this.events.text(message.text);
+  }
+
+  send(samples) {
+    const message = new DataView(new ArrayBuffer(2 * samples.length));
+    samples.forEach((sample, i) => {
+      message.setInt16(2 * i, Math.round(Math.max(-1, Math.min(1, sample)) * 32767), true);
+    });
+    this.post(message);
+  }
+}
