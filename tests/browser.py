@@ -1,7 +1,7 @@
-"""Chromium without a window, driven over its own debugging pipe.
+"""Chromium without a window, driven over its own debugging pipe: no driver is needed.
 
-It needs neither a driver nor a package. The protocol is JSON objects that end with a zero byte, on descriptors 3 (to the browser) and 4
-(from it); https://chromedevtools.github.io/devtools-protocol/ names its methods.
+What goes through the pipe are JSON objects that end with a zero byte, to the browser on
+descriptor 3 and from it on 4; https://chromedevtools.github.io/devtools-protocol/ has the methods.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--disable-sync",
     "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
     "--remote-debugging-pipe",
+    # A name that leads here and that no browser takes for this machine.
+    "--host-resolver-rules=MAP moshi.test 127.0.0.1",
 )
 
 #: For what should come at once on an idle machine, and has to come on a busy one.
@@ -125,6 +126,9 @@ class Browser:
             browserContextId=context,
             downloadPath=str(self.downloads),
             eventsEnabled=True,
+        )
+        self.call(
+            "Browser.grantPermissions", permissions=["audioCapture"], browserContextId=context
         )
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)
         session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)

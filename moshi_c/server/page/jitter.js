@@ -27,17 +27,19 @@ export class JitterBuffer {
     this.level = 0; // samples that wait
     this.playing = false;
     this.margin ??= FIRST_S * this.rate;
-    this.last = 0;
+    this.last ??= 0;
     this.#newWindow();
     this.calm = 0;
-    this.fade = 0;
   }
 
   push(samples) {
     if (!this.playing) {
       this.playing = true;
-      this.#add(new Float32Array(Math.round(this.margin)));
-      this.fade = FADE_S * this.rate;
+      const margin = new Float32Array(Math.round(this.margin));
+      this.#rest(margin, 0);
+      this.#add(margin);
+      const fade = Math.min(Math.round(FADE_S * this.rate), samples.length);
+      samples = samples.map((sample, i) => (i < fade ? (sample * i) / fade : sample));
       this.#newWindow();
     }
     this.#add(samples);
@@ -118,8 +120,6 @@ export class JitterBuffer {
       }
     }
     this.level -= out.length;
-    const whole = FADE_S * this.rate;
-    for (let i = 0; i < out.length && this.fade > 0; i++, this.fade--) out[i] *= 1 - this.fade / whole;
     if (out.length) this.last = out[out.length - 1];
   }
 
