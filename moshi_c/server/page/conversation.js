@@ -122,22 +122,18 @@ export class Conversation {
     this.#measure();
   }
 
-  #closed({ opened, status, reason, again }) {
+  #closed({ reason, again }) {
     const broken = this.live || this.attempts > 0;
     clearInterval(this.probe);
     this.link = null;
     this.sound?.silence();
-    if (status === 401) {
-      this.#end("This server wants a token: enter it in the settings, then talk again.");
-    } else if (broken && again && this.attempts < MOST_ATTEMPTS) {
+    if (broken && again && this.attempts < MOST_ATTEMPTS) {
       const wait = Math.min(FIRST_WAIT_S * 2 ** this.attempts, LONGEST_WAIT_S) * (0.8 + 0.4 * Math.random());
       this.attempts++;
       this.#become("reconnecting", { reason, wait, attempt: this.attempts, of: MOST_ATTEMPTS });
       this.timer = setTimeout(() => this.#connect(), wait * 1000);
-    } else if (reason) {
-      this.#end(reason);
     } else {
-      this.#end(opened ? "The server ended the call." : "The server did not take the call.");
+      this.#end(reason || "The server ended the call.");
     }
   }
 

@@ -5,7 +5,7 @@
 //   link.send(samples)                   24 kHz; nothing is sent before `ready`
 //   link.close()
 //
-// events: ready(), audio(samples), text(string), waiting(position), closed({opened, reason, again}), where
+// events: ready(), audio(samples), text(string), waiting(position), closed({reason, again}), where
 // `reason` is a sentence or empty and `again` says that another attempt makes sense.
 
 import { OpusDecoder, OpusEncoder } from "./opus.js";
@@ -24,16 +24,28 @@ function address(path, query) {
   return url;
 }
 
-// A WebSocket tells nothing about a refusal; the same address without one does.
+// A WebSocket tells nothing about a refusal; the same address without one does, and /ready whether there
+// is room.
 async function whyRefused(url) {
+  const get = (address) => fetch(address, { cache: "no-store" });
   try {
-    const answer = await fetch(url, { cache: "no-store" });
-    if (![401, 403, 429, 503].includes(answer.status)) return {};
-    const sentence = (await answer.text()).trim();
-    return { refused: true, status: answer.status, reason: sentence.length < 300 ? sentence : "" };
+    const answer = await get(url);
+    if (answer.status === 401) {
+      return { reason: "This server wants a token: enter the right one in the settings, then talk again." };
+    }
+    if (answer.status !== 426) return { reason: sentence((await answer.json()).reason) };
+    if ((await get("ready")).ok) return { reason: "The server did not take the call: try again.", again: true };
+    return { reason: "All places are taken: try again in a while.", again: true };
   } catch {
-    return { reason: "The server cannot be reached." };
+    return { reason: "The server cannot be reached.", again: true };
   }
+}
+
+// The server's reasons are parts of sentences.
+function sentence(reason) {
+  if (typeof reason !== "string" || !reason) return "";
+  const text = reason.charAt(0).toUpperCase() + reason.slice(1);
+  return /[.!?]$/.test(text) ? text : `${text}.`;
 }
 
 class Link {
@@ -52,14 +64,8 @@ class Link {
     this.socket.onmessage = ({ data }) => this.received(data);
     this.socket.onclose = async ({ code, reason }) => {
       this.release();
-      const closed = { opened: this.#opened, code, reason: this.#told || reason, again: AGAIN.has(code) };
-      if (!this.#opened) {
-        const why = await whyRefused(url);
-        closed.reason ||= why.reason;
-        closed.status = why.status;
-        closed.again = !why.refused;
-      }
-      this.events.closed(closed);
+      if (this.#opened) this.events.closed({ reason: sentence(this.#told || reason), again: AGAIN.has(code) });
+      else this.events.closed({ again: false, ...(await whyRefused(url)) });
     };
   }
 
@@ -79,6 +85,14 @@ class Link {
 
   failed(sentence) {
     this.#told = sentence;
+  }
+
+  // A message in JSON: of types that are not known here, nothing.
+  told({ type, position, text, reason }) {
+    if (type === "ready") this.events.ready();
+    else if (type === "waiting") this.events.waiting(position);
+    else if (type === "text") this.events.text(text);
+    else if (type === "error") this.failed(reason);
   }
 
   release() {}
@@ -109,16 +123,7 @@ export class ChatLink extends Link {
     else if (bytes[0] === KIND.audio) this.decoder.push(rest);
     else if (bytes[0] === KIND.text) this.events.text(this.letters.decode(rest, { stream: true }));
     else if (bytes[0] === KIND.error) this.failed(new TextDecoder().decode(rest));
-    else if (bytes[0] === KIND.metadata) this.#metadata(new TextDecoder().decode(rest));
-  }
-
-  #metadata(text) {
-    try {
-      const { waiting } = JSON.parse(text);
-      if (waiting > 0) this.events.waiting(waiting);
-    } catch {
-      // Other servers put other things there.
-    }
+    else if (bytes[0] === KIND.metadata) this.told(JSON.parse(new TextDecoder().decode(rest)));
   }
 
   send(samples) {
@@ -138,20 +143,13 @@ export class PcmLink extends Link {
 
   received(data) {
     if (typeof data === "string") {
-      this.#told(JSON.parse(data));
+      this.told(JSON.parse(data));
       return;
     }
     const view = new DataView(data);
     const samples = new Float32Array(data.byteLength >> 1);
     for (let i = 0; i < samples.length; i++) samples[i] = view.getInt16(2 * i, true) / 32768;
     this.events.audio(samples);
-  }
-
-  #told(message) {
-    if (message.type === "ready") this.events.ready();
-    else if (message.type === "waiting") this.events.waiting(message.position);
-    else if (message.type === "error") this.failed(message.message);
-    else if (message.text) this.events.text(message.text);
   }
 
   send(samples) {

@@ -253,7 +253,7 @@ async function showServer() {
     // The small model knows few things; people should meet one of them first.
     if (info.model.includes("tiny") && $("hint")) $("hint").textContent += `\n${TRY}`;
     frameSeconds = info.frame_size / info.sample_rate;
-    for (const [name, value] of Object.entries(info.sampling)) {
+    for (const [name, value] of Object.entries(info.defaults)) {
       if (form.elements[name]) form.elements[name].placeholder = value;
     }
   } catch {
