@@ -37,8 +37,8 @@ class Server:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            if found := re.search(r"http://[^\s/]+:(\d+)/", line):
-                self.url, self.port = found[0], int(found[1])
+            if found := re.search(r"listening on (http://[^\s/]+:(\d+))", line):
+                self.url, self.port = f"{found[1]}/", int(found[2])
                 return
         raise RuntimeError(f"the server ended with {self.process.wait()}")
 
