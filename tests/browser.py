@@ -117,8 +117,8 @@ class Browser:
         answer: dict[str, Any] = json.loads(first)
         return answer
 
-    def open(self, url: str, *, width: int = 1200, height: int = 800, dark: bool = False) -> Page:
-        """A new page with storage of its own."""
+    def open(self, url: str, storage: dict[str, str] | None = None) -> Page:
+        """A new page with a storage of its own, which holds this when the page is loaded first."""
         context = self.call("Target.createBrowserContext")["browserContextId"]
         self.call(
             "Browser.setDownloadBehavior",
@@ -135,7 +135,10 @@ class Browser:
         page = Page(self, session["sessionId"], target["targetId"], context)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.call(f"{domain}.enable")
-        page.look(width, height, dark=dark)
+        page.look(1200, 800)
+        for key, value in (storage or {}).items():
+            script = f"localStorage[{json.dumps(key)}] ??= {json.dumps(value)};"
+            page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
         page.go(url)
         return page
 

@@ -89,11 +89,8 @@ def visit(browser: Browser) -> Iterator[Any]:
     pages: list[Page] = []
 
     def open_page(url: str, **settings: Any) -> Page:
-        page = browser.open(url)
+        page = browser.open(url, {"moshi-c": json.dumps(settings)})
         pages.append(page)
-        if settings:
-            page.evaluate(f"localStorage.setItem('moshi-c', {json.dumps(json.dumps(settings))})")
-            page.go(url)
         return page
 
     yield open_page
@@ -319,7 +316,8 @@ def tone_level(pcm: np.ndarray, hz: float, rate: int) -> tuple[float, float]:
 def test_what_the_page_encodes_is_an_ogg_stream_of_opus(parts: Page) -> None:
     encoded = parts.evaluate(
         "(async () => {"
-        " const {OpusEncoder} = await import('/page/opus.js'), {joined} = await import('/page/ogg.js');"
+        " const {OpusEncoder} = await import('/page/opus.js');"
+        " const {joined} = await import('/page/ogg.js');"
         " const pages = [], encoder = new OpusEncoder(page => pages.push(page), console.error);"
         " const sound = tone(440, 24000, 24000);"
         " for (let at = 0; at < sound.length; at += 480)"

@@ -12,6 +12,8 @@ const URGENT_S = 0.16; // lag that is cut in the middle of a word too
 const FADE_S = 0.008;
 const QUIET = 0.01; // -40 dBFS
 
+const isQuiet = (samples) => samples.every((sample) => Math.abs(sample) < QUIET);
+
 export class JitterBuffer {
   constructor(rate) {
     this.rate = rate;
@@ -26,6 +28,7 @@ export class JitterBuffer {
     this.offset = 0; // into queue[0]
     this.level = 0; // samples that wait
     this.playing = false;
+    this.loud = false; // what was played last
     this.margin ??= FIRST_S * this.rate;
     this.last ??= 0;
     this.#newWindow();
@@ -56,6 +59,7 @@ export class JitterBuffer {
       this.#take(out.subarray(0, there));
       this.#rest(out, there);
       this.playing = false;
+      if (!this.loud) return; // a server may send nothing while the model is silent
       this.underruns++;
       this.calm = 0;
       this.margin = Math.min(this.margin + LONGER_S * this.rate, MOST_S * this.rate);
@@ -69,7 +73,7 @@ export class JitterBuffer {
       this.calm = 0;
       this.margin = Math.max(this.margin - SHORTER_S * this.rate, LEAST_S * this.rate);
     }
-    if (this.window >= WINDOW_S * this.rate) this.#trim(out);
+    if (this.window >= WINDOW_S * this.rate) this.#trim();
   }
 
   #newWindow() {
@@ -77,16 +81,15 @@ export class JitterBuffer {
     this.lowest = Infinity;
   }
 
-  // After `out` was taken: cuts what the last second never needed, or waits for a pause.
-  #trim(out) {
+  // Cuts what the last second never needed, or waits for a pause.
+  #trim() {
     const lag = Math.floor(this.lowest - this.margin);
     const fade = Math.round(FADE_S * this.rate);
     if (lag <= SPARE_S * this.rate || this.level < lag + fade) {
       this.#newWindow();
       return;
     }
-    const quiet = out.every((sample) => Math.abs(sample) < QUIET);
-    if (!quiet && lag < URGENT_S * this.rate) return;
+    if (this.loud && lag < URGENT_S * this.rate) return;
     // The sound before the cut fades into the sound after it.
     const before = new Float32Array(fade), after = new Float32Array(fade);
     this.#take(before);
@@ -120,6 +123,7 @@ export class JitterBuffer {
       }
     }
     this.level -= out.length;
+    if (out.length) this.loud = !isQuiet(out);
     if (out.length) this.last = out[out.length - 1];
   }
 

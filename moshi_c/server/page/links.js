@@ -10,7 +10,7 @@
 
 import { OpusDecoder, OpusEncoder } from "./opus.js";
 
-const KIND = { handshake: 0, audio: 1, text: 2, metadata: 4, error: 5 };
+const KIND = { handshake: 0, audio: 1, text: 2, error: 5, ping: 6 };
 // Sound that the line has not taken yet; a line that slow gets no more of it.
 const MOST_UNSENT = 64000;
 // Close codes of a server that goes away, or of a line that broke: trying again makes sense.
@@ -33,7 +33,8 @@ async function whyRefused(url) {
     if (answer.status === 401) {
       return { reason: "This server wants a token: enter the right one in the settings, then talk again." };
     }
-    if (answer.status !== 426) return { reason: sentence((await answer.json()).reason) };
+    const { reason } = await answer.json().catch(() => ({ reason: answer.statusText }));
+    if (answer.status !== 426) return { reason: `The server did not take the call: ${reason}.` };
     if ((await get("ready")).ok) return { reason: "The server did not take the call: try again.", again: true };
     return { reason: "All places are taken: try again in a while.", again: true };
   } catch {
@@ -87,14 +88,6 @@ class Link {
     this.#told = sentence;
   }
 
-  // A message in JSON: of types that are not known here, nothing.
-  told({ type, position, text, reason }) {
-    if (type === "ready") this.events.ready();
-    else if (type === "waiting") this.events.waiting(position);
-    else if (type === "text") this.events.text(text);
-    else if (type === "error") this.failed(reason);
-  }
-
   release() {}
 }
 
@@ -123,7 +116,9 @@ export class ChatLink extends Link {
     else if (bytes[0] === KIND.audio) this.decoder.push(rest);
     else if (bytes[0] === KIND.text) this.events.text(this.letters.decode(rest, { stream: true }));
     else if (bytes[0] === KIND.error) this.failed(new TextDecoder().decode(rest));
-    else if (bytes[0] === KIND.metadata) this.told(JSON.parse(new TextDecoder().decode(rest)));
+    else if (bytes[0] === KIND.ping && rest.length) {
+      this.events.waiting(JSON.parse(new TextDecoder().decode(rest)).position);
+    }
   }
 
   send(samples) {
@@ -143,13 +138,20 @@ export class PcmLink extends Link {
 
   received(data) {
     if (typeof data === "string") {
-      this.told(JSON.parse(data));
+      this.#told(JSON.parse(data));
       return;
     }
     const view = new DataView(data);
     const samples = new Float32Array(data.byteLength >> 1);
     for (let i = 0; i < samples.length; i++) samples[i] = view.getInt16(2 * i, true) / 32768;
     this.events.audio(samples);
+  }
+
+  #told({ type, position, text, reason }) {
+    if (type === "ready") this.events.ready();
+    else if (type === "waiting") this.events.waiting(position);
+    else if (type === "text") this.events.text(text);
+    else if (type === "error") this.failed(reason);
   }
 
   send(samples) {
