@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from browser import PATIENCE_S, Browser, Page
+from serving import Server, serving
 from sound import RATE, silence, speech
 
 from moshi_c.audio import write_audio
@@ -27,34 +25,6 @@ pytestmark = [pytest.mark.python, pytest.mark.slow]
 TOKEN = "a-token-of-the-tests"
 # The microphone plays from the moment it is opened: the question comes when the call stands.
 BEFORE_S = 1.5
-
-
-class Server:
-    """`moshi-c serve` on a port of this machine."""
-
-    def __init__(self, *options: str, port: int = 0) -> None:
-        command = [sys.executable, "-m", "moshi_c", "serve", "--port", str(port), *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if found := re.search(r"listening on (http://[^\s/]+:(\d+))", line):
-                self.url, self.port = f"{found[1]}/", int(found[2])
-                return
-        raise RuntimeError(f"the server ended with {self.process.wait()}")
-
-    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
-        self.process.send_signal(how)
-        self.process.communicate(timeout=PATIENCE_S)
-
-
-@contextlib.contextmanager
-def serving(*options: str, port: int = 0) -> Iterator[Server]:
-    server = Server(*options, port=port)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.end(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -163,11 +163,11 @@ setInterval(() => {
     $("delay").textContent = "";
     return;
   }
-  const ms = (seconds) => `${Math.round(1000 * seconds)} ms`;
+  const ms = (seconds) => `${Math.round(1000 * seconds)}\u00a0ms`;
   const whole = delay.network + delay.buffer + delay.card + frameSeconds;
+  const dropouts = delay.underruns ? `, dropouts ${delay.underruns}` : "";
   $("delay").textContent =
-    `Round trip about ${ms(whole)} · network ${ms(delay.network)} · buffer ${ms(delay.buffer)}` +
-    (delay.underruns ? ` · ${delay.underruns} dropout${delay.underruns > 1 ? "s" : ""}` : "");
+    `Round trip about ${ms(whole)}\nnetwork ${ms(delay.network)}, buffer ${ms(delay.buffer)}${dropouts}`;
 }, 1000);
 
 // ---- recording -------------------------------------------------------------------------------------
