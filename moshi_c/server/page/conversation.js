@@ -100,15 +100,16 @@ export class Conversation {
     const query = { token, seed, text_temperature, text_topk, audio_temperature, audio_topk };
     const withOpus = codec === "opus" || (codec === "auto" && (await opus.supported()));
     if (this.state !== "connecting") return;
+    let link = null;
     const events = {
       ready: () => this.#ready(),
       audio: (samples) => this.sound?.play(samples),
       text: (text) => this.events.text(text),
       waiting: (position) => this.#become("waiting", position),
-      closed: (how) => this.#closed(how),
+      closed: (how) => link === this.link && this.#closed(how),
     };
     try {
-      this.link = new (withOpus ? ChatLink : PcmLink)(query, events);
+      link = this.link = new (withOpus ? ChatLink : PcmLink)(query, events);
     } catch (error) {
       this.#end(`This browser cannot open the call: ${error.message}`);
     }

@@ -55,7 +55,6 @@ class Link {
 
   constructor(path, query, events) {
     this.events = events;
-    this.dropped = 0;
     const url = address(path, query);
     const socketUrl = new URL(url);
     socketUrl.protocol = url.protocol.replace("http", "ws");
@@ -79,9 +78,8 @@ class Link {
   }
 
   post(bytes) {
-    if (this.socket.readyState !== WebSocket.OPEN) return;
-    if (this.socket.bufferedAmount > MOST_UNSENT) this.dropped++;
-    else this.socket.send(bytes);
+    const { readyState, bufferedAmount } = this.socket;
+    if (readyState === WebSocket.OPEN && bufferedAmount < MOST_UNSENT) this.socket.send(bytes);
   }
 
   failed(sentence) {
@@ -157,7 +155,7 @@ export class PcmLink extends Link {
   send(samples) {
     const message = new DataView(new ArrayBuffer(2 * samples.length));
     samples.forEach((sample, i) => {
-      message.setInt16(2 * i, Math.round(Math.max(-1, Math.min(1, sample)) * 32767), true);
+      message.setInt16(2 * i, Math.max(-32768, Math.min(32767, Math.round(sample * 32768))), true);
     });
     this.post(message);
   }

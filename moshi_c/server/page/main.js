@@ -30,6 +30,9 @@ const STATES = {
 
 function showState(state, detail) {
   const body = document.body;
+  // Whose turn it is changes too often to be read aloud, into the microphone at that.
+  const turn = state === "speaking" || (state === "listening" && body.dataset.state === "speaking");
+  $("state").setAttribute("aria-live", turn ? "off" : "polite");
   const wasRunning = body.classList.contains("running");
   body.dataset.state = state;
   body.classList.toggle("running", talk.running);
@@ -48,7 +51,7 @@ function showState(state, detail) {
     announce();
     noteLevels(-Infinity, -Infinity);
   }
-  if (talk.live) fillDevices();
+  if (state === "connecting") fillDevices(); // their names are known now
 }
 
 function toggleTalk() {

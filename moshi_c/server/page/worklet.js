@@ -52,8 +52,13 @@ class Talk extends AudioWorkletProcessor {
   }
 
   #play(out) {
+    if (sampleRate === RATE) {
+      this.#buffer.pull(out);
+      this.#voice.push(out);
+      return;
+    }
     while (this.#waiting.length < out.length) {
-      const samples = new Float32Array(sampleRate === RATE ? out.length : 120);
+      const samples = new Float32Array(120);
       this.#buffer.pull(samples);
       this.#voice.push(samples);
       const played = this.#out.push(samples);
@@ -69,8 +74,8 @@ class Talk extends AudioWorkletProcessor {
   #post() {
     const mic = this.#mic.ready.shift();
     const voice = this.#voice.ready.shift();
-    const { level, underruns, trimmed } = this.#buffer;
-    const buffer = { level: level / RATE, underruns, trimmed: trimmed / RATE };
+    const { level, underruns } = this.#buffer;
+    const buffer = { level: level / RATE, underruns };
     this.port.postMessage({ mic, voice, buffer }, [mic.buffer, voice.buffer]);
   }
 }
