@@ -257,7 +257,7 @@ async function showServer() {
     if (info.model.includes("tiny") && $("hint")) $("hint").textContent += `\n${TRY}`;
     frameSeconds = info.frame_size / info.sample_rate;
     for (const [name, value] of Object.entries(info.defaults)) {
-      if (form.elements[name]) form.elements[name].placeholder = value;
+      if (form.elements[name]) form.elements[name].placeholder = Number(value.toPrecision(5));
     }
   } catch {
     $("trouble").textContent = "The server cannot be reached.";
