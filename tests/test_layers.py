@@ -21,6 +21,7 @@ PACKAGE = ROOT / "moshi_c"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("moshi",),
     ("hash", "status"),
+    ("ogg_opus",),
     ("os",),
     ("json", "quant"),
     ("config", "safetensors"),
@@ -31,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("lm", "mimi"),
     ("model",),
     ("convert", "engine"),
-    ("codec", "session"),
+    ("codec", "prefill", "session"),
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row}
 

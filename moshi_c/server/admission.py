@@ -59,7 +59,7 @@ class Admission:
 
     def position(self, place: Place) -> int:
         """See Place.position."""
-        return 0 if place in self._talking else self._line.index(place) + 1
+        return self._line.index(place) + 1 if place in self._line else 0
 
     def leave(self, place: Place) -> None:
         """See Place.leave."""

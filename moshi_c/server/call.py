@@ -211,8 +211,8 @@ class Call:
 
     @property
     def waiting(self) -> bool:
-        """Whether it has no slot yet."""
-        return self._heard is None
+        """Whether it stands in the line."""
+        return self._place.position > 0
 
     async def run(self, socket: web.WebSocketResponse, transport: asyncio.Transport) -> None:
         """Holds the call on a socket that has been upgraded."""
@@ -489,7 +489,8 @@ class Call:
             self._deliver(frame, self._loop.time())
         self._counts.steps += len(frames)
         self._metrics.steps.inc(len(frames))
-        self._post(self._wire.finish(), last=True)
+        self._outbox.append(Out(last=True))
+        self._send.set()
 
     # ---- out -----------------------------------------------------------------------------------
 
@@ -513,9 +514,9 @@ class Call:
         self._counts.dropped_out += 1
         self._metrics.dropped.labels("out").inc()
 
-    def _post(self, payloads: list[Payload], last: bool = False) -> None:
-        if payloads or last:
-            self._outbox.append(Out(payloads=tuple(payloads), last=last))
+    def _post(self, payloads: list[Payload]) -> None:
+        if payloads:
+            self._outbox.append(Out(payloads=tuple(payloads)))
             self._send.set()
 
     async def _write(self) -> None:
@@ -523,9 +524,15 @@ class Call:
             while not self._outbox:
                 self._behind = None
                 self._send.clear()
+                # no wait_for: before Python 3.12 it may swallow that the call has ended
+                timer = self._loop.call_later(self._settings.keepalive_seconds, self._send.set)
                 try:
-                    await asyncio.wait_for(self._send.wait(), self._settings.keepalive_seconds)
-                except asyncio.TimeoutError:
+                    await self._send.wait()
+                finally:
+                    timer.cancel()
+                if self._ending.done():
+                    return
+                if not self._outbox:
                     await self._give(self._wire.keep_alive())
             if self._behind is None or not self._wire.live:
                 self._behind = self._loop.time()
@@ -541,6 +548,7 @@ class Call:
             else:
                 await self._give(out.payloads)
             if out.last:
+                await self._give(self._wire.finish())
                 raise Ending(WSCloseCode.OK, "finished", "the caller's input has ended")
 
     async def _give(self, payloads: Iterable[Payload]) -> None:
@@ -567,8 +575,8 @@ class Call:
             now = self._loop.time()
             if self._transport.is_closing():
                 raise Ending(1006, "reset", "the connection was lost")
-            talks = not self.waiting
-            if talks and settings.max_seconds and now - self._ready > settings.max_seconds:
+            lasted = now - self._ready if self._heard is not None else 0.0
+            if settings.max_seconds and lasted > settings.max_seconds:
                 raise Ending(
                     WSCloseCode.OK,
                     "time_limit",
