@@ -282,6 +282,15 @@ bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/seven.py
 
+$(VENV)/.docs: $(VENV)/.core
+	@scripts/setup_debian.sh sound
+	$(PIP) "moshi_c[docs]"
+	touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## the documentation's site in build/site, made and read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root
 	@scripts/setup_debian.sh fresh

@@ -333,10 +333,10 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
 
 
 class AudioWriter:
-    """Writes a mono file piece by piece, 16 bit where the format has it; louder than full scale is
+    """Writes a file piece by piece, 16 bit where the format has it; louder than full scale is
     clipped. The format goes by the suffix. A file that is closed early is whole up to there."""
 
-    def __init__(self, path: str | os.PathLike[str], rate: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], rate: int, channels: int = 1) -> None:
         """Opens `path` for samples at `rate` Hz.
 
         Raises:
@@ -350,7 +350,7 @@ class AudioWriter:
         self._errors = (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError)
         try:
             self._file = soundfile.SoundFile(
-                self.path, "w", samplerate=rate, channels=1, format=kind, subtype=subtype
+                self.path, "w", samplerate=rate, channels=channels, format=kind, subtype=subtype
             )
         except self._errors as error:
             raise self._error(error) from error
@@ -360,7 +360,7 @@ class AudioWriter:
         return AudioError(f"{self.path} cannot be written: {reason.strip().rstrip('.')}")
 
     def write(self, pcm: Pcm) -> None:
-        """Appends float32[n]."""
+        """Appends float32[n], or float32[n, channels]."""
         try:
             for start in range(0, len(pcm), _BLOCK):
                 self._file.write(pcm[start : start + _BLOCK])

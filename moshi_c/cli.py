@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -23,11 +24,12 @@ from . import __version__, bench
 from .audio import AudioWriter, check_suffix, read_audio, read_blocks
 from .codec_file import CodecFile, read_codec_file, write_codec_file
 from .convert import quantize
+from .duet import duet
 from .errors import AudioError, MoshiError
 from .model import Model, devices, load, load_mimi
 from .progress import Bar
 from .recording import Recording
-from .session import Frame, Session
+from .session import SPEAKING_FRAMES, Frame, Session
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -142,6 +144,42 @@ def _report(model: Model, session: Session, recording: Recording) -> None:
         f"seed {session.seed}",
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _duet(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.output)
+    check_suffix(out)
+    for source in arguments.first:
+        _check_apart(Path(source), out)
+    seeds = [arguments.seed, arguments.seed]
+    if arguments.seed is not None:
+        seeds[1] = (arguments.seed + 1) % 2**64
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_load(arguments, max_sessions=2))
+        questions = [read_audio(path, model.sample_rate) for path in arguments.first]
+        left, right = (stack.enter_context(Session(model, seed=seed)) for seed in seeds)
+        talk = duet(left, right, questions)
+        first = next(talk)  # what is wrong with the model is said before there is a file
+        writer = stack.enter_context(AudioWriter(out, model.sample_rate, channels=2))
+        said: list[Frame] = []
+        stack.callback(_end_line, True, said)
+        speaker, until = None, 0
+        frames = round(arguments.seconds * model.frame_rate)
+        for a, b, sound in itertools.islice(itertools.chain([first], talk), frames):
+            writer.write(sound)
+            for name, frame in (("left", a), ("right", b)):
+                if not frame.text:
+                    continue
+                if name != speaker or frame.index > until:
+                    _end_line(True, said)
+                    print(f"{frame.time:6.2f} s  {name:<5} ", end="")
+                print(frame.text, end="", flush=True)
+                said.append(frame)
+                speaker, until = name, frame.index + SPEAKING_FRAMES
+    print(
+        f"{out}: {frames / model.frame_rate:.2f} s, seeds {left.seed} and {right.seed}",
+        file=sys.stderr,
+    )
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -445,6 +483,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--words", metavar="FILE.json", help="write text and timed words too")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    talk = command(
+        "duet",
+        _duet,
+        "two models that talk to each other, written to a stereo file",
+        "moshi-c duet duet.wav --seconds 60 --first question.wav --seed 7",
+    )
+    talk.add_argument(
+        "output", metavar="OUT", help="a side on each channel: .wav, .flac, .ogg, .opus, .mp3 ..."
+    )
+    talk.add_argument(
+        "--seconds", type=_seconds, default=30.0, metavar="S", help="how long (default: 30)"
+    )
+    talk.add_argument(
+        "--first",
+        nargs="+",
+        default=[],
+        metavar="IN",
+        help="said first in the left one's place; a further file each time both fall silent",
+    )
 
     encode = command(
         "encode",
