@@ -5,10 +5,11 @@ free meanwhile. When no sound comes, silence takes its place:
 
 - Nothing is stepped before the first sound, or before the model has something to say.
 - With no sound for `silence_after` seconds (a muted microphone, a stalled line) the model hears
-  silence, a frame every 80 ms, so that it finishes what it is saying. None waits for sound instead.
-- Sound that comes late after all, in a burst, makes up for the silence that was put in its place:
-  as many quiet frames of it are left out while frames wait, so that the conversation does not stay
-  behind. Words are never left out.
+  silence, a frame every 80 ms, so that it finishes what it is saying. With None exactly what is
+  heard is stepped, whenever it comes.
+- Sound that comes late after all, in a burst, makes up for the silence that was put in its place,
+  and so does sound from before the model was there: pauses in it are cut to half a second while
+  frames wait, so that the conversation does not stay behind. Words are never left out.
 - More than BACKLOG frames never wait. Beyond that the oldest are dropped and counted in `dropped`.
 """
 
@@ -41,8 +42,8 @@ _FRAME_SECONDS = FRAME / RATE
 BACKLOG = 375
 #: Frames that wait when sound comes in a burst.
 _BURST = 3
-#: Below this a frame is quiet, dBFS.
-_QUIET = -55.0
+#: Below this a frame is quiet, dBFS; a pause is at least so many quiet frames.
+_QUIET, _PAUSE = -55.0, 6
 #: The user has begun to speak after this many loud frames, and stopped after this many others.
 _BEGIN_FRAMES, _END_FRAMES = 2, 8
 #: After the event loop was held up, silence is put in for this much of it at most, s.
@@ -200,7 +201,8 @@ class Conversation:
         self._texts: list[str] = []  # to say when the model is there
         self._tokens: deque[list[int]] = deque()  # to say next
         self._due: float | None = None  # when silence is put in, on the loop's clock
-        self._debt = 0  # frames that quiet ones of a burst make up for
+        self._debt = 0  # frames that pauses in a burst make up for
+        self._quiet = 0  # frames in a row that were stepped
         self.dropped = 0
 
     # ---- for the task that holds it --------------------------------------------------------------
@@ -219,7 +221,8 @@ class Conversation:
         except asyncio.CancelledError:
             making.add_done_callback(_close_made)
             raise
-        self._debt = len(self._frames)
+        if self._silence_after is not None:
+            self._debt = len(self._frames)
         texts, self._texts = self._texts, []
         for text in texts:
             try:
@@ -263,7 +266,7 @@ class Conversation:
         while True:
             while self._frames:
                 pcm = self._frames.popleft()
-                if not (self._debt and len(self._frames) >= _BURST and _is_quiet(pcm)):
+                if not self._can_skip(pcm):
                     return pcm
                 self._debt -= 1
             if self._ended:
@@ -277,6 +280,14 @@ class Conversation:
             finally:
                 if timer is not None:
                     timer.cancel()
+
+    def _can_skip(self, pcm: Pcm) -> bool:
+        """Whether a frame can be left out; it is stepped otherwise."""
+        is_quiet = float(np.dot(pcm, pcm)) / FRAME < 10.0 ** (_QUIET / 10.0)
+        if is_quiet and self._quiet >= _PAUSE and self._debt and len(self._frames) >= _BURST:
+            return True
+        self._quiet = self._quiet + 1 if is_quiet else 0
+        return False
 
     def _silence(self, now: float) -> Pcm:
         """A frame of silence, behind what waits of a frame."""
@@ -361,10 +372,6 @@ def _close_made(making: asyncio.Future[Session]) -> None:
     """Closes a session that was made for nobody."""
     if not making.cancelled() and making.exception() is None:
         making.result().close()
-
-
-def _is_quiet(pcm: Pcm) -> bool:
-    return float(np.dot(pcm, pcm)) / len(pcm) < 10.0 ** (_QUIET / 10.0)
 
 
 def from_int16(data: bytes | bytearray | memoryview, channels: int) -> NDArray[np.int16]:

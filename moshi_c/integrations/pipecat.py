@@ -68,6 +68,7 @@ try:
     from pipecat.processors.frame_processor import FrameDirection
     from pipecat.services.llm_service import LLMService
     from pipecat.services.settings import LLMSettings
+    from pipecat.turns.user_stop import ExternalUserTurnStopStrategy
     from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies
     from pipecat.utils.types import NOT_GIVEN, assert_given
 except ImportError as error:
@@ -168,11 +169,10 @@ class MoshiLLMService(LLMService):
         self._conversation.say(text)
 
     def service_metadata_frame(self) -> LLMServiceMetadataFrame:
-        """The user's turns are told from outside the aggregator, and interrupt nothing."""
-        return LLMServiceMetadataFrame(
-            service_name=self.name,
-            user_turn_strategies=ExternalUserTurnStrategies(enable_interruptions=False),
-        )
+        """This service tells the user's turns. They interrupt nothing, and wait for no transcript."""
+        turns = ExternalUserTurnStrategies(enable_interruptions=False)
+        turns.stop = [ExternalUserTurnStopStrategy(wait_for_transcript=False)]
+        return LLMServiceMetadataFrame(service_name=self.name, user_turn_strategies=turns)
 
     # ---- from start to end -----------------------------------------------------------------------
 
@@ -264,6 +264,7 @@ class MoshiLLMService(LLMService):
         except MoshiError as error:
             await self._fail(error)
         await self._end_response()
+        await self._conversation.close()
 
     async def _give(self, moment: Moment) -> None:
         if moment.user:
