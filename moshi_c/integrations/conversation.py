@@ -298,7 +298,7 @@ class Conversation:
         self._rest = self._rest[:0]
         return pcm
 
-    # ---- for everyone ------------------------------------------------------------------------------
+    # ---- for everyone ----------------------------------------------------------------------------
 
     @property
     def stats(self) -> Stats | None:
@@ -380,9 +380,11 @@ def from_int16(data: bytes | bytearray | memoryview, channels: int) -> NDArray[n
     samples = np.frombuffer(data, "<i2", whole).astype(np.int16, copy=False)
     if channels == 1:
         return samples
-    return samples.reshape(-1, channels).mean(axis=1).astype(np.int16)
+    mean: NDArray[np.int16] = samples.reshape(-1, channels).mean(axis=1).astype(np.int16)
+    return mean
 
 
 def to_int16(pcm: Pcm) -> NDArray[np.int16]:
     """float32 `[N]` in -1..1 as int16."""
-    return np.clip(np.rint(pcm * 32768.0), -32768, 32767).astype(np.int16)
+    samples: NDArray[np.int16] = np.clip(np.rint(pcm * 32768.0), -32768, 32767).astype(np.int16)
+    return samples

@@ -95,11 +95,11 @@ class MoshiHandler(AsyncStreamHandler):
                 except ValueError as error:
                     log.warning("%s", error)
 
-    # ---- called by the stream ----------------------------------------------------------------------
+    # ---- called by the stream --------------------------------------------------------------------
 
     async def start_up(self) -> None:
-        """The conversation, from beginning to end. A stream gives it a task, which it cancels when a
-        websocket closes; of other connections it calls `shutdown`."""
+        """The conversation, from beginning to end. A stream makes it a task, which it cancels when
+        a websocket closes; for other connections it calls `shutdown`."""
         self._talking = asyncio.current_task()
         try:
             await self._conversation.open()
@@ -127,7 +127,7 @@ class MoshiHandler(AsyncStreamHandler):
             await asyncio.wait({self._talking})
         await self._conversation.close()
 
-    # ---- the conversation --------------------------------------------------------------------------
+    # ---- the conversation ------------------------------------------------------------------------
 
     def _tell(self, **facts: Any) -> None:
         self._outputs.put_nowait(AdditionalOutputs(facts))

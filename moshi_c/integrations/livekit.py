@@ -147,7 +147,8 @@ class MoshiDuplexSession(llm.DuplexSession[Any]):
     @property
     def audio_stream(self) -> AsyncIterable[llm.DuplexAudioFrame]:
         """What the model says, its silence included."""
-        return self._audio
+        stream: AsyncIterable[llm.DuplexAudioFrame] = self._audio
+        return stream
 
     @property
     def tools(self) -> llm.ToolContext:
@@ -156,7 +157,9 @@ class MoshiDuplexSession(llm.DuplexSession[Any]):
 
     def push_audio(self, frame: rtc.AudioFrame) -> None:
         """What the user says, at any rate. Ignored when closed."""
-        self._conversation.hear(from_int16(frame.data.cast("B"), frame.num_channels), frame.sample_rate)
+        self._conversation.hear(
+            from_int16(frame.data.cast("B"), frame.num_channels), frame.sample_rate
+        )
         if self._conversation.dropped and not self._warned_dropped:
             self._warned_dropped = True
             log.warning(
@@ -171,7 +174,7 @@ class MoshiDuplexSession(llm.DuplexSession[Any]):
         await utils.aio.cancel_and_wait(self._talking)
         await self._conversation.close()
 
-    # ---- the conversation --------------------------------------------------------------------------
+    # ---- the conversation ------------------------------------------------------------------------
 
     async def _talk(self) -> None:
         try:
@@ -252,7 +255,7 @@ class MoshiDuplexSession(llm.DuplexSession[Any]):
             ),
         )
 
-    # ---- what the framework would have it know -------------------------------------------------------
+    # ---- what the framework would have it know ---------------------------------------------------
 
     async def _update_instructions(self, instructions: str) -> None:
         if instructions.strip() and not self._warned_instructions:

@@ -70,7 +70,7 @@ try:
     from pipecat.services.settings import LLMSettings
     from pipecat.turns.user_stop import ExternalUserTurnStopStrategy
     from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies
-    from pipecat.utils.types import NOT_GIVEN, assert_given
+    from pipecat.utils.types import NOT_GIVEN, NotGiven, assert_given
 except ImportError as error:
     raise ImportError(
         f"moshi_c.integrations.pipecat needs Pipecat 1.14 or later ({error}); "
@@ -89,8 +89,8 @@ class MoshiLLMSettings(LLMSettings):
     audio_temperature, audio_top_k: of the voice.
     """
 
-    audio_temperature: float | None | Any = field(default_factory=lambda: NOT_GIVEN)
-    audio_top_k: int | None | Any = field(default_factory=lambda: NOT_GIVEN)
+    audio_temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    audio_top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
 
 
 class MoshiLLMService(LLMService):
@@ -169,7 +169,7 @@ class MoshiLLMService(LLMService):
         self._conversation.say(text)
 
     def service_metadata_frame(self) -> LLMServiceMetadataFrame:
-        """This service tells the user's turns. They interrupt nothing, and wait for no transcript."""
+        """This service tells the user's turns; they interrupt nothing and need no transcript."""
         turns = ExternalUserTurnStrategies(enable_interruptions=False)
         turns.stop = [ExternalUserTurnStopStrategy(wait_for_transcript=False)]
         return LLMServiceMetadataFrame(service_name=self.name, user_turn_strategies=turns)
@@ -213,11 +213,9 @@ class MoshiLLMService(LLMService):
         await self._conversation.close()
 
     async def _fail(self, error: Exception) -> None:
-        await self.push_error(
-            error_msg=str(error), exception=error, force_treat_as_permanent=True
-        )
+        await self.push_error(error_msg=str(error), exception=error, force_treat_as_permanent=True)
 
-    # ---- frames in ---------------------------------------------------------------------------------
+    # ---- frames in -------------------------------------------------------------------------------
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """Takes what is for the model, and passes everything on but TTSSpeakFrame."""
@@ -240,7 +238,9 @@ class MoshiLLMService(LLMService):
         roles = {message.get("role") for message in context.get_messages() if "role" in message}
         if roles & {"system", "developer"} and not self._warned_context:
             self._warned_context = True
-            logger.warning(f"{self}: Moshi takes no instructions; those of the context are left out")
+            logger.warning(
+                f"{self}: Moshi takes no instructions; those of the context are left out"
+            )
 
     async def _check_dropped(self) -> None:
         if self._conversation.dropped and not self._warned_dropped:
@@ -255,7 +255,7 @@ class MoshiLLMService(LLMService):
         self._warn_unhandled_updated_settings(changed)
         return changed
 
-    # ---- frames out --------------------------------------------------------------------------------
+    # ---- frames out ------------------------------------------------------------------------------
 
     async def _talk(self) -> None:
         try:

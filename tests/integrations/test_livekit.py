@@ -101,7 +101,8 @@ class AgentCall:
         return [event for kind, event in self.events if kind == name]
 
     def said(self) -> list[str]:
-        return [event.item.text_content for event in self.of("conversation_item_added")]
+        items = [event.item for event in self.of("conversation_item_added")]
+        return [item.text_content for item in items if isinstance(item, llm.ChatMessage)]
 
     async def __aenter__(self) -> AgentCall:
         await self.session.start(self.agent)
@@ -223,7 +224,7 @@ def test_the_voice_is_bit_for_bit_the_session_s_where_it_speaks(
     expected, _ = calls.alone(model, pcm)
     voice = samples(made.heard)
     first = np.flatnonzero(np.abs(expected) > 20)[0] // calls.FRAME * calls.FRAME
-    begins = [i for i in range(0, first + 1, calls.FRAME)]
+    begins = range(0, first + 1, calls.FRAME)
     assert any(np.array_equal(voice, expected[i : i + len(voice)]) for i in begins)
 
 

@@ -47,9 +47,7 @@ START_S = 60.0
 
 
 def service(model: moshi_c.Model | None, **options: Any) -> MoshiLLMService:
-    return MoshiLLMService(
-        model, settings=MoshiLLMService.Settings(seed=calls.SEED), **options
-    )
+    return MoshiLLMService(model, settings=MoshiLLMService.Settings(seed=calls.SEED), **options)
 
 
 def heard(pcm: NDArray[np.int16], rate: int = calls.RATE, ms: int = 20) -> list[Frame]:
@@ -65,9 +63,7 @@ def wav(path: Path, **options: Any) -> list[Frame]:
 
 
 async def down(processor: Any, frames: Sequence[Frame], **options: Any) -> list[Frame]:
-    given, _ = await run_test(
-        processor, frames_to_send=frames, start_timeout=START_S, **options
-    )
+    given, _ = await run_test(processor, frames_to_send=frames, start_timeout=START_S, **options)
     return list(given)
 
 
@@ -107,7 +103,9 @@ def test_the_voice_is_bit_for_bit_the_session_s_where_it_speaks(
     assert np.abs(expected[~spoken]).max() < 20
 
 
-def test_a_response_is_framed_and_its_words_come_twice(model: moshi_c.Model, tmp_path: Path) -> None:
+def test_a_response_is_framed_and_its_words_come_twice(
+    model: moshi_c.Model, tmp_path: Path
+) -> None:
     frames = asyncio.run(down(service(model), wav(tmp_path / "in.wav")))
     kinds = (
         LLMFullResponseStartFrame,
@@ -126,9 +124,7 @@ def test_a_response_is_framed_and_its_words_come_twice(model: moshi_c.Model, tmp
 
 def test_the_user_s_turns_are_proposed_both_ways(model: moshi_c.Model, tmp_path: Path) -> None:
     frames, up = asyncio.run(
-        run_test(
-            service(model), frames_to_send=wav(tmp_path / "in.wav"), start_timeout=START_S
-        )
+        run_test(service(model), frames_to_send=wav(tmp_path / "in.wav"), start_timeout=START_S)
     )
     kinds = (ProposedUserStartedSpeakingFrame, ProposedUserStoppedSpeakingFrame)
     for each in (frames, up):
@@ -152,9 +148,7 @@ def test_the_user_s_turns_and_the_answer_reach_the_context(
 
 def test_metrics_tell_the_latency_and_the_tokens(model: moshi_c.Model, tmp_path: Path) -> None:
     params = PipelineParams(enable_metrics=True, enable_usage_metrics=True)
-    frames = asyncio.run(
-        down(service(model), wav(tmp_path / "in.wav"), pipeline_params=params)
-    )
+    frames = asyncio.run(down(service(model), wav(tmp_path / "in.wav"), pipeline_params=params))
     data = [item for f in frames if isinstance(f, MetricsFrame) for item in f.data]
     latency = [item.value for item in data if isinstance(item, TTFBMetricsData) and item.value]
     usage = [item.value for item in data if isinstance(item, LLMUsageMetricsData)]
