@@ -35,7 +35,9 @@ from moshi_c.integrations.pipecat import MoshiLLMService
 RATE = 24000
 
 
-def agent(model: moshi_c.Model, hears: list[FrameProcessor], speaks: FrameProcessor) -> PipelineWorker:
+def agent(
+    model: moshi_c.Model, hears: list[FrameProcessor], speaks: FrameProcessor
+) -> PipelineWorker:
     """The agent between what gives it sound and what takes it. The context keeps what it says."""
     both = LLMContextAggregatorPair(LLMContext())
     service = MoshiLLMService(model)

@@ -55,7 +55,7 @@ class MoshiHandler(AsyncStreamHandler):
 
         Args:
             model: what `moshi_c.load` gave; or its source, which is loaded when the first
-                connection begins. None: the model in the package.
+                connection begins and stays for others. None: the model in the package.
             silence_after: seconds without sound after which the model hears silence; None: never.
             user_level: the user's voice is above this, dBFS.
             options: of `moshi_c.Session`: seed, text_temperature and the like.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,15 @@ def alone(model: moshi_c.Model, pcm: NDArray[np.int16]) -> tuple[NDArray[np.int1
     voice = np.concatenate([frame.pcm for frame in frames])
     samples = np.clip(np.rint(voice * 32768), -32768, 32767).astype(np.int16)
     return samples, "".join(frame.text for frame in frames).strip()
+
+
+def example(name: str, folder: Path) -> tuple[str, NDArray[np.int16]]:
+    """What an example prints when it hears the question from a file, and the file it writes."""
+    path = Path(__file__).parent.parent.parent / "examples" / name
+    source, target = write(folder / "in.wav", question(after=0.5)), folder / "out.wav"
+    command = [sys.executable, str(path), str(source), str(target)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    return done.stdout, read(target)[0]
 
 
 def is_free(model: moshi_c.Model) -> bool:

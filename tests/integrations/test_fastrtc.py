@@ -6,10 +6,12 @@ import asyncio
 import audioop
 import base64
 import fractions
+import importlib.util
 import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import av
@@ -20,7 +22,7 @@ from aiortc import MediaStreamTrack
 from aiortc.mediastreams import MediaStreamError
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from fastrtc import AdditionalOutputs, CloseStream, Stream
+from fastrtc import AdditionalOutputs, CloseStream
 from fastrtc.tracks import AudioCallback
 from fastrtc.utils import Context
 from numpy.typing import NDArray
@@ -160,12 +162,32 @@ def test_two_calls_share_a_model_and_an_event_loop(model: moshi_c.Model) -> None
     assert ticks > len(made[0].voice) // 2  # the loop came around meanwhile
 
 
-def test_a_websocket_holds_a_call_and_frees_the_slot_when_it_closes(
+def example() -> ModuleType:
+    path = Path(__file__).parent.parent.parent / "examples" / "fastrtc_page.py"
+    spec = importlib.util.spec_from_file_location("fastrtc_page", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_s_page_shows_what_is_said() -> None:
+    facts = [
+        {"type": "speaking", "who": "model", "speaking": True, "time": 0.0},
+        {"type": "text", "text": " hello", "time": 0.0},
+        {"type": "reply", "text": "hello"},
+    ]
+    shown = ""
+    for each in facts:
+        shown = example().show(shown, each)
+    assert shown == " hello\n"
+
+
+def test_the_example_holds_a_websocket_s_call_and_frees_the_slot_when_it_closes(
     single: moshi_c.Model,
 ) -> None:
-    stream = Stream(MoshiHandler(single, seed=calls.SEED), modality="audio", mode="send-receive")
     app = FastAPI()
-    stream.mount(app)
+    example().page(single).mount(app)
     pcm = (32767 * calls.question()).astype("<i2")
     voice = bytearray()
     with TestClient(app) as client:

@@ -322,3 +322,8 @@ def test_two_calls_share_a_model_and_an_event_loop(model: moshi_c.Model, tmp_pat
     made, ticks = asyncio.run(both())
     assert [call.text.strip() for call in made] == [calls.ANSWER] * 2
     assert ticks > len(made[0].heard) // 2  # the loop came around meanwhile
+
+
+def test_the_example_answers_a_question_in_a_file(tmp_path: Path) -> None:
+    printed, voice = calls.example("livekit_agent.py", tmp_path)
+    assert f"assistant: {calls.ANSWER}" in printed and np.abs(voice).max() > 3000

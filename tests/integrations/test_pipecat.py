@@ -255,3 +255,8 @@ def test_two_calls_share_a_model_and_an_event_loop(model: moshi_c.Model, tmp_pat
     assert [said(frames) for frames in both] == [calls.ANSWER] * 2
     assert np.array_equal(voice(both[0]), voice(both[1]))
     assert ticks > len(voice(both[0])) // calls.FRAME // 2  # the loop came around meanwhile
+
+
+def test_the_example_answers_a_question_in_a_file(tmp_path: Path) -> None:
+    printed, voice = calls.example("pipecat_agent.py", tmp_path)
+    assert calls.ANSWER in printed and np.abs(voice).max() > 3000
