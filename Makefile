@@ -59,6 +59,23 @@ demo: build ## a spoken question; the answer in demo/answer.wav, both sides in d
 	$(PIP) "moshi_c[plot]"
 	$(BIN)/python examples/hello.py --out demo
 
+# Each agent framework in an environment of its own: together they would hold each other's versions
+# back. The core is compiled once for all of them.
+FRAMEWORKS := pipecat livekit fastrtc
+.venv-%/.made: $(VENV)/.core build/release/libmoshi.a
+	scripts/setup_debian.sh sound
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
+	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
+	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations]"
+	touch $@
+
+.PHONY: integrations
+integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
+	@set -e; for framework in $(FRAMEWORKS); do echo "$$framework"; \
+	    .venv-$$framework/bin/pytest -q -p no:cacheprovider \
+	        tests/integrations/test_$$framework.py; done
+
 # ---- C: one library per variant --------------------------------------------------------------
 
 C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
@@ -310,5 +327,5 @@ format: $(VENV)/.dev ## rewrites the sources as check wants them
 
 .PHONY: clean
 clean: ## removes what was built; .venv too
-	rm -rf $(VENV) build demo dist *.egg-info moshi_c/*.so
+	rm -rf $(VENV) $(FRAMEWORKS:%=.venv-%) build demo dist *.egg-info moshi_c/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
