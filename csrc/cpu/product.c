@@ -54,10 +54,15 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
     int index[ROWS_MAX], n = 0;
     struct block block, other;
 
-    for (; row < row_end; row++) {
-        if (!active(p, row)) continue;
-        rows[n] = row_of(p, row);
-        index[n++] = row;
+    for (int i = row / p->steps, t = row % p->steps; row < row_end; row++) {
+        if (!p->active || p->active[i]) {
+            rows[n] = p->a + (size_t)i * p->row_stride + (size_t)t * p->step_stride;
+            index[n++] = row;
+        }
+        if (++t == p->steps) {
+            t = 0;
+            i++;
+        }
     }
     if (n == 0) return;
     for (int o = first; o < end; o += BLOCK_OUTPUTS) {
