@@ -269,12 +269,14 @@ $(VENV)/.bench: $(VENV)/.test
 
 .PHONY: bench
 bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/mimi.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 	$(BIN)/python benchmarks/fork.py
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/seven.py
 
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root

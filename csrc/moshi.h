@@ -130,6 +130,7 @@ struct moshi_model_info {
     const char *dtype; /* of the LM's matrices: "f32" to "q4"; "" without an LM */
     const char *mimi_dtype; /* of the codec's large matrices: "f32", "bf16", "int8"; "" without */
     const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
+    int threads; /* that its operations use */
     int has_lm, has_mimi;
     int sample_rate; /* Hz */
     int frame_size; /* samples of one frame (1920) */
@@ -403,6 +404,17 @@ MOSHI_API int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, i
 /* codes[batch][n_codes][frames] -> pcm[batch][frames * frame_size] */
 MOSHI_API int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch,
                                 int n_codes, int64_t frames, float *pcm);
+
+/* A stream that takes whole signals in pieces of any length, in memory that does not grow with them:
+ * codes and sound are those of moshi_mimi_encode and moshi_mimi_decode, bit for bit. */
+MOSHI_API int mimi_stream_create_whole(struct moshi_engine *engine, struct mimi_stream **stream);
+/* pcm[samples] -> codes[codebooks][frames]. A piece of whole frames may be followed by another; the
+ * last frame of one that is not is filled with zeros, and ends the signal. */
+MOSHI_API int mimi_stream_encode_piece(struct mimi_stream *stream, const float *pcm,
+                                       int64_t samples, int32_t *codes);
+/* codes[n_codes][frames] -> pcm[frames * frame_size] */
+MOSHI_API int mimi_stream_decode_piece(struct mimi_stream *stream, const int32_t *codes,
+                                       int n_codes, int64_t frames, float *pcm);
 
 #ifdef __cplusplus
 }

@@ -224,12 +224,12 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
                       sizeof(float));
     cpu->fresh = fresh;
     if (status == MOSHI_OK) {
-        size_t capacity = cpu->keys * threads;
+        size_t queries = ATTEND_STEPS * threads, capacity = cpu->keys * queries;
 
-        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * threads,
+        status = grow(&scores, &capacity, (padded(keys + ATTEND_STEPS) + padded(columns)) * queries,
                       sizeof(float));
         cpu->scores = scores;
-        cpu->keys = capacity / threads;
+        cpu->keys = capacity / queries;
     }
     if (status == MOSHI_OK) {
         size_t capacity = cpu->rows * threads;
@@ -272,7 +272,7 @@ static void cpu_destroy(struct backend *backend)
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
     if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
-    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
     free(cpu);
 }

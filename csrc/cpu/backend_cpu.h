@@ -9,6 +9,9 @@
 /* Jobs of fewer multiply-adds than this are not worth waking a thread for. */
 #define PARALLEL_WORK 16384
 
+/* Queries of one head that read the cache together. */
+#define ATTEND_STEPS 6
+
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -16,10 +19,10 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
-    float *fresh; /* [activation_floats] keys and values of MOSHI_INT8, before they become codes */
+    float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
-    float *scores; /* [threads][keys]: a query, then its scores */
-    size_t keys; /* a multiple of ROW_PAD */
+    float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
+    size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;
         int index;
@@ -56,6 +59,9 @@ struct product {
      * half. Both may be written to. */
     void (*finish)(const struct product *product, int row, int first, int count, float *sums,
                    const float *other);
+    /* Or, of a whole matrix, the same for rows row.. that lie `stride` apart. */
+    void (*finish_rows)(const struct product *product, int row, int rows, int first, int count,
+                        const float *sums, size_t stride);
     const void *op;
     struct cpu_backend *cpu;
 };

@@ -851,8 +851,7 @@ void add_avx2(const float *u, size_t n, float *y)
     for (; i < n; i++) y[i] += u[i];
 }
 
-static void finish_avx2(const float *u, const float *bias, const float *residual, size_t n,
-                        float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -864,6 +863,15 @@ static void finish_avx2(const float *u, const float *bias, const float *residual
         _mm256_storeu_ps(y + i, v);
     }
     for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
+static void finish_avx2(const float *u, size_t u_stride, const float *bias, const float *residual,
+                        int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
 }
 
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
@@ -1021,17 +1029,17 @@ INLINE void mix(enum weight_format format, const float *p, const void *values, i
     for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
 }
 
-void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_F32, p, values, n, width, y);
 }
 
-void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
-void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_INT8, p, values, n, width, y);
 }

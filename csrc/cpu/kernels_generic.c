@@ -261,11 +261,14 @@ static void add_scaled_generic(const float *u, const float *scale, size_t n, flo
     for (size_t i = 0; i < n; i++) y[i] += scale[i] * u[i];
 }
 
-static void finish_generic(const float *u, const float *bias, const float *residual, size_t n,
-                           float *y)
+static void finish_generic(const float *u, size_t u_stride, const float *bias,
+                           const float *residual, int rows, size_t n, float *y, size_t y_stride)
 {
-    for (size_t i = 0; i < n; i++)
-        y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        for (size_t i = 0; i < n; i++)
+            y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+        if (residual) residual += y_stride;
+    }
 }
 
 static void softmax_generic(float *x, int n, float scale)

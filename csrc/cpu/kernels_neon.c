@@ -493,8 +493,7 @@ static void add_scaled_neon(const float *u, const float *scale, size_t n, float 
     for (; i < n; i++) y[i] = fmaf(scale[i], u[i], y[i]);
 }
 
-static void finish_neon(const float *u, const float *bias, const float *residual, size_t n,
-                        float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -506,6 +505,15 @@ static void finish_neon(const float *u, const float *bias, const float *residual
         vst1q_f32(y + i, v);
     }
     for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
+static void finish_neon(const float *u, size_t u_stride, const float *bias, const float *residual,
+                        int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
 }
 
 /* ---- reductions over one row ------------------------------------------------------------ */

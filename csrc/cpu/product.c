@@ -66,9 +66,17 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
 
         if (p->halves == 2)
             second = multiply(p->cpu->kernels, w, o + w->rows / 2, count, rows, n, &other);
-        for (int r = 0; r < n; r++)
-            p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
-                      second ? second + r * BLOCK_STRIDE : NULL);
+        for (int r = 0, end_of_run; r < n; r = end_of_run) {
+            end_of_run = r + 1;
+            if (!p->finish_rows) {
+                p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
+                          second ? second + r * BLOCK_STRIDE : NULL);
+                continue;
+            }
+            while (end_of_run < n && index[end_of_run] == index[end_of_run - 1] + 1) end_of_run++;
+            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * BLOCK_STRIDE,
+                           BLOCK_STRIDE);
+        }
     }
 }
 

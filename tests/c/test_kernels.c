@@ -1850,6 +1850,18 @@ static void test_half_floats_convert_exactly(void)
     verdict(good, "half floats convert exactly, both ways");
 }
 
+/* Such a scale has a few bits at most: 190 units over 127 is 1 unit, and a code would be 190. */
+static void test_rows_below_the_normal_range_have_codes(void)
+{
+    const float values[4] = {190 * 0x1p-149f, -190 * 0x1p-149f, 0x1p-149f, 0};
+    int8_t codes[4];
+    float scale = int8_row(values, 4, codes);
+
+    verdict(scale == 0x1p-149f && codes[0] == 127 && codes[1] == -127 && codes[2] == 1 &&
+                codes[3] == 0,
+            "rows below the normal range have codes");
+}
+
 /* Every weight is near scale * code, what lies beyond the last row and column is 0. */
 static void test_block_formats_hold_what_they_are_given(void)
 {
@@ -2445,6 +2457,7 @@ int main(int argc, char **argv)
     quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     open_backends();
     test_half_floats_convert_exactly();
+    test_rows_below_the_normal_range_have_codes();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
     test_kernels_are_the_best_that_the_machine_can_run(NULL);
