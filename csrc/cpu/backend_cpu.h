@@ -19,10 +19,10 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
-    float *fresh; /* [activation_floats] keys and values of MOSHI_INT8, before they become codes */
+    float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
     float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
-    size_t keys; /* a multiple of ROW_PAD */
+    size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;
         int index;

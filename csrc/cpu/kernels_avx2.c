@@ -1039,7 +1039,7 @@ static void mix_bf16_avx2(const float *p, const void *values, int n, int width, 
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
-void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_INT8, p, values, n, width, y);
 }

@@ -675,6 +675,8 @@ INLINE void mix_rows(enum weight_format format, int J, const float *p, const cha
             if (d % (64 / (int)bytes) == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
             if (format == WEIGHT_F32)
                 value = _mm512_maskz_loadu_ps(some, at);
+            else if (format == WEIGHT_INT8)
+                value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, at)));
             else
                 value = _mm512_castsi512_ps(_mm512_slli_epi32(
                     _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at)), 16));
@@ -705,6 +707,11 @@ static void mix_bf16_avx512(const float *p, const void *values, int n, int width
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
+static void mix_int8_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
+}
+
 const struct cpu_kernels kernels_avx512 = {
     .name = "avx512",
     .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx512, arrange_codes_avx2,
@@ -724,7 +731,7 @@ const struct cpu_kernels kernels_avx512 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx512,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx2},
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx512},
 };
 
 #if defined(__clang__)

@@ -179,8 +179,8 @@ static void visible(const struct op_attend *op, int i, int t, int64_t *begin, in
 /* Positions that lie together in a page. */
 struct run {
     char *at;
+    const float *scales; /* of MOSHI_INT8, else NULL */
     int count;
-    const float *scales; /* one a position, of MOSHI_INT8; else NULL */
 };
 
 static struct run next_run(const struct op_attend *op, int lane, int value, int head, int64_t first,
@@ -189,13 +189,13 @@ static struct run next_run(const struct op_attend *op, int lane, int value, int 
     int page = op->cache->page_positions, count = page - (int)(first % page);
     char *at = kv_address(op->cache, lane, op->layer, value, head, first);
 
-    return (struct run){at, end - first < count ? (int)(end - first) : count,
-                        op->cache->dtype == MOSHI_INT8 ? kv_scale(op->cache, at, first) : NULL};
+    return (struct run){at, op->cache->dtype == MOSHI_INT8 ? kv_scale(op->cache, at, first) : NULL,
+                        end - first < count ? (int)(end - first) : count};
 }
 
-static void scale_by(const float *scales, int n, float *x)
+static void scale_some(float *x, const float *scales, int n)
 {
-    for (int i = 0; scales && i < n; i++) x[i] *= scales[i];
+    for (int i = 0; i < n; i++) x[i] *= scales[i];
 }
 
 /* Queries t..t+n-1 of one head: scores of all keys that one of them sees, each one's softmax, weighted
@@ -229,8 +229,8 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
         run = next_run(op, lane, 0, kv_head, j, end[n - 1]);
         kernels->dot[format](run.at, dim, run.count, queries, n, scores + (j - begin[0]),
                              cpu->keys);
-        for (int q = 0; q < n; q++)
-            scale_by(run.scales, run.count, scores + (size_t)q * cpu->keys + (j - begin[0]));
+        for (int q = 0; run.scales && q < n; q++)
+            scale_some(scores + (size_t)q * cpu->keys + (j - begin[0]), run.scales, run.count);
     }
     for (int q = 0; q < n; q++)
         if (begin[q] < end[q])
@@ -241,13 +241,14 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
         for (int q = 0; q < n; q++) {
             int64_t from = begin[q] > j ? begin[q] : j;
             int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+
             float *weights = scores + (size_t)q * cpu->keys + (from - begin[0]);
+            size_t first = (size_t)(from - j);
 
             if (from >= to) continue;
-            scale_by(run.scales ? run.scales + (from - j) : NULL, (int)(to - from), weights);
-            kernels->mix[format](weights,
-                                 run.at + (size_t)(from - j) * (size_t)dim * weight_bytes(format),
-                                 (int)(to - from), dim, y + (size_t)q * step);
+            if (run.scales) scale_some(weights, run.scales + first, (int)(to - from));
+            kernels->mix[format](weights, run.at + first * kv_row_bytes(cache), (int)(to - from),
+                                 dim, y + (size_t)q * step);
         }
     }
 }

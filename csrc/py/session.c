@@ -627,19 +627,25 @@ static PyObject *session_fork(PyObject *object, PyObject *args, PyObject *kwargs
 /* What one session of a batch needs. */
 struct lane {
     struct session_object *session; /* borrowed from the tuple of sessions */
-    struct input pcm;
-    int has_pcm, entered;
+    struct input given; /* samples or codes */
+    int has_input, entered;
     PyObject *room;
 };
 
 static int lane_prepare(struct lane *lane, struct moshi_frame *frame,
-                        const struct module_state *state, PyObject *pcm, int decode)
+                        const struct module_state *state, PyObject *given, int decode, int by_codes)
 {
     struct session_object *self = lane->session;
     if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return -1;
-    if (input_pcm(&lane->pcm, state, pcm, "pcm", NULL) < 0) return -1;
-    lane->has_pcm = 1;
-    if (input_expect_frame(&lane->pcm, state, self->frame_size, self->sample_rate) < 0) return -1;
+    if ((by_codes ? input_codes(&lane->given, state, given, "codes")
+                  : input_pcm(&lane->given, state, given, "pcm", NULL)) < 0)
+        return -1;
+    lane->has_input = 1;
+    if ((by_codes
+             ? input_expect_row(&lane->given, state, self->user_q,
+                                "one code of each stream of the user")
+             : input_expect_frame(&lane->given, state, self->frame_size, self->sample_rate)) < 0)
+        return -1;
     lane->room = pcm_room(self, decode, frame);
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -681,7 +687,7 @@ static PyObject *lanes_result(struct lane *lanes, const struct moshi_frame *fram
     return list;
 }
 
-static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
+static PyObject *lanes_step(PyObject *sessions, PyObject *given, int decode, int by_codes,
                             const struct module_state *state)
 {
     Py_ssize_t count = PyTuple_Size(sessions);
@@ -690,22 +696,28 @@ static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
     struct lane *lanes = PyMem_Calloc(n, sizeof *lanes);
     struct moshi_frame *frames = PyMem_Calloc(n, sizeof *frames);
     struct moshi_session **handles = PyMem_Calloc(n, sizeof(struct moshi_session *));
-    const float **data = PyMem_Calloc(n, sizeof(const float *));
-    if (!lanes || !frames || !handles || !data) {
+    const float **pcms = PyMem_Calloc(n, sizeof *pcms);
+    const int32_t **codes = PyMem_Calloc(n, sizeof *codes);
+    if (!lanes || !frames || !handles || !pcms || !codes) {
         PyErr_NoMemory();
         goto done;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         lanes[i].session = session_of(PyTuple_GetItem(sessions, i));
-        if (lane_prepare(&lanes[i], &frames[i], state, PyTuple_GetItem(pcms, i), decode) < 0)
+        if (lane_prepare(&lanes[i], &frames[i], state, PyTuple_GetItem(given, i), decode,
+                         by_codes) < 0)
             goto done;
-        data[i] = lanes[i].pcm.data;
+        if (by_codes)
+            codes[i] = lanes[i].given.data;
+        else
+            pcms[i] = lanes[i].given.data;
     }
     if (lanes_enter(lanes, count, state) < 0) goto done;
     for (Py_ssize_t i = 0; i < count; i++) handles[i] = lanes[i].session->session;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = moshi_sessions_step(handles, (int)count, data, NULL, frames);
+    status = moshi_sessions_step(handles, (int)count, by_codes ? NULL : pcms,
+                                 by_codes ? codes : NULL, frames);
     Py_END_ALLOW_THREADS
     lanes_leave(lanes, count);
     if (status == MOSHI_OK)
@@ -716,24 +728,25 @@ static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
 done:
     if (lanes) lanes_leave(lanes, count);
     for (Py_ssize_t i = 0; lanes && i < count; i++) {
-        if (lanes[i].has_pcm) input_release(&lanes[i].pcm);
+        if (lanes[i].has_input) input_release(&lanes[i].given);
         Py_XDECREF(lanes[i].room);
     }
     PyMem_Free(lanes);
     PyMem_Free(frames);
     PyMem_Free(handles);
-    PyMem_Free(data);
+    PyMem_Free(pcms);
+    PyMem_Free(codes);
     return result;
 }
 
 PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"sessions", "pcms", "decode", NULL};
+    static char *names[] = {"sessions", "pcms", "decode", "codes", NULL};
     const struct module_state *state = PyModule_GetState(module);
     PyObject *sessions_arg, *pcms_arg, *result = NULL;
-    int decode = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|p:step_many", names, &sessions_arg,
-                                     &pcms_arg, &decode))
+    int decode = 1, by_codes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|pp:step_many", names, &sessions_arg,
+                                     &pcms_arg, &decode, &by_codes))
         return NULL;
     PyObject *sessions = PySequence_Tuple(sessions_arg), *pcms = NULL;
     if (sessions) pcms = PySequence_Tuple(pcms_arg);
@@ -749,7 +762,7 @@ PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs)
             PyErr_Format(PyExc_TypeError, "step_many: element %zd of sessions is no Session", i);
             goto done;
         }
-    result = count ? lanes_step(sessions, pcms, decode, state) : PyList_New(0);
+    result = count ? lanes_step(sessions, pcms, decode, by_codes, state) : PyList_New(0);
 
 done:
     Py_XDECREF(sessions);
