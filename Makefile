@@ -46,7 +46,7 @@ $(VENV)/.dev: $(VENV)/.core
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
 $(VENV)/.test: $(VENV)/.core
 	scripts/setup_debian.sh sound browser
-	$(PIP) "moshi_c[test,parity]"
+	$(PIP) "moshi_c[test,parity,clients]"
 	$(PIP) --no-deps moshi==0.2.13
 	touch $@
 

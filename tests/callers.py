@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,30 @@ from moshi_c.server import Server, Settings
 FRAME, RATE = 1920, 24000
 
 Pcm = NDArray[np.float32]
+
+
+def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A test as a coroutine, with an end."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**fixtures), 300))
+
+    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
+    return run
+
+
+def value(server: Server, name: str, **labels: str) -> float:
+    """One number of the metrics."""
+    return server.metrics._registry.get_sample_value(name, labels) or 0.0
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for something that the server does by itself."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -152,6 +178,76 @@ async def calling(server: Server | str, **query: Any) -> AsyncIterator[Caller]:
                 await listening
 
 
+@dataclass
+class Chatter:
+    """One call over `/api/chat`, as the published clients hold it."""
+
+    socket: aiohttp.ClientWebSocketResponse
+    messages: list[tuple[float, bytes]] = field(default_factory=list)
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    over: bool = False
+
+    async def listen(self) -> None:
+        """Until the close; every message is binary."""
+        async for message in self.socket:
+            assert message.type == aiohttp.WSMsgType.BINARY
+            self.messages.append((time.monotonic(), message.data))
+            self.progress.set()
+        self.over = True
+        self.progress.set()
+
+    until = Caller.until
+    finished = Caller.finished
+    code = Caller.code
+
+    def kind(self, kind: int) -> list[bytes]:
+        """What stands behind the first byte of the messages of a kind."""
+        return [data[1:] for _, data in self.messages if data[0] == kind]
+
+    @property
+    def notes(self) -> list[bytes]:
+        """The errors."""
+        return self.kind(5)
+
+    async def ready(self) -> None:
+        """Waits for the handshake."""
+        await self.until(lambda: self.kind(0))
+
+    async def send(self, data: bytes) -> None:
+        """A piece of the Opus stream."""
+        if data:
+            await self.socket.send_bytes(b"\x01" + data)
+
+    async def say(self, pieces: list[bytes], seconds: float) -> None:
+        """Pieces that last so long each, in real time."""
+        begin = time.monotonic()
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(max(0.0, begin + number * seconds - time.monotonic()))
+            await self.send(piece)
+
+    @property
+    def text(self) -> str:
+        """All that was said in words; every piece is whole characters."""
+        return "".join(piece.decode() for piece in self.kind(2))
+
+
+@contextlib.asynccontextmanager
+async def chatting(server: Server | str, query: str = "") -> AsyncIterator[Chatter]:
+    """A call over `/api/chat`."""
+    async with (
+        aiohttp.ClientSession() as client,
+        client.ws_connect(f"{websocket(server)}/api/chat{query}") as connection,
+    ):
+        chatter = Chatter(connection)
+        listening = asyncio.create_task(chatter.listen())
+        try:
+            yield chatter
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+
+
 async def converse(server: Server | str, pcm: Pcm, speed: float = 1.0, **query: Any) -> Caller:
     """A whole call."""
     async with calling(server, **query) as caller:
@@ -162,7 +258,7 @@ async def converse(server: Server | str, pcm: Pcm, speed: float = 1.0, **query: 
         return caller
 
 
-def reset(caller: Caller) -> None:
+def reset(caller: Caller | Chatter) -> None:
     """Cuts the connection with a TCP reset, as a machine does that goes away."""
     response = caller.socket._response
     assert response.connection is not None and response.connection.transport is not None

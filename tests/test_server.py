@@ -15,7 +15,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,20 @@ import aiohttp
 import callers
 import numpy as np
 import pytest
-from callers import FRAME, UPGRADE, Caller, calling, converse, get, raw, reset, serving
+from callers import (
+    FRAME,
+    UPGRADE,
+    Caller,
+    calling,
+    converse,
+    eventually,
+    get,
+    raw,
+    reset,
+    scenario,
+    serving,
+    value,
+)
 from test_api import sound
 
 import moshi_c
@@ -53,32 +66,6 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the server has logged."""
     caplog.set_level(logging.INFO, logger="moshi_c.server")
     return lambda: [record.getMessage() for record in caplog.records]
-
-
-def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """A test as a coroutine, with an end."""
-    import functools
-    import inspect
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(**fixtures), 300))
-
-    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
-    return run
-
-
-def value(server: Server, name: str, **labels: str) -> float:
-    """One number of the metrics."""
-    return server.metrics._registry.get_sample_value(name, labels) or 0.0
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Waits for something that the server does by itself."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        await asyncio.sleep(0.01)
 
 
 # ---- what a caller gets ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The server: its routes, its start and its end.
 
-Paths: `/` and `/page/...` the page; `/ws/pcm` calls; `/api/info` what the page has to know;
-`/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
+Paths: `/` and `/page/...` the page; `/api/chat` and `/ws/pcm` calls; `/api/info` what the page has
+to know; `/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
 `{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
@@ -38,6 +38,7 @@ from ..session import Session
 from . import pages
 from .admission import Admission
 from .call import Call, Ending, Wire
+from .chat import ChatWire
 from .guard import Guard, Refused
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
@@ -115,6 +116,7 @@ class Server:
         app = web.Application(middlewares=[self._checked], client_max_size=1 << 16)
         app.router.add_get("/", self._index)
         app.router.add_get("/page/{name:.+}", self._file)
+        app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/ws/pcm", self._pcm)
         app.router.add_get("/api/info", self._info)
         app.router.add_get("/health", self._health)
@@ -230,6 +232,12 @@ class Server:
 
     # ---- calls ---------------------------------------------------------------------------------
 
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        # PersonaPlex's clients send a voice, and cannot be told to ask for more
+        dtx = self.settings.dtx or "voice_prompt" in query or query.get("dtx") == "1"
+        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=self._model.sample_rate))
+
     async def _pcm(self, request: web.Request) -> web.StreamResponse:
         def wire() -> Wire:
             query = request.query
@@ -335,6 +343,7 @@ class Server:
                 "waiting": admission.waiting,
                 "queue": admission.queue,
                 "token": self.settings.token is not None,
+                "dtx": self.settings.dtx,
                 "formats": [*FORMATS],
                 "defaults": {
                     "text_temperature": info["text_temperature"],

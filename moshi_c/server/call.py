@@ -196,7 +196,7 @@ class Call:
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self._counts = Counts()
         self._in_ended = self._lagging = False
-        self._began = self._ready = self._loop.time()
+        self._began = self._ready = self._sent = self._loop.time()
         self._heard: float | None = None  # when sound came last; None before the slot is there
         self._behind: float | None = None  # since when the caller has not read all
 
@@ -520,20 +520,21 @@ class Call:
             self._send.set()
 
     async def _write(self) -> None:
-        while True:
-            while not self._outbox:
+        while not self._ending.done():
+            silent_until = self._sent + self._settings.keepalive_seconds
+            if self._loop.time() >= silent_until:
+                await self._give(self._wire.keep_alive())
+                self._sent = self._loop.time()
+            if not self._outbox:
                 self._behind = None
                 self._send.clear()
                 # no wait_for: before Python 3.12 it may swallow that the call has ended
-                timer = self._loop.call_later(self._settings.keepalive_seconds, self._send.set)
+                timer = self._loop.call_at(silent_until, self._send.set)
                 try:
                     await self._send.wait()
                 finally:
                     timer.cancel()
-                if self._ending.done():
-                    return
-                if not self._outbox:
-                    await self._give(self._wire.keep_alive())
+                continue
             if self._behind is None or not self._wire.live:
                 self._behind = self._loop.time()
             while self._transport.get_write_buffer_size() > _BUFFERED_BYTES:
@@ -553,6 +554,7 @@ class Call:
 
     async def _give(self, payloads: Iterable[Payload]) -> None:
         for payload in payloads:
+            self._sent = self._loop.time()
             if isinstance(payload, str):
                 await self._socket.send_str(payload)
             else:
