@@ -62,7 +62,7 @@ def main() -> None:
         questions(folder / "questions.wav")
         browser = Browser(folder, folder / "questions.wav")
         try:
-            page = browser.open(server.url, {"moshi-c": json.dumps({"seed": "7", "codec": "pcm"})})
+            page = browser.open(server.url, {"moshi-c": json.dumps({"seed": "7"})})
             page.look(390, 780, dark=True, scale=2)
             page.click("#talk")
             take(page, CONVERSATION[3][1], ROOT / "docs" / "page-phone.png")

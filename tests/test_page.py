@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ogg
 import pytest
 import soundfile
 from browser import PATIENCE_S, Browser, Page
@@ -363,20 +364,11 @@ def test_ogg_pages_survive_slices_damage_and_a_late_start(parts: Page) -> None:
     assert found["late"] == packets[2:]
 
 
-def ogg_page(laces: list[int], data: bytes, flags: int) -> bytes:
-    """A page whose laces are given, by the definition of its checksum (RFC 3533)."""
-    page = b"OggS" + bytes([0, flags]) + bytes(20) + bytes([len(laces), *laces]) + data
-    crc = 0
-    for byte in page:
-        crc ^= byte << 24
-        for _ in range(8):
-            crc = (crc << 1) ^ (0x104C11DB7 if crc >> 31 else 0)
-    return page[:22] + crc.to_bytes(4, "little") + page[26:]
-
-
 def test_a_packet_may_go_on_in_the_next_page(parts: Page) -> None:
-    begun = ogg_page([10, 255], bytes([1]) * 10 + bytes([2]) * 255, 0)
-    ended = ogg_page([45, 5], bytes([2]) * 45 + bytes([3]) * 5, 1)
+    begun = bytes(ogg.Page(0, 0, 1, 0, bytes([10, 255]), bytes([1]) * 10 + bytes([2]) * 255))
+    ended = bytes(
+        ogg.Page(ogg.CONTINUED, 0, 1, 1, bytes([45, 5]), bytes([2]) * 45 + bytes([3]) * 5)
+    )
 
     def packets(*pages: bytes) -> list[list[int]]:
         return parts.evaluate(
