@@ -29,7 +29,7 @@ help: ## this list
 
 # ---- Python environment ----------------------------------------------------------------------
 
-$(VENV)/.made:
+$(VENV)/.made: scripts/setup_debian.sh
 	scripts/setup_debian.sh build
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "pip>=24" "setuptools>=80" wheel "numpy>=2.0"
@@ -45,7 +45,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
 $(VENV)/.test: $(VENV)/.core
-	scripts/setup_debian.sh sound
+	scripts/setup_debian.sh sound browser
 	$(PIP) "moshi_c[test,parity]"
 	$(PIP) --no-deps moshi==0.2.13
 	touch $@
@@ -80,7 +80,7 @@ integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit a
 
 C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
     -Icsrc -DMOSHI_VERSION='"$(VERSION)"'
-LINK := -pthread -lm
+LINK := -lopus -logg -pthread -lm
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all
 
 CC_release := cc
@@ -119,7 +119,7 @@ build/$(1)/%.o: %.c
 	@echo "  $(1) $$<"
 	@$$(CC_$(1)) $$(C_FLAGS) $$(FLAGS_$(1)) -MMD -MP -c $$< -o $$@
 
-build/$(1)/libmoshi.a: $$(CORE:%.c=build/$(1)/%.o)
+build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_$(1)),$$(CORE)))
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
@@ -162,6 +162,9 @@ QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu
 QEMU_aarch64 := $(QEMU) max
 # Processors without and with the dot product, and with i8mm, and the kernels that they should have.
 KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
+# Debian has its libraries for one processor at a time; nothing else of the core uses these two.
+LEFT_OUT_aarch64 := csrc/ogg_opus.c
+build/aarch64/%: LINK := -pthread -lm
 $(eval $(call variant,aarch64))
 
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
@@ -286,12 +289,24 @@ $(VENV)/.bench: $(VENV)/.test
 
 .PHONY: bench
 bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/mimi.py
+	$(BIN)/python benchmarks/opus.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 	$(BIN)/python benchmarks/fork.py
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/seven.py
+
+$(VENV)/.docs: $(VENV)/.core
+	@scripts/setup_debian.sh sound
+	$(PIP) "moshi_c[docs]"
+	touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## the documentation's site in build/site, made and read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root

@@ -51,6 +51,9 @@ struct os_condition;
 int os_thread_start(struct os_thread **thread, void (*body)(void *), void *arg);
 void os_thread_join(struct os_thread *thread); /* frees it; NULL is fine */
 struct os_mutex *os_mutex_create(void); /* NULL on failure */
+/* Whoever comes first is served first: a thread that takes it again and again keeps nobody waiting
+ * for more than one turn. Not for conditions. */
+struct os_mutex *os_mutex_create_queue(void);
 void os_mutex_destroy(struct os_mutex *mutex);
 void os_mutex_lock(struct os_mutex *mutex);
 void os_mutex_unlock(struct os_mutex *mutex);

@@ -149,22 +149,43 @@ static int session_create(struct session_object *self, const struct module_state
 
 static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {
-        "model",           "seed",          "text_temperature", "text_top_k",  "audio_temperature",
-        "audio_top_k",     "cfg_coef",      "cfg_masked_until", "cfg_no_text", "conditions",
-        "null_conditions", "offline_start", "keep_logits",      NULL};
+    static char *names[] = {"model",
+                            "seed",
+                            "text_temperature",
+                            "text_top_k",
+                            "audio_temperature",
+                            "audio_top_k",
+                            "cfg_coef",
+                            "cfg_masked_until",
+                            "cfg_no_text",
+                            "conditions",
+                            "null_conditions",
+                            "offline_start",
+                            "keep_logits",
+                            "context_policy",
+                            "context_range",
+                            "context_keep",
+                            NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *model, *seed = NULL, *conditions = NULL, *null_conditions = NULL;
     PyObject *text_temperature = NULL, *text_top_k = NULL;
     PyObject *audio_temperature = NULL, *audio_top_k = NULL;
     float cfg_coef = 1.0f;
     int cfg_masked_until = -1, cfg_no_text = 0, offline_start = 0, keep_logits = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOpp:Session", names,
+    int context_range = 0, context_keep = 0;
+    const char *context_policy = "ring";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOppsii:Session", names,
                                      state->model_type, &model, &seed, &text_temperature,
                                      &text_top_k, &audio_temperature, &audio_top_k, &cfg_coef,
                                      &cfg_masked_until, &cfg_no_text, &conditions, &null_conditions,
-                                     &offline_start, &keep_logits))
+                                     &offline_start, &keep_logits, &context_policy, &context_range,
+                                     &context_keep))
         return NULL;
+    if (strcmp(context_policy, "ring") != 0 && strcmp(context_policy, "refresh") != 0) {
+        PyErr_Format(PyExc_ValueError, "context_policy is '%s'; expected 'ring' or 'refresh'",
+                     context_policy);
+        return NULL;
+    }
     if (!seed) {
         PyErr_SetString(PyExc_TypeError, "Session() needs the keyword argument seed");
         return NULL;
@@ -193,6 +214,10 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     options.n_null_conditions = null_list.count;
     options.start = offline_start ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options.keep_logits = keep_logits;
+    options.context_policy = strcmp(context_policy, "refresh") == 0 ? MOSHI_CONTEXT_REFRESH
+                                                                    : MOSHI_CONTEXT_RING;
+    options.context_range = context_range;
+    options.context_keep = context_keep;
 
     self = session_of(session_alloc(type));
     if (self && session_create(self, state, model_self, &options) < 0) Py_CLEAR(self);
@@ -276,6 +301,11 @@ static PyObject *none(void)
     Py_RETURN_NONE;
 }
 
+static const char *const events[] = {[MOSHI_EVENT_NONE] = NULL,
+                                     [MOSHI_EVENT_CONTEXT_80] = "context_80",
+                                     [MOSHI_EVENT_REFRESH_BEGIN] = "refresh_begin",
+                                     [MOSHI_EVENT_REFRESH_END] = "refresh_end"};
+
 /* The tuple of _core.pyi. Takes the reference to pcm, which may be NULL. */
 static PyObject *frame_tuple(const struct session_object *self, const struct moshi_frame *frame,
                              PyObject *pcm)
@@ -283,9 +313,9 @@ static PyObject *frame_tuple(const struct session_object *self, const struct mos
     PyObject *codes = frame->n_codes > 0 ? int32_row(frame->codes, frame->n_codes) : none();
     PyObject *user_codes = int32_row(frame->user_codes, frame->n_user_codes);
     PyObject *heads = frame->n_heads > 0 ? heads_array(frame, self->head_dim) : none();
-    return Py_BuildValue("(LNiNNdNd)", (long long)frame->index, pcm ? pcm : none(),
+    return Py_BuildValue("(LNiNNdNdz)", (long long)frame->index, pcm ? pcm : none(),
                          (int)frame->text_token, codes, user_codes, (double)frame->level_db, heads,
-                         frame->step_s);
+                         frame->step_s, events[frame->event]);
 }
 
 /* Room for the sound of one frame; NULL with an exception, or NULL without when there is none. */
@@ -360,6 +390,61 @@ static PyObject *session_step_codes(PyObject *object, PyObject *args, PyObject *
         result = step_with(self, state, NULL, codes.data, decode);
     input_release(&codes);
     return result;
+}
+
+static int expect_frames(const struct input *in, const struct module_state *state, int rows,
+                         Py_ssize_t frames)
+{
+    if (in->ndim == 2 && in->shape[0] == rows && in->shape[1] == frames) return 0;
+    char shape[96];
+    input_shape_text(in, shape);
+    PyErr_Format(state->audio_error,
+                 "%s has shape %s; expected (%d, %zd), as many frames as text "
+                 "tokens",
+                 in->name, shape, rows, frames);
+    return -1;
+}
+
+static PyObject *session_prefill(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"text_tokens", "codes", "user_codes", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *text_arg, *codes_arg, *user_arg, *said = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:prefill", names, &text_arg, &codes_arg,
+                                     &user_arg))
+        return NULL;
+    if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    struct input text, codes, user;
+    if (input_codes(&text, state, text_arg, "text_tokens") < 0) return NULL;
+    if (input_codes(&codes, state, codes_arg, "codes") < 0) goto text_done;
+    if (input_codes(&user, state, user_arg, "user_codes") < 0) goto codes_done;
+    npy_intp frames = text.shape[text.ndim - 1];
+    if (frames > INT_MAX) frames = INT_MAX; /* which no array of codes below has */
+    if (input_expect_row(&text, state, frames, "one token a frame") < 0 ||
+        expect_frames(&codes, state, self->dep_q, frames) < 0 ||
+        expect_frames(&user, state, self->user_q, frames) < 0)
+        goto done;
+    said = array_int32(1, &frames);
+    if (said && guard_enter(&self->guard, state, THIS_SESSION) == 0) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = moshi_session_prefill(self->session, (int)frames, text.data, codes.data, user.data,
+                                       PyArray_DATA((PyArrayObject *)said));
+        Py_END_ALLOW_THREADS
+        guard_leave(&self->guard);
+        if (status == MOSHI_OK) goto done;
+        raise_status(state, status);
+    }
+    Py_CLEAR(said);
+
+done:
+    input_release(&user);
+codes_done:
+    input_release(&codes);
+text_done:
+    input_release(&text);
+    return said;
 }
 
 /* ---- submit and finish ------------------------------------------------------------------- */
@@ -822,6 +907,9 @@ static PyMethodDef session_methods[] = {
     {"step_codes", KEYWORDS(session_step_codes),
      PyDoc_STR("step_codes($self, codes, decode=True)\n--\n\n"
                "As step, from the codes of the user's frame.")},
+    {"prefill", KEYWORDS(session_prefill),
+     PyDoc_STR("prefill($self, text_tokens, codes, user_codes)\n--\n\n"
+               "Frames of which all is known; the text tokens that come out meanwhile.")},
     {"force_text", KEYWORDS(session_force_text),
      PyDoc_STR("force_text($self, tokens)\n--\n\nThe model's next text tokens, one a frame.")},
     {"force_next", KEYWORDS(session_force_next),
