@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -266,3 +267,4 @@ def test_only_the_integrations_know_the_frameworks() -> None:
         inside = path.parent.name == "integrations"
         named = [n for n in ("pipecat", "livekit", "fastrtc") if f"from {n}" in path.read_text()]
         assert named == ([path.stem] if inside and path.stem in named else []), path.name
+        assert inside or not re.search(r"(import|from)\s[\w.]*integrations", path.read_text())

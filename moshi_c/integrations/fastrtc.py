@@ -66,6 +66,7 @@ class MoshiHandler(AsyncStreamHandler):
         self._conversation = Conversation(self._shared, **self._options)
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
         self._talking: asyncio.Task[Any] | None = None
+        self._loop_here: asyncio.AbstractEventLoop | None = None
 
     def copy(self) -> MoshiHandler:
         """Another conversation with the same model."""
@@ -77,7 +78,8 @@ class MoshiHandler(AsyncStreamHandler):
         return self._conversation.stats
 
     def say(self, text: str) -> None:
-        """Makes the model say this from its next frame on.
+        """Makes the model say this from its next frame on. For the stream's event loop; other
+        threads have `Stream.set_input`.
 
         Raises:
             CheckpointError: the model was loaded without a tokenizer.
@@ -86,21 +88,27 @@ class MoshiHandler(AsyncStreamHandler):
         self._conversation.say(text)
 
     def set_args(self, args: list[Any]) -> None:
-        """Input for this connection; the model says what is text of it."""
+        """Input for this connection, from any thread; the model says what is text of it."""
         super().set_args(args)
         for text in args:
             if isinstance(text, str) and text.strip():
-                try:
-                    self.say(text)
-                except ValueError as error:
-                    log.warning("%s", error)
+                if self._loop_here is None:
+                    self._say(text)
+                else:
+                    self._loop_here.call_soon_threadsafe(self._say, text)
+
+    def _say(self, text: str) -> None:
+        try:
+            self.say(text)
+        except ValueError as error:
+            log.warning("%s", error)  # who set it has gone on
 
     # ---- called by the stream --------------------------------------------------------------------
 
     async def start_up(self) -> None:
         """The conversation, from beginning to end. A stream makes it a task, which it cancels when
         a websocket closes; for other connections it calls `shutdown`."""
-        self._talking = asyncio.current_task()
+        self._talking, self._loop_here = asyncio.current_task(), asyncio.get_running_loop()
         try:
             await self._conversation.open()
             async for moment in self._conversation:

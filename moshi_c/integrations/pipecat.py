@@ -57,7 +57,6 @@ try:
         ProposedUserStoppedSpeakingFrame,
         SpeechOutputAudioRawFrame,
         StartFrame,
-        TextType,
         TTSSpeakFrame,
         TTSStartedFrame,
         TTSStoppedFrame,
@@ -70,6 +69,7 @@ try:
     from pipecat.services.settings import LLMSettings
     from pipecat.turns.user_stop import ExternalUserTurnStopStrategy
     from pipecat.turns.user_turn_strategies import ExternalUserTurnStrategies
+    from pipecat.utils.text.base_text_aggregator import TextType
     from pipecat.utils.types import NOT_GIVEN, NotGiven, assert_given
 except ImportError as error:
     raise ImportError(
@@ -235,8 +235,8 @@ class MoshiLLMService(LLMService):
             await self.push_frame(frame, direction)
 
     def _warn_of_instructions(self, context: LLMContext) -> None:
-        roles = {message.get("role") for message in context.get_messages() if "role" in message}
-        if roles & {"system", "developer"} and not self._warned_context:
+        roles = [message["role"] for message in context.get_messages() if isinstance(message, dict)]
+        if {"system", "developer"} & set(roles) and not self._warned_context:
             self._warned_context = True
             logger.warning(
                 f"{self}: Moshi takes no instructions; those of the context are left out"

@@ -107,10 +107,16 @@ def test_the_voice_is_bit_for_bit_the_session_s(model: moshi_c.Model, tmp_path: 
     assert np.array_equal(np.concatenate(asyncio.run(call()).voice), calls.alone(model, pcm)[0])
 
 
-def test_text_that_is_set_as_input_is_spoken(model: moshi_c.Model) -> None:
+@pytest.mark.parametrize("running", [False, True])
+def test_text_that_is_set_as_input_is_spoken(model: moshi_c.Model, running: bool) -> None:
     async def call() -> Call:
         async with Call(model) as made:
-            made.handler.set_args(["my name is anna"])
+            if running:  # as a page's own thread does
+                await made.hear(np.zeros(calls.RATE, np.int16))
+                await made.until(lambda: len(made.voice) > 2)
+                await asyncio.to_thread(made.handler.set_args, ["my name is anna"])
+            else:
+                made.handler.set_args(["my name is anna"])
             await made.until(made.replied)  # without any sound: the model speaks first
         return made
 
