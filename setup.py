@@ -35,7 +35,7 @@ COMPILE = [
 ]
 COMPILE += ["-Werror=implicit-function-declaration"]
 # -Bsymbolic: our calls stay ours when a program links libmoshi, too.
-LINK = ["-pthread", "-lm", "-Wl,-Bsymbolic"]
+LINK = ["-pthread", "-lm", "-ldl", "-Wl,-Bsymbolic"]
 
 
 def switched_on(name: str) -> bool:
