@@ -42,10 +42,11 @@ const struct cuda_library *cuda_load(void)
     const struct cuda_library *cuda = entry ? entry() : NULL;
     if (cuda && cuda->abi == CUDA_ABI && cuda->ops_bytes == (int)sizeof(struct backend_ops))
         return cuda;
-    moshi_fail(MOSHI_ERROR_DEVICE,
-               "no CUDA device is available: %s has interface %d of the backend, expected %d; it is "
-               "from another version of this package",
-               path, cuda ? cuda->abi : 0, CUDA_ABI);
+    moshi_fail(
+        MOSHI_ERROR_DEVICE,
+        "no CUDA device is available: %s has interface %d of the backend, expected %d; it is "
+        "from another version of this package",
+        path, cuda ? cuda->abi : 0, CUDA_ABI);
     return NULL;
 }
 
@@ -63,10 +64,11 @@ int cuda_backend_create(const char *device, struct backend **backend)
         int numbered = strncmp(device, "cuda:", 5) == 0 && device[5] >= '0' && device[5] <= '9';
         card = numbered ? strtol(device + 5, &end, 10) : -1;
         if (!numbered || *end || card > 255)
-            return moshi_fail(MOSHI_ERROR_ARGUMENT,
-                              "device is \"%.40s\", expected \"cuda\", or \"cuda:1\" for the second "
-                              "card, and so on",
-                              device);
+            return moshi_fail(
+                MOSHI_ERROR_ARGUMENT,
+                "device is \"%.40s\", expected \"cuda\", or \"cuda:1\" for the second "
+                "card, and so on",
+                device);
     }
     const struct cuda_library *cuda = cuda_load();
     return cuda ? cuda->create((int)card, fail, backend) : MOSHI_ERROR_DEVICE;

@@ -346,8 +346,7 @@ int os_own_folder(char *folder, size_t capacity)
     if (!dladdr(&here, &info) || !info.dli_fname) return 0;
     const char *slash = strrchr(info.dli_fname, '/');
     int length = slash ? (int)(slash - info.dli_fname) : 1;
-    return snprintf(folder, capacity, "%.*s", length, slash ? info.dli_fname : ".") <
-           (int)capacity;
+    return snprintf(folder, capacity, "%.*s", length, slash ? info.dli_fname : ".") < (int)capacity;
 }
 
 int64_t os_process(void)

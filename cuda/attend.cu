@@ -20,7 +20,7 @@ struct attend {
     const float *q;
     float *y;
     float *partial; /* [query][spans][2 + dim]: the largest score, the sum, values */
-    int *counters;  /* [query], 0 between launches */
+    int *counters; /* [query], 0 between launches */
     int steps, heads, layer, causal, context, capacity;
     float scale;
 };
@@ -104,7 +104,8 @@ __device__ static void combine(const struct attend &p, const float *partial, int
     float most = -INFINITY, sum = 0;
 
     for (int s = 0; s < used; s++) most = fmaxf(most, partial[s * stride]);
-    for (int s = 0; s < used; s++) sum += partial[s * stride + 1] * expf(partial[s * stride] - most);
+    for (int s = 0; s < used; s++)
+        sum += partial[s * stride + 1] * expf(partial[s * stride] - most);
     for (int d = (int)threadIdx.x; d < dim; d += THREADS) {
         float value = 0;
 
@@ -116,7 +117,8 @@ __device__ static void combine(const struct attend &p, const float *partial, int
 
 /* Grid: spans, heads, rows times steps. */
 template <class T, int D>
-__global__ static void __launch_bounds__(THREADS) k_attend(const __grid_constant__ struct attend p)
+__global__ static void __launch_bounds__(THREADS, 4)
+    k_attend(const __grid_constant__ struct attend p)
 {
     SHARED_BYTES(shared);
     float *scores = (float *)(void *)shared, *parts = scores + SPAN, *mixed = parts + WARPS;
@@ -150,7 +152,8 @@ __global__ static void __launch_bounds__(THREADS) k_attend(const __grid_constant
 
     score<T, D>(p, lane, kv_head, q, begin, end, scores, parts, &most, &sum);
     mix<T, D>(p, lane, kv_head, begin, end, scores, mixed);
-    float *partial = p.partial + (long)query * spans * (2 + dim), *mine = partial + span * (2 + dim);
+    float *partial = p.partial + (long)query * spans * (2 + dim),
+          *mine = partial + span * (2 + dim);
 
     for (int d = (int)threadIdx.x; d < dim; d += THREADS) {
         float value = 0;

@@ -30,8 +30,10 @@ bool cuda_good(struct cuda_backend *cuda, cudaError_t error, const char *what)
     if (error == cudaErrorMemoryAllocation)
         cuda_fail(cuda, MOSHI_ERROR_MEMORY, "%s has no memory for %s", cuda->device, what);
     else
-        cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s failed at %s: %s; sessions on it have ended, and a "
-                  "model opened anew may work", cuda->device, what, cudaGetErrorString(error));
+        cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+                  "%s failed at %s: %s; sessions on it have ended, and a "
+                  "model opened anew may work",
+                  cuda->device, what, cudaGetErrorString(error));
     return false;
 }
 
@@ -109,8 +111,8 @@ void cuda_wait(struct cuda_backend *cuda)
         cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "embed: token %d in row %d, expected one below %d",
                   report.found, report.row, report.expected);
     if (report.trouble == TROUBLE_LOGITS)
-        cuda_fail(cuda, MOSHI_ERROR_INTERNAL,
-                  "sample: a logit of stream %d is not finite (row %d)", report.found, report.row);
+        cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "sample: a logit of stream %d is not finite (row %d)",
+                  report.found, report.row);
 }
 
 /* A piece of pinned memory that nothing in the stream reads or writes any more. */
@@ -199,9 +201,10 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
 
     (void)pack;
     if (w->packed || (w->format != WEIGHT_F32 && w->format != WEIGHT_BF16))
-        return cuda->fail(MOSHI_ERROR_DEVICE,
-                          "the CUDA backend reads weights in f32 and bf16, and these are in another "
-                          "format: open the model with one of those dtypes, or on \"cpu\"");
+        return cuda->fail(
+            MOSHI_ERROR_DEVICE,
+            "the CUDA backend reads weights in f32 and bf16, and these are in another "
+            "format: open the model with one of those dtypes, or on \"cpu\"");
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
@@ -223,7 +226,8 @@ static int cuda_quantise_matrix(struct backend *backend, struct matrix *w,
 {
     (void)w, (void)format;
     return cuda_of(backend)->fail(
-        MOSHI_ERROR_DEVICE, "the CUDA backend has no block formats yet, expected dtype f32 or bf16");
+        MOSHI_ERROR_DEVICE,
+        "the CUDA backend has no block formats yet, expected dtype f32 or bf16");
 }
 
 static void cuda_release_matrix(struct backend *backend, struct matrix *w)
@@ -403,7 +407,8 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
             snprintf(reason, sizeof reason,
                      count == 1 ? "there is %d card, cuda:%d" : "there are %d cards, up to cuda:%d",
                      count, count - 1);
-        snprintf(sentence, sizeof sentence, "device \"cuda:%d\" is not available: %s", card, reason);
+        snprintf(sentence, sizeof sentence, "device \"cuda:%d\" is not available: %s", card,
+                 reason);
         delete cuda;
         return fail(MOSHI_ERROR_DEVICE, sentence);
     }
@@ -429,12 +434,12 @@ static void *share_memory(size_t bytes)
     return cudaMallocManaged(&memory, bytes) == cudaSuccess ? memory : NULL;
 }
 
-static const struct cuda_library library = {CUDA_ABI,      (int)sizeof(struct backend_ops),
-                                            count_cards,   describe_card,
+static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
+                                            count_cards,    describe_card,
                                             create_backend, share_memory};
 
-extern "C" __attribute__((visibility("default"))) const struct cuda_library *
-moshi_cuda_backend_v1(void)
+extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
+    void)
 {
     return &library;
 }

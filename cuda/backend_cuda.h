@@ -78,8 +78,8 @@ struct cuda_scratch cuda_take_scratch(struct cuda_backend *cuda, size_t counters
 bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared);
 
 void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
-int cuda_run(struct backend *backend, int stage,
-             void (*stage_function)(struct backend *, void *), void *arg);
+int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
+             void *arg);
 void cuda_forget_graphs(struct cuda_backend *cuda);
 /* Waits for the stream and looks at what the kernels reported. */
 void cuda_wait(struct cuda_backend *cuda);
@@ -99,8 +99,8 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
     static_assert(sizeof params <= 4096, "a kernel's parameters have at most 4 KiB");
     if (cuda->base.failure) return;
     if (cuda->mode == CUDA_WALK) {
-        const uint64_t sizes[] = {(uint64_t)(uintptr_t)kernel, grid.x, grid.y, grid.z, threads,
-                                  shared};
+        const uint64_t sizes[] = {
+            (uint64_t)(uintptr_t)kernel, grid.x, grid.y, grid.z, threads, shared};
 
         cuda_hash(cuda, sizes, sizeof sizes);
         cuda_hash(cuda, &params, sizeof params);

@@ -32,8 +32,8 @@ template <class T>
 __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant__ struct tiles p)
 {
     SHARED_BYTES(shared);
-    float(*a)[TILE_ROWS + 1] = (float(*)[TILE_ROWS + 1])(void *)shared; /* [DEPTH], turned */
-    float(*w)[TILE_OUTPUTS + 1] = (float(*)[TILE_OUTPUTS + 1])(void *)(a + DEPTH);
+    float (*a)[TILE_ROWS + 1] = (float (*)[TILE_ROWS + 1])(void *)shared; /* [DEPTH], turned */
+    float (*w)[TILE_OUTPUTS + 1] = (float (*)[TILE_OUTPUTS + 1])(void *)(a + DEPTH);
     int first_row = (int)blockIdx.x * TILE_ROWS, first_output = (int)blockIdx.y * TILE_OUTPUTS;
     int column = (int)threadIdx.x % DEPTH, line = (int)threadIdx.x / DEPTH;
     int r = (int)threadIdx.x / 16, o = (int)threadIdx.x % 16;
@@ -45,10 +45,10 @@ __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant_
         for (int i = line; i < TILE_ROWS; i += THREADS / DEPTH) {
             int row = first_row + i, output = first_output + i;
 
-            a[column][i] = inside && row < p.rows
-                               ? p.x[row / p.steps * p.row_stride +
-                                     row % p.steps * p.step_stride + k + column]
-                               : 0;
+            a[column][i] =
+                inside && row < p.rows
+                    ? p.x[row / p.steps * p.row_stride + row % p.steps * p.step_stride + k + column]
+                    : 0;
             w[column][i] = inside && output < p.outputs
                                ? widen(((const T *)p.weight)[(long)output * p.columns + k + column])
                                : 0;
@@ -144,7 +144,8 @@ __device__ static void turn_history(const struct fill &p, int i, float *work)
 
         for (int t = 0; t < p.past; t++)
             work[(long)t * p.width + c] = fresh ? start : history[(long)t * p.width + c];
-        for (int t = 0; t < p.past; t++) { /* step t of the new history is step t + steps of the work */
+        for (int t = 0; t < p.past;
+             t++) { /* step t of the new history is step t + steps of the work */
             int from = t + p.steps - p.past;
             float value = 0;
 
@@ -161,7 +162,7 @@ __device__ static void turn_history(const struct fill &p, int i, float *work)
 }
 
 /* Grid: pieces of a row's new steps, and one block more for its history; rows. Bytes: x and work. */
-__global__ static void __launch_bounds__(THREADS) k_fill(const __grid_constant__ struct fill p)
+__global__ static void k_fill(const __grid_constant__ struct fill p)
 {
     int i = (int)blockIdx.y, pieces = (int)gridDim.x - 1;
     float *work = p.work + (long)i * (p.past + p.steps) * p.width;
@@ -188,8 +189,7 @@ static void launch_fill(struct cuda_backend *cuda, const struct rows *rows, stru
     p.lane = rows->lane;
     p.active = rows->active;
     if (pieces > 2 * cuda->processors) pieces = 2 * cuda->processors;
-    if (rows->n)
-        launch(cuda, k_fill, dim3((unsigned)pieces + 1, (unsigned)rows->n), THREADS, 0, p);
+    if (rows->n) launch(cuda, k_fill, dim3((unsigned)pieces + 1, (unsigned)rows->n), THREADS, 0, p);
 }
 
 void cuda_conv(struct backend *backend, const struct op_conv *op)
@@ -271,8 +271,8 @@ static void convolve_depthwise(struct cuda_backend *cuda, const struct op_conv_t
     p.stride = op->conv->stride;
     p.elu = op->elu;
     if (op->rows.n)
-        launch(cuda, k_depthwise,
-               dim3((unsigned)ceil_div(p.width, 2 * WARP), (unsigned)op->rows.n), 2 * WARP, 0, p);
+        launch(cuda, k_depthwise, dim3((unsigned)ceil_div(p.width, 2 * WARP), (unsigned)op->rows.n),
+               2 * WARP, 0, p);
 }
 
 void cuda_conv_transposed(struct backend *backend, const struct op_conv_transposed *op)
@@ -334,7 +334,8 @@ __global__ static void __launch_bounds__(THREADS) k_search(const __grid_constant
     SHARED_BYTES(shared);
     int *last = (int *)(void *)shared;
     int i = (int)blockIdx.y, lane = (int)threadIdx.x % WARP;
-    int first = (int)blockIdx.x * ENTRIES, end = first + ENTRIES < p.bins ? first + ENTRIES : p.bins;
+    int first = (int)blockIdx.x * ENTRIES,
+        end = first + ENTRIES < p.bins ? first + ENTRIES : p.bins;
     float *residual = p.residual + (long)i * 2 * p.dim;
     unsigned long long best = rank_of(INFINITY, 0);
 
@@ -381,7 +382,8 @@ void cuda_rvq_encode(struct backend *backend, const struct op_rvq_encode *op)
     rows.y_stride = 2 * rvq->dim;
     cuda_product(cuda, op->name, &rvq->in_proj, &rows);
     p.best = (unsigned long long *)(void *)cuda_take_scratch(
-                 cuda, n * (sizeof *p.best + sizeof *p.arrived), 0).counters;
+                 cuda, n * (sizeof *p.best + sizeof *p.arrived), 0)
+                 .counters;
     p.arrived = (int *)(void *)(p.best + n);
     p.residual = op->work;
     p.bins = rvq->bins;

@@ -83,8 +83,7 @@ __device__ static __forceinline__ struct vector<T> load(const T *from, int count
 __device__ static __forceinline__ float warp_sum(float value)
 {
 #pragma unroll
-    for (int other = WARP / 2; other; other /= 2)
-        value += __shfl_xor_sync(FULL_WARP, value, other);
+    for (int other = WARP / 2; other; other /= 2) value += __shfl_xor_sync(FULL_WARP, value, other);
     return value;
 }
 

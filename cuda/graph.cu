@@ -120,8 +120,8 @@ static struct cuda_graph *capture(struct cuda_backend *cuda,
     return kept;
 }
 
-static void run_graph(struct cuda_backend *cuda,
-                      void (*stage_function)(struct backend *, void *), void *arg)
+static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
+                      void *arg)
 {
     std::lock_guard<std::mutex> lock(cuda->lock);
     struct cuda_graph *graph;
@@ -139,8 +139,8 @@ static void run_graph(struct cuda_backend *cuda,
     cuda_good(cuda, cudaGraphLaunch(graph->executable, cuda->stream), "a graph's launch");
 }
 
-int cuda_run(struct backend *backend, int stage,
-             void (*stage_function)(struct backend *, void *), void *arg)
+int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
+             void *arg)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     int status;

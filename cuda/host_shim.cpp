@@ -179,7 +179,8 @@ static void run_fiber(int i)
     current = i;
     shim_now.thread = fibers[i].thread;
     shim_switch(&scheduler_stack, fibers[i].stack_pointer);
-    if (fibers[i].state == DONE && alive > 0 && arrived == alive) { /* who has ended holds up nobody */
+    if (fibers[i].state == DONE && alive > 0 &&
+        arrived == alive) { /* who has ended holds up nobody */
         arrived = 0;
         release(AT_BLOCK_BARRIER, 0, thread_count());
     }
@@ -280,8 +281,9 @@ static int looks_like_host(uintptr_t word)
 {
     unsigned high = (unsigned)(word >> 40);
 
-    return word >> 48 == 0 && (high == 0x55 || high == 0x56 || high == 0x7e || high == 0x7f ||
-                               (high >= 0x60 && high < 0x64)) &&
+    return word >> 48 == 0 &&
+           (high == 0x55 || high == 0x56 || high == 0x7e || high == 0x7f ||
+            (high >= 0x60 && high < 0x64)) &&
            !is_device(word) && !inside(host_blocks, word) && !inside(managed_blocks, word);
 }
 

@@ -32,8 +32,9 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
     void *arguments[] = {const_cast<P *>(&params)};
 
     if (shared > 48 << 10) {
-        cudaError_t error = cudaFuncSetAttribute(
-            (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        cudaError_t error = cudaFuncSetAttribute((const void *)kernel,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 (int)shared);
 
         if (error != cudaSuccess) return error;
     }
@@ -59,7 +60,9 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
 struct dim3 {
     unsigned x, y, z;
 
-    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_)
+    {
+    }
 };
 struct alignas(8) float2 {
     float x, y;
@@ -131,7 +134,9 @@ template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int o
     return value;
 }
 
-static inline void __threadfence(void) {}
+static inline void __threadfence(void)
+{
+}
 
 template <class T> static inline T atomicAdd(T *address, T value)
 {

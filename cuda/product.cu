@@ -84,7 +84,7 @@ __device__ static __forceinline__ void multiply(const struct product<E> &p, int 
 }
 
 template <class T, int N, class E>
-__global__ static void __launch_bounds__(THREADS)
+__global__ static void __launch_bounds__(THREADS, 2)
     k_product(const __grid_constant__ struct product<E> p)
 {
     SHARED_BYTES(shared);
@@ -251,8 +251,7 @@ static void choose_rows(struct cuda_backend *cuda, const char *name, struct prod
 }
 
 /* `second` as in struct product: 1, or half of the rows. */
-template <class E>
-static struct product<E> product_of(const struct matrix *weight, int second)
+template <class E> static struct product<E> product_of(const struct matrix *weight, int second)
 {
     struct product<E> p = blank<struct product<E>>();
 

@@ -52,8 +52,7 @@ __device__ static float embed_value(const struct embed &p, const struct embed_st
     if (d < p.width && !stream.low_rank) value = row[d];
     if (d < p.width && stream.low_rank)
         for (int k = 0; k < p.columns; k++)
-            value = fmaf(element(stream.low_rank, stream.low_rank_format,
-                                 (long)d * p.columns + k),
+            value = fmaf(element(stream.low_rank, stream.low_rank_format, (long)d * p.columns + k),
                          row[k], value);
     __syncthreads(); /* the next stream writes the row again */
     return value;
@@ -88,7 +87,8 @@ __global__ static void __launch_bounds__(THREADS) k_embed(const __grid_constant_
 static int readable(struct cuda_backend *cuda, const char *name, const struct matrix *w)
 {
     if (w->rows == 0 || w->format == WEIGHT_F32 || w->format == WEIGHT_BF16) return 1;
-    cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: a table in another format, expected f32 or bf16", name);
+    cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: a table in another format, expected f32 or bf16",
+              name);
     return 0;
 }
 
@@ -147,8 +147,7 @@ struct norm_rows {
     int width;
 };
 
-__global__ static void __launch_bounds__(THREADS)
-    k_norm(const __grid_constant__ struct norm_rows p)
+__global__ static void __launch_bounds__(THREADS) k_norm(const __grid_constant__ struct norm_rows p)
 {
     SHARED_BYTES(shared);
     long at = (long)blockIdx.x * p.width;
@@ -216,8 +215,7 @@ struct rope {
     int steps, half;
 };
 
-__global__ static void __launch_bounds__(MOST_PAIRS)
-    k_rope(const __grid_constant__ struct rope p)
+__global__ static void __launch_bounds__(MOST_PAIRS) k_rope(const __grid_constant__ struct rope p)
 {
     int row = (int)blockIdx.x, i = row / p.steps, pair = (int)threadIdx.x;
 
@@ -321,8 +319,8 @@ __global__ static void k_delay_input(const __grid_constant__ struct delays p)
     for (int j = 0; j < users && active; j++) {
         int stream = 1 + cache.dep_q + j;
 
-        *delay_cell(cache, slot, stream, offset + cache.delays[stream]) =
-            p.user[(long)i * users + j];
+        *delay_cell(cache, slot, stream,
+                    offset + cache.delays[stream]) = p.user[(long)i * users + j];
     }
     for (int s = 0; s < cache.streams; s++) {
         int32_t delay = cache.delays[s], token = s ? cache.initial_audio : cache.initial_text;

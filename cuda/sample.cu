@@ -123,8 +123,8 @@ __device__ static int best_id(double score, int id, struct table *table)
         double their_score = __shfl_xor_sync(FULL_WARP, score, other);
         int their_id = __shfl_xor_sync(FULL_WARP, id, other);
 
-        if (their_id >= 0 && (id < 0 || their_score > score ||
-                              (their_score == score && their_id < id)))
+        if (their_id >= 0 &&
+            (id < 0 || their_score > score || (their_score == score && their_id < id)))
             score = their_score, id = their_id;
     }
     if (threadIdx.x % WARP == 0) {
@@ -138,8 +138,8 @@ __device__ static int best_id(double score, int id, struct table *table)
         double their_score = table->scores[w];
         int their_id = table->ids[w];
 
-        if (their_id >= 0 && (id < 0 || their_score > score ||
-                              (their_score == score && their_id < id)))
+        if (their_id >= 0 &&
+            (id < 0 || their_score > score || (their_score == score && their_id < id)))
             score = their_score, id = their_id;
     }
     return id;
@@ -214,9 +214,10 @@ __global__ static void __launch_bounds__(THREADS) k_sample(const __grid_constant
         __syncthreads();
         bad = table->ids[0];
         __syncthreads(); /* ids are used again */
-        if (!bad) token = forced != TOKEN_FREE ? forced
-                                               : choose(p, params, (uint32_t)p.offset[slot], logits,
-                                                        table);
+        if (!bad)
+            token = forced != TOKEN_FREE
+                        ? forced
+                        : choose(p, params, (uint32_t)p.offset[slot], logits, table);
     }
     if (threadIdx.x) return;
     if (bad && p.failed) p.failed[slot] = 1;

@@ -1730,10 +1730,8 @@ static void test_bad_logits_are_an_error(struct backend *backend)
                            .token = &row->token,
                            .token_stride = 1};
 
-    *row = (struct row){.logits = {1, NAN, 2},
-                        .params = {.forced_text = TOKEN_FREE},
-                        .null_row = -1,
-                        .active = 1};
+    *row = (struct row){
+        .logits = {1, NAN, 2}, .params = {.forced_text = TOKEN_FREE}, .null_row = -1, .active = 1};
     int status = run_stage(backend, stage_bad_logits, &op);
     int named = strstr(moshi_error_detail(), "stream 0") != NULL, stored = row->token;
 
@@ -2122,7 +2120,8 @@ static int take_memory(void)
 static int open_cuda(void)
 {
     setenv("MOSHI_C_ISA", "generic", 1);
-    if (cpu_backend_create(1, &backends[0]) || backends[0]->ops->reserve(backends[0], 2120, 640, 64) ||
+    if (cpu_backend_create(1, &backends[0]) ||
+        backends[0]->ops->reserve(backends[0], 2120, 640, 64) ||
         cuda_backend_create("cuda", &backends[1])) {
         printf("%s\n", moshi_error_detail());
         return 0;

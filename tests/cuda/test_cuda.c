@@ -57,7 +57,8 @@ static int open_model(const char *device, enum moshi_dtype dtype, struct moshi_m
 
 static int open_engine(struct moshi_model *model, int slots, struct moshi_engine **engine)
 {
-    return moshi_engine_create(model, &(struct moshi_engine_options){.max_sessions = slots}, engine);
+    return moshi_engine_create(model, &(struct moshi_engine_options){.max_sessions = slots},
+                               engine);
 }
 
 /* Something speech-like for caller `who`. */
@@ -201,7 +202,8 @@ static int test_memory_that_runs_out_is_said(void)
 
         repair();
         opened = status == MOSHI_OK;
-        CHECK(opened || (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
+        CHECK(opened ||
+              (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
     }
     CHECK(at > 100);
     for (at = 0, opened = 0; !opened; at += 1 + at / 4) {
@@ -210,7 +212,8 @@ static int test_memory_that_runs_out_is_said(void)
 
         repair();
         opened = status == MOSHI_OK;
-        CHECK(opened || (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
+        CHECK(opened ||
+              (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
     }
     moshi_engine_destroy(engine);
     inject(FAULT_MALLOC, 50);
@@ -320,7 +323,8 @@ int main(int argc, char **argv)
         printf("MOSHI_C_CUDA_LIBRARY names no library with the host shim\n");
         return 2;
     }
-    run("conversations in f32 are those of the CPU", test_conversations_in_f32_are_those_of_the_cpu);
+    run("conversations in f32 are those of the CPU",
+        test_conversations_in_f32_are_those_of_the_cpu);
     run("conversations in bf16 are those of the CPU",
         test_conversations_in_bf16_are_those_of_the_cpu);
     run("company changes no bit", test_company_changes_no_bit);
