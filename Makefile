@@ -205,6 +205,12 @@ test-c: ## the C tests
 	$(call run_c_tests,test,$(C_TESTS))
 	$(call run_cuda_host,test,descending)
 
+# All architectures: make cuda. One: make cuda CUDA_ARCHITECTURES=90a.
+CUDA_ARCHITECTURES ?= 80 86 89 90a 100 120
+.PHONY: cuda
+cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a" builds for some cards
+	$(PYTHON) scripts/build_cuda.py moshi_c/lib/libmoshi_cuda.so --architectures "$(CUDA_ARCHITECTURES)"
+
 .PHONY: cuda-host
 cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
 	@scripts/setup_debian.sh build

@@ -1,7 +1,7 @@
 /* cuda.h: the CUDA backend is a library of its own, built from cuda/, that is loaded when a device of
  * its kind is asked for. It exports one function, and calls nothing of this one but `fail`. */
-#ifndef MOSHI_CUDA_H
-#define MOSHI_CUDA_H
+#ifndef MOSHI_LIBRARY_OF_CUDA_H
+#define MOSHI_LIBRARY_OF_CUDA_H
 
 #include "backend.h"
 

@@ -40,11 +40,16 @@ struct warp {
     int arrived, alive;
 };
 
-static struct fiber fibers[MAX_THREADS];
-static struct warp warps[MAX_THREADS / WARP];
-static unsigned char *stacks, *shared_memory;
-static void *scheduler_stack;
-static int current, arrived, alive;
+/* A block that has begun. While one waits at an atomic operation, the others run in the second place. */
+struct block {
+    struct fiber fibers[MAX_THREADS];
+    struct warp warps[MAX_THREADS / WARP];
+    unsigned char *stacks, *shared;
+    void *scheduler_stack;
+    int current, arrived, alive, paused;
+};
+
+static struct block places[2], *now = &places[0];
 static const std::function<void()> *kernel_body;
 
 #if defined(__x86_64__)
@@ -79,22 +84,16 @@ static void *new_stack(unsigned char *bottom, void (*entry)(void))
 
 static void yield(enum state state)
 {
-    fibers[current].state = state;
-    shim_switch(&fibers[current].stack_pointer, scheduler_stack);
-}
+    struct fiber *fiber = &now->fibers[now->current];
 
-static void leave_warp(int thread)
-{
-    struct warp *warp = &warps[thread / WARP];
-
-    warp->alive--;
-    alive--;
+    fiber->state = state;
+    shim_switch(&fiber->stack_pointer, now->scheduler_stack);
 }
 
 static void release(enum state waiting, int first, int count)
 {
     for (int i = first; i < first + count; i++)
-        if (fibers[i].state == waiting) fibers[i].state = READY;
+        if (now->fibers[i].state == waiting) now->fibers[i].state = READY;
 }
 
 static int thread_count(void)
@@ -105,15 +104,15 @@ static int thread_count(void)
 static void fiber_entry(void)
 {
     (*kernel_body)();
-    leave_warp(current);
+    now->warps[now->current / WARP].alive--;
+    now->alive--;
     yield(DONE);
 }
 
 void __syncthreads(void)
 {
-    if (++arrived == alive) {
-        arrived = 0;
-        fibers[current].state = AT_BLOCK_BARRIER;
+    if (++now->arrived == now->alive) {
+        now->arrived = 0;
         release(AT_BLOCK_BARRIER, 0, thread_count());
         yield(READY);
     } else {
@@ -123,18 +122,25 @@ void __syncthreads(void)
 
 uint64_t shim_exchange(uint64_t value, int other)
 {
-    struct warp *warp = &warps[current / WARP];
-    uint64_t *slots = warp->slots[fibers[current].shuffles++ % 2];
+    int thread = now->current;
+    struct warp *warp = &now->warps[thread / WARP];
+    uint64_t *slots = warp->slots[now->fibers[thread].shuffles++ % 2];
 
-    slots[current % WARP] = value;
+    slots[thread % WARP] = value;
     if (++warp->arrived == warp->alive) {
         warp->arrived = 0;
-        release(AT_WARP_BARRIER, current / WARP * WARP, WARP);
+        release(AT_WARP_BARRIER, thread / WARP * WARP, WARP);
         yield(READY);
     } else {
         yield(AT_WARP_BARRIER);
     }
-    return slots[current % WARP ^ other];
+    return slots[thread % WARP ^ other];
+}
+
+void shim_pause(void)
+{
+    now->paused = 1;
+    yield(READY);
 }
 
 static uint64_t shuffle_state;
@@ -162,40 +168,66 @@ static void start_fibers(int n)
 {
     dim3 threads = shim_now.threads;
 
-    arrived = 0;
-    alive = n;
-    for (int i = 0; i < n / WARP; i++) warps[i] = {{{0}, {0}}, 0, WARP};
+    now->arrived = now->paused = 0;
+    now->alive = n;
+    for (int i = 0; i < n / WARP; i++) now->warps[i] = {{{0}, {0}}, 0, WARP};
     for (int i = 0; i < n; i++) {
-        fibers[i].thread = dim3((unsigned)i % threads.x, (unsigned)i / threads.x % threads.y,
-                                (unsigned)i / threads.x / threads.y);
-        fibers[i].stack_pointer = new_stack(stacks + (size_t)i * STACK_BYTES, fiber_entry);
-        fibers[i].state = READY;
-        fibers[i].shuffles = 0;
+        struct fiber *fiber = &now->fibers[i];
+
+        fiber->thread = dim3((unsigned)i % threads.x, (unsigned)i / threads.x % threads.y,
+                             (unsigned)i / threads.x / threads.y);
+        fiber->stack_pointer = new_stack(now->stacks + (size_t)i * STACK_BYTES, fiber_entry);
+        fiber->state = READY;
+        fiber->shuffles = 0;
     }
 }
 
-static void run_fiber(int i)
+/* What one launch has to do. */
+struct grid {
+    std::vector<int> places, warps, lanes;
+    size_t next, shared;
+    int good;
+};
+
+static void run_blocks(struct grid *grid, size_t count);
+
+/* The block's other threads have not come as far as this one: as on a card, other blocks may. Half of
+ * those that are left do, so that some are left for the next operation. */
+static void let_others_run(struct grid *grid)
 {
-    current = i;
-    shim_now.thread = fibers[i].thread;
-    shim_switch(&scheduler_stack, fibers[i].stack_pointer);
-    if (fibers[i].state == DONE && alive > 0 &&
-        arrived == alive) { /* who has ended holds up nobody */
-        arrived = 0;
+    struct shim_place place = shim_now;
+    struct block *block = now;
+
+    block->paused = 0;
+    if (block != &places[0]) return;
+    now = &places[1];
+    run_blocks(grid, (grid->places.size() - grid->next + 1) / 2);
+    now = block;
+    shim_now = place;
+}
+
+static void run_fiber(struct grid *grid, int i)
+{
+    now->current = i;
+    shim_now.thread = now->fibers[i].thread;
+    shim_switch(&now->scheduler_stack, now->fibers[i].stack_pointer);
+    if (now->fibers[i].state == DONE && now->alive > 0 && now->arrived == now->alive) {
+        now->arrived = 0; /* who has ended holds up nobody */
         release(AT_BLOCK_BARRIER, 0, thread_count());
     }
+    if (now->paused) let_others_run(grid);
 }
 
 /* Runs a warp until each of its threads waits for the block, or has ended; 0 if it waits already. */
-static int run_warp(int first, const std::vector<int> &lanes)
+static int run_warp(struct grid *grid, int first)
 {
     int busy = 0, more;
 
     do {
         more = 0;
-        for (int lane : lanes) {
-            if (fibers[first + lane].state != READY) continue;
-            run_fiber(first + lane);
+        for (int lane : grid->lanes) {
+            if (now->fibers[first + lane].state != READY) continue;
+            run_fiber(grid, first + lane);
             more = 1;
         }
         busy |= more;
@@ -204,17 +236,29 @@ static int run_warp(int first, const std::vector<int> &lanes)
 }
 
 /* The first warp of the order runs as far ahead of the others as barriers let it. */
-static int run_block(const std::vector<int> &warp_order, const std::vector<int> &lanes,
-                     size_t shared)
+static void run_block(struct grid *grid)
 {
-    size_t at = 0;
+    size_t at = 0, shared = grid->shared;
 
-    memset(shared_memory, 0xff, shared);
-    ASAN_POISON_MEMORY_REGION(shared_memory + shared, SHARED_LIMIT - shared);
+    memset(now->shared, 0xff, shared);
+    ASAN_POISON_MEMORY_REGION(now->shared + shared, SHARED_LIMIT - shared);
     start_fibers(thread_count());
-    while (at < warp_order.size()) at = run_warp(warp_order[at] * WARP, lanes) ? 0 : at + 1;
-    ASAN_UNPOISON_MEMORY_REGION(shared_memory + shared, SHARED_LIMIT - shared);
-    return alive == 0;
+    while (at < grid->warps.size()) at = run_warp(grid, grid->warps[at] * WARP) ? 0 : at + 1;
+    ASAN_UNPOISON_MEMORY_REGION(now->shared + shared, SHARED_LIMIT - shared);
+    grid->good &= now->alive == 0;
+}
+
+/* So many of the blocks that have not begun. */
+static void run_blocks(struct grid *grid, size_t count)
+{
+    while (count-- && grid->next < grid->places.size()) {
+        unsigned place = (unsigned)grid->places[grid->next++];
+
+        shim_now.shared = now->shared;
+        shim_now.block = dim3(place % shim_now.grid.x, place / shim_now.grid.x % shim_now.grid.y,
+                              place / shim_now.grid.x / shim_now.grid.y);
+        run_block(grid);
+    }
 }
 
 /* ---- device memory ---------------------------------------------------------------------- */
@@ -227,7 +271,7 @@ typedef std::lock_guard<std::recursive_mutex> shim_lock;
 
 static unsigned char *device_memory; /* protected but while work is done */
 static size_t device_high;           /* what has ever been used of it */
-static std::map<size_t, size_t> blocks; /* offset -> bytes with the zone behind them */
+static std::map<size_t, size_t> pieces; /* offset -> bytes with the zone behind them */
 static std::map<uintptr_t, size_t> host_blocks, managed_blocks;
 
 static cudaError_t broken; /* sticky */
@@ -250,10 +294,14 @@ static void initialise(void)
     if (device_memory) return;
     device_memory = (unsigned char *)mmap(NULL, DEVICE_BYTES, PROT_NONE,
                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    stacks = (unsigned char *)mmap(NULL, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    shared_memory = (unsigned char *)aligned_alloc(256, SHARED_LIMIT + 256);
-    if (device_memory == MAP_FAILED || stacks == MAP_FAILED || !shared_memory) abort();
+    if (device_memory == MAP_FAILED) abort();
+    for (struct block &place : places) {
+        place.stacks = (unsigned char *)mmap(NULL, MAX_THREADS * STACK_BYTES,
+                                             PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        place.shared = (unsigned char *)aligned_alloc(256, SHARED_LIMIT + 256);
+        if (place.stacks == MAP_FAILED || !place.shared) abort();
+    }
 }
 
 static void protect(int access)
@@ -296,12 +344,12 @@ cudaError_t cudaMalloc(void **memory, size_t bytes)
     initialise();
     if (broken != cudaSuccess) return give(broken);
     if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
-    for (auto &block : blocks) {
+    for (auto &block : pieces) {
         if (block.first - at >= wanted) break;
         at = block.first + block.second;
     }
     if (bytes > DEVICE_BYTES || at + wanted > DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
-    blocks[at] = wanted;
+    pieces[at] = wanted;
     if (at + wanted > device_high) device_high = (at + wanted + 4095) / 4096 * 4096;
     protect(PROT_READ | PROT_WRITE);
     ASAN_UNPOISON_MEMORY_REGION(device_memory + at, bytes);
@@ -317,8 +365,8 @@ cudaError_t cudaFree(void *memory)
     shim_lock lock(shim_mutex);
 
     if (!memory) return cudaSuccess;
-    auto block = blocks.find((size_t)((unsigned char *)memory - device_memory));
-    if (block == blocks.end()) {
+    auto block = pieces.find((size_t)((unsigned char *)memory - device_memory));
+    if (block == pieces.end()) {
         auto managed = managed_blocks.find((uintptr_t)memory);
 
         if (managed == managed_blocks.end()) return give(cudaErrorInvalidValue);
@@ -327,7 +375,7 @@ cudaError_t cudaFree(void *memory)
         return cudaSuccess;
     }
     ASAN_POISON_MEMORY_REGION(memory, block->second);
-    blocks.erase(block);
+    pieces.erase(block);
     return give(broken);
 }
 
@@ -381,7 +429,7 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total)
     shim_lock lock(shim_mutex);
 
     *free_bytes = *total = DEVICE_BYTES;
-    for (auto &block : blocks) *free_bytes -= block.second;
+    for (auto &block : pieces) *free_bytes -= block.second;
     return give(broken);
 }
 
@@ -471,28 +519,24 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t bytes, cudaStream_t s
     });
 }
 
-static cudaError_t run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body)
+static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, const std::function<void()> &body)
 {
-    std::vector<int> warp_order, lanes, places;
-    unsigned count = grid.x * grid.y * grid.z;
+    struct grid grid = {};
 
     if (strikes(SHIM_FAULT_LAUNCH)) return cudaErrorLaunchFailure;
     kernel_body = &body;
-    shim_now.grid = grid;
+    now = &places[0];
+    shim_now.grid = size;
     shim_now.threads = block;
-    shim_now.shared = shared_memory;
-    order_of(warp_order, thread_count() / WARP);
-    order_of(lanes, WARP);
-    order_of(places, (int)count);
-    for (int place : places) {
-        shim_now.block = dim3((unsigned)place % grid.x, (unsigned)place / grid.x % grid.y,
-                              (unsigned)place / grid.x / grid.y);
-        if (!run_block(warp_order, lanes, shared)) {
-            fprintf(stderr, "shim: threads of a block wait at different barriers\n");
-            return cudaErrorLaunchFailure;
-        }
-    }
-    return cudaSuccess;
+    grid.shared = shared;
+    grid.good = 1;
+    order_of(grid.warps, thread_count() / WARP);
+    order_of(grid.lanes, WARP);
+    order_of(grid.places, (int)(size.x * size.y * size.z));
+    run_blocks(&grid, grid.places.size());
+    if (grid.good) return cudaSuccess;
+    fprintf(stderr, "shim: threads of a block wait at different barriers\n");
+    return cudaErrorLaunchFailure;
 }
 
 cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,

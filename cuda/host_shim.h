@@ -8,6 +8,7 @@
  *  - a kernel's parameters may hold no address of the host's own memory;
  *  - shared memory is NaN when a block begins, device memory when it is allocated;
  *  - work waits in its stream until somebody waits for it;
+ *  - a block that has done an atomic operation waits while others run from their start to their end;
  *  - threads run in the order that SHIM_ORDER names: ascending, descending, or a number that seeds
  *    shuffles. One runs until a barrier or a shuffle stops it, so that a missing barrier shows.
  *
@@ -138,11 +139,20 @@ static inline void __threadfence(void)
 {
 }
 
+/* After an atomic operation on device memory: other blocks may get in between. */
+void shim_pause(void);
+
+static inline int shim_is_shared(const void *address)
+{
+    return (uintptr_t)address - (uintptr_t)shim_now.shared < 1 << 18;
+}
+
 template <class T> static inline T atomicAdd(T *address, T value)
 {
     T old = *address;
 
     *address = old + value;
+    if (!shim_is_shared(address)) shim_pause();
     return old;
 }
 
@@ -151,6 +161,7 @@ template <class T> static inline T atomicMax(T *address, T value)
     T old = *address;
 
     if (value > old) *address = value;
+    if (!shim_is_shared(address)) shim_pause();
     return old;
 }
 

@@ -110,7 +110,7 @@ __global__ static void __launch_bounds__(THREADS, 2)
         if (pair < p.pairs) multiply<T, N>(p, pair, part, x, padded, sums);
         a = warp_sums(sums);
         b = __shfl_xor_sync(FULL_WARP, a, WARP / 2);
-        if (p.split > 1) {
+        if (p.split > 1) { /* then there is a block for each pair, and no second turn */
             float *share = parts + 2 * (warp * ROWS_AT_ONCE + row);
 
             if (keeps) share[0] = a, share[1] = b;
@@ -120,7 +120,6 @@ __global__ static void __launch_bounds__(THREADS, 2)
                     a += share[2 * ROWS_AT_ONCE * i];
                     b += share[2 * ROWS_AT_ONCE * i + 1];
                 }
-            __syncthreads(); /* the next pair writes there */
         }
         if (part == 0 && pair < p.pairs && keeps && first + row < p.rows)
             p.end.store(first + row, pair, p.outputs, a, b);

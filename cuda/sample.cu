@@ -74,7 +74,6 @@ __device__ static void sums_before(struct table *table)
     mine = thread ? table->sums[thread - 1] : 0;
     __syncthreads();
     table->sums[thread] = mine;
-    __syncthreads();
 }
 
 /* The key of the k-th largest logit; *k becomes how many ids with that key belong to the first k. */

@@ -1,7 +1,7 @@
 """Removes each barrier of the CUDA kernels in turn: a test of operations must then fail.
 
-Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose removal no
-test sees is either not needed, or not tested; both are defects, and end this with status 1.
+Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose removal
+no test sees is either not needed, or not tested; both are defects, and end this with status 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "test"
 PLACE = ROOT / "build" / "mutant"
 ORDERS = ("ascending", "descending", "3")
-COMPILE = "g++ -x c++ -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -O1 -w -c".split()
+COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+COMPILE += ["-O1", "-w", "-c"]
 BARRIER = re.compile(r"__syncthreads\(\);")
 
 

@@ -1330,9 +1330,11 @@ static void report(const char *operation, const char *detail, const struct tally
     const struct bound *bound = bounds;
 
     while (strcmp(bound->operation, operation) != 0) bound++;
-    verdict(tally->naive <= bound->naive && tally->isa <= bound->isa,
+    double isa = cuda ? bound->naive : bound->isa; /* a card has functions of its own */
+
+    verdict(tally->naive <= bound->naive && tally->isa <= isa,
             "%s %s is right (%d shapes; generic %.2g of %.2g, other kernels %.2g of %.2g)",
-            operation, detail, tally->cases, tally->naive, bound->naive, tally->isa, bound->isa);
+            operation, detail, tally->cases, tally->naive, bound->naive, tally->isa, isa);
     verdict(tally->bits && tally->alone,
             "%s %s has the same bits in any batch and with any threads", operation, detail);
     verdict(tally->masked, "%s %s leaves inactive rows alone", operation, detail);
@@ -2173,7 +2175,7 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
         start_case(11);
         struct rows rows = take_rows(&(struct shape){.n = N});
         int32_t *table = take(LANES * 2 * LONG_PAGES * 4), *position = take(LANES * 2 * 4);
-        float *q = take_random(N * row, 1);
+        float *q = take_random(N * row, 1), *other = take_random(N * row, 1);
 
         cache.page_bytes = elements * element;
         cache.pages = take(cache.page_bytes * LANES * 2 * LONG_PAGES);
@@ -2188,7 +2190,7 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
         for (int l = 0; l < LANES * 2; l++) position[l] = 200 + 137 * l;
         if (!b) here->ops->reserve(here, N, 640, LONG_PAGES * POSITIONS);
         start_outcome(&all[b], N, row, 0);
-        for (int times = 0; times < 2; times++) /* the second one finds the counters as they were */
+        for (int times = 0; times < 2; times++) /* the first query leaves its own spans behind */
             run_attend(here, &(struct op_attend){.name = "long",
                                                  .rows = rows,
                                                  .steps = 1,
@@ -2198,7 +2200,7 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
                                                  .capacity = 400,
                                                  .position = position,
                                                  .cache = &cache,
-                                                 .q = q,
+                                                 .q = times ? q : other,
                                                  .y = all[b].y});
     }
     good = distance(&all[1], &all[0]) < 1e-5;

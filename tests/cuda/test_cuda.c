@@ -1,6 +1,7 @@
 /* test_cuda.c: conversations of the packaged tiny model through the CUDA backend, run by the host shim,
  * beside the same ones on the CPU; and what happens when memory, the driver or the card fails. Usage:
- * test_cuda [model folder], with MOSHI_C_CUDA_LIBRARY naming the library. */
+ * test_cuda [model folder], with MOSHI_C_CUDA_LIBRARY naming the library. With one for real cards the
+ * conversations are held on the card, and nothing is made to fail. */
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -33,7 +34,7 @@ static const char *folder = "moshi_c/data/moshi-tiny";
 static void run(const char *name, int (*test)(void))
 {
     why[0] = '\0';
-    repair();
+    if (repair) repair();
     if (test()) {
         ++passed;
         printf("ok %s\n", name);
@@ -309,6 +310,16 @@ static int test_the_right_library_is_found_and_another_refused(void)
     return 1;
 }
 
+static void run_faults(void)
+{
+    run("memory that runs out is said", test_memory_that_runs_out_is_said);
+    run("a card that fails ends its sessions with a reason",
+        test_a_card_that_fails_ends_its_sessions_with_a_reason);
+    run("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
+    run("the right library is found and another refused",
+        test_the_right_library_is_found_and_another_refused);
+}
+
 int main(int argc, char **argv)
 {
     const char *path = getenv("MOSHI_C_CUDA_LIBRARY");
@@ -319,8 +330,8 @@ int main(int argc, char **argv)
         *(void **)&inject = dlsym(library, "shim_inject");
         *(void **)&repair = dlsym(library, "shim_repair");
     }
-    if (!library || !inject || !repair) {
-        printf("MOSHI_C_CUDA_LIBRARY names no library with the host shim\n");
+    if (!library) {
+        printf("MOSHI_C_CUDA_LIBRARY names no library\n");
         return 2;
     }
     run("conversations in f32 are those of the CPU",
@@ -328,12 +339,7 @@ int main(int argc, char **argv)
     run("conversations in bf16 are those of the CPU",
         test_conversations_in_bf16_are_those_of_the_cpu);
     run("company changes no bit", test_company_changes_no_bit);
-    run("memory that runs out is said", test_memory_that_runs_out_is_said);
-    run("a card that fails ends its sessions with a reason",
-        test_a_card_that_fails_ends_its_sessions_with_a_reason);
-    run("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
-    run("the right library is found and another refused",
-        test_the_right_library_is_found_and_another_refused);
+    if (inject) run_faults();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }
