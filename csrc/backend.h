@@ -414,6 +414,8 @@ struct backend {
     const char *device; /* "cpu" */
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
+    int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
+                      sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */
     char sentence[256]; /* of the failure */
 };

@@ -173,6 +173,7 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
         engine->decode_q = model->mimi.config.n_q;
     os_mutex_lock(model->backend_lock);
     status = create_state(engine, options);
+    if (status) status = model_failure(model, status);
     os_mutex_unlock(model->backend_lock);
     if (status) {
         moshi_engine_destroy(engine);
@@ -325,6 +326,8 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
     const size_t codes = (size_t)engine->user_q;
     ops->download(engine->backend, engine->codes, engine->device_codes,
                   (size_t)rows * codes * sizeof(int32_t));
+    status = ops->sync(engine->backend);
+    if (status) return status;
     for (int i = 0; i < rows; ++i) {
         struct moshi_session *session = engine->subset[i];
         memcpy(session->user_codes, engine->codes + (size_t)i * codes, codes * sizeof(int32_t));
@@ -387,7 +390,7 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
     if (!status)
         engine->backend->ops->download(engine->backend, engine->output, engine->lm.output,
                                        (size_t)n * (size_t)(1 + engine->dep_q) * sizeof(int32_t));
-    return status;
+    return status ? status : engine->backend->ops->sync(engine->backend);
 }
 
 static void keep_logits(struct moshi_engine *engine, struct moshi_session *session, int row,
@@ -451,7 +454,8 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         struct moshi_session *session = engine->subset[i];
         ops->download(engine->backend, session->frame->pcm,
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
-        if (!samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
+        status = ops->sync(engine->backend);
+        if (!status && !samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
             session_end(session, moshi_fail(MOSHI_ERROR_SESSION,
                                             "the voice of frame %lld is not finite, expected "
                                             "numbers: the weights of the codec are damaged",

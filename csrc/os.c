@@ -10,6 +10,7 @@
 
 #include "os.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -325,6 +326,31 @@ const char *os_environment(const char *name)
 {
     const char *value = getenv(name);
     return value != NULL && value[0] != '\0' ? value : NULL;
+}
+
+void *os_library_open(const char *path, char *reason, size_t capacity)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        const char *words = dlerror();
+        snprintf(reason, capacity, "%s", words ? words : "unknown");
+    }
+    return library;
+}
+
+void *os_library_symbol(void *library, const char *name)
+{
+    return dlsym(library, name);
+}
+
+int os_own_folder(char *folder, size_t capacity)
+{
+    static const char here;
+    Dl_info info;
+    if (!dladdr(&here, &info) || !info.dli_fname) return 0;
+    const char *slash = strrchr(info.dli_fname, '/');
+    int length = slash ? (int)(slash - info.dli_fname) : 1;
+    return snprintf(folder, capacity, "%.*s", length, slash ? info.dli_fname : ".") < (int)capacity;
 }
 
 int64_t os_process(void)

@@ -227,18 +227,14 @@ def _text(path: os.PathLike[str] | None) -> str | None:
 
 
 def _device(name: str) -> str:
-    """What the core is to open; DeviceError for what is not built."""
+    """What the core is to open."""
     asked = f"device is {name!r}"
     if name == "auto":
-        name = os.environ.get("MOSHI_C_DEVICE", "").strip() or "cpu"
+        name = os.environ.get("MOSHI_C_DEVICE", "").strip() or "auto"
         asked = f"MOSHI_C_DEVICE is {name!r}"
-    if name in ("auto", "cpu"):
-        return "cpu"
-    if name == "cuda" or (name.startswith("cuda:") and name[5:].isdecimal()):
-        raise DeviceError(
-            f"{asked}, but the CUDA backend is not part of this build; expected 'auto' or 'cpu'"
-        )
-    raise DeviceError(f"{asked}; expected 'auto' or 'cpu'")
+    if name in ("auto", "cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()):
+        return name
+    raise DeviceError(f"{asked}; expected 'auto', 'cpu', 'cuda' or 'cuda:1' and so on")
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

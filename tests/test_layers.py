@@ -26,7 +26,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("json", "quant"),
     ("config", "safetensors"),
     ("backend",),
-    ("cpu/", "trace", "state", "weights"),
+    ("cpu/", "cuda", "trace", "state", "weights"),
     ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
