@@ -148,6 +148,7 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
                                    .dtype = MOSHI_F32,
                                    .pack = 1,
                                    .lean = lean,
+                                   .copies = 1,
                                    .check_finite = 1}; /* all of it is read now in any case */
     status = mimi_load(&model->mimi, &config, &loader);
     if (status) return status;

@@ -242,6 +242,19 @@ void os_decommit(void *memory, size_t bytes)
     }
 }
 
+void os_forget(const void *data, size_t bytes)
+{
+#ifdef __linux__
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = ((uintptr_t)data + page - 1) / page * page;
+    uintptr_t end = ((uintptr_t)data + bytes) / page * page;
+
+    if (end > start) (void)madvise((void *)start, end - start, MADV_DONTNEED);
+#else
+    (void)data, (void)bytes; /* there this may lose what was read */
+#endif
+}
+
 double os_clock(void)
 {
     struct timespec now;

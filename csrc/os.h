@@ -28,6 +28,8 @@ void os_release(void *memory, size_t bytes);
 void os_advise_huge(void *memory, size_t bytes);
 /* Gives the pages back; they read as zeros afterwards. Both ends are rounded inward to pages. */
 void os_decommit(void *memory, size_t bytes);
+/* Of a mapped file: what lies here is not needed for now, and is read from the file again if it is. */
+void os_forget(const void *data, size_t bytes);
 
 /* Monotonic seconds. */
 double os_clock(void);
