@@ -26,11 +26,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("json", "quant"),
     ("config", "safetensors"),
     ("backend",),
-    ("cpu/", "trace", "state", "weights"),
+    ("cpu/", "cuda", "trace", "state", "weights"),
     ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
-    ("model",),
+    ("model", "refresh"),
     ("convert", "engine"),
     ("codec", "prefill", "session"),
 )
@@ -162,6 +162,15 @@ def test_the_command_line_is_on_top() -> None:
     for path in PYTHON_FILES:
         for other in imports_of(path) & IMPORTED_BY.keys():
             assert path.stem in IMPORTED_BY[other], f"{name_of(path)} imports {other}"
+
+
+def test_only_the_command_line_knows_the_server() -> None:
+    for path in PYTHON_FILES:
+        if path.stem not in ("cli", "__main__"):
+            assert "server" not in imports_of(path), name_of(path)
+    for path in PACKAGE.glob("server/*.py"):
+        text = path.read_text()
+        assert not re.search(r"from \.\.(?:cli|server)\b|from \.\. import (?!__version__)", text)
 
 
 def test_imports_have_no_circles() -> None:
