@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, bench
+from . import __version__, bench, client
 from .audio import AudioWriter, check_suffix, read_audio, read_blocks
+from .chat import Chat
 from .codec_file import CodecFile, read_codec_file, write_codec_file
 from .convert import quantize
 from .duet import duet
@@ -30,6 +31,7 @@ from .model import Model, devices, load, load_mimi
 from .progress import Bar
 from .recording import Recording
 from .session import SPEAKING_FRAMES, Frame, Session
+from .soundcard import device_of
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -144,6 +146,83 @@ def _report(model: Model, session: Session, recording: Recording) -> None:
         f"seed {session.seed}",
     ]
     print("\n".join(lines), file=sys.stderr)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    with (
+        _load(arguments) as model,
+        Session(model, seed=arguments.seed) as session,
+        _shown_words() as said,
+    ):
+        chat = Chat(
+            session,
+            said,
+            echo_gate=arguments.echo_gate,
+            microphone=device_of(arguments.microphone),
+            speaker=device_of(arguments.speaker),
+        )
+
+        def listening() -> None:
+            print(f"listening; Ctrl-C ends it (seed {session.seed})", file=sys.stderr)
+
+        try:
+            chat.run(listening)
+        finally:
+            if chat.left_out:
+                seconds = chat.left_out / model.frame_rate
+                print(
+                    f"{seconds:.1f} s of the microphone were left out: a step took "
+                    f"{session.stats.p50_ms:.0f} ms of the {1000 / model.frame_rate:g} there are",
+                    file=sys.stderr,
+                )
+
+
+def _client(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ValueError("client talks to the model of its server; expected no --model")
+    source = Path(arguments.input) if arguments.input else None
+    target = Path(arguments.output) if arguments.output else None
+    if target:
+        check_suffix(target)
+    if source and target:
+        _check_apart(source, target)
+    call = client.Call(
+        arguments.url,
+        source,
+        target,
+        after=arguments.after,
+        token=arguments.token,
+        seed=arguments.seed,
+        verify=not arguments.insecure,
+        echo_gate=arguments.echo_gate,
+        microphone=device_of(arguments.microphone),
+        speaker=device_of(arguments.speaker),
+    )
+
+    def waiting(place: int) -> None:
+        print(f"waiting; place {place} in the line", file=sys.stderr)
+
+    with _shown_words() as said:
+        counts = client.talk(call, said, waiting)
+    said_seconds, heard_seconds = counts.sent / client.RATE, counts.heard / client.RATE
+    print(f"{said_seconds:.2f} s said, {heard_seconds:.2f} s heard", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _shown_words() -> Iterator[Callable[[str], None]]:
+    """Prints text as it comes, on a line of its own."""
+    line = False
+
+    def said(text: str) -> None:
+        nonlocal line
+        print(text if line else text.lstrip(), end="", flush=True)
+        line = True
+
+    try:
+        yield said
+    finally:
+        if line:
+            print(flush=True)
 
 
 def _duet(arguments: argparse.Namespace) -> None:
@@ -485,6 +564,45 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
     talk = command(
+        "chat",
+        _chat,
+        "a conversation by microphone and loudspeaker",
+        "moshi-c chat --no-echo-gate",
+    )
+    call = command(
+        "client",
+        _client,
+        "a call to a server of Moshi's WebSocket protocol",
+        "moshi-c client ws://localhost:8998 --in question.wav --out answer.wav --after 3",
+    )
+    call.add_argument("url", metavar="URL", help="ws://, wss://, http:// or https://; /api/chat")
+    call.add_argument(
+        "--in", dest="input", metavar="FILE", help="said in real time (default: the microphone)"
+    )
+    call.add_argument(
+        "--out", dest="output", metavar="FILE", help="for the answer (default: the loudspeaker)"
+    )
+    call.add_argument(
+        "--after",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="seconds of silence after the file, for an answer to its end (default: 0)",
+    )
+    call.add_argument("--token", metavar="T", help="what the server wants its callers to know")
+    call.add_argument(
+        "--insecure", action="store_true", help="take any certificate, as self-signed ones"
+    )
+    for sub in (talk, call):
+        sub.add_argument(
+            "--no-echo-gate",
+            dest="echo_gate",
+            action="store_false",
+            help="with headphones: the microphone stays open while the model is heard",
+        )
+        sub.add_argument("--microphone", metavar="D", help="number, or part of the name")
+        sub.add_argument("--speaker", metavar="D", help="number, or part of the name")
+
         "duet",
         _duet,
         "two models that talk to each other, written to a stereo file",
