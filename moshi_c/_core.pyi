@@ -19,7 +19,7 @@ class Device(TypedDict):
 
 #: index, pcm float32[frame_size] (None when not decoded), text_token (-1 before the first output),
 #: codes int32[dep_q] (None before the first output), user_codes int32[user_q], level in dBFS,
-#: heads float32[heads, head_dim] (None without heads), seconds the step took, event (None or a word)
+#: heads float32[heads, head_dim] (None without heads), seconds the step took, event: None or a word
 FrameTuple = tuple[
     int,
     NDArray[np.float32] | None,

@@ -22,8 +22,8 @@ from .tokenizer import Tokenizer
 #: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
 #: "q8" and "q4" have one for 32 weights.
 Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
-#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one scale
-#: for each head and frame.
+#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one
+#: scale for each head and frame.
 KvDtype = Literal["auto", "f32", "bf16", "int8"]
 
 #: Of a signal that is not held whole, frames at a time: enough for long passes, 2 MB of sound.

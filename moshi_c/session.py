@@ -274,11 +274,11 @@ class Session:
             sample_rate: of what goes in, Hz. A frame is 80 ms at that rate.
             output_sample_rate: of Frame.pcm, Hz.
             keep_logits: makes `logits` available.
-            context_policy: what becomes of a call that is longer than the model's memory. "ring", as
-                upstream: it forgets frame by frame. "refresh": before the range ends that the model
-                was trained on, what it remembers is made anew from the tokens of the last frames,
-                as that of a conversation which began there; in a pause, if one comes once 80 % of
-                the range are used. Steps go on meanwhile.
+            context_policy: what becomes of a call that is longer than the model's memory. "ring",
+                as upstream: it forgets frame by frame. "refresh": before the range ends that the
+                model was trained on, what it remembers is made anew from the tokens of the last
+                frames, as that of a conversation which began there; in a pause, if one comes once
+                80 % of the range are used. Steps go on meanwhile.
             context_range: that range, in frames; None for the checkpoint's context.
             context_keep: frames that a refresh keeps; None for half of the range.
 
