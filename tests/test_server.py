@@ -653,6 +653,10 @@ async def test_fault_18_a_token_is_asked_for_before_the_upgrade(
         ascii_token = "correct-horse"
         assert (await get(server, "/api/info"))[0] == 200
         assert '"token": true' in (await get(server, "/api/info"))[1]
+        for text in (b"GET /?token=%s HTTP/9.9\r\n\r\n", b"GET /?token=%s\r\n\x00\r\n\r\n"):
+            reader, writer = await raw(server.port, text % token.encode())
+            await reader.read()
+            writer.close()
     async with serving(model, token=ascii_token) as server:
         async with calling(server, headers={"Authorization": f"Bearer {ascii_token}"}) as caller:
             await caller.ready()

@@ -122,8 +122,10 @@ class Server:
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._is_ready)
         app.router.add_get("/metrics", self._metrics_text)
-        # no access log: it would show the tokens in URLs
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=15.0)
+        # neither an access log nor one of damaged requests: they would show the tokens in URLs
+        quiet = logging.getLogger("moshi_c.server.http")
+        quiet.setLevel(logging.CRITICAL + 1)
+        self._runner = web.AppRunner(app, access_log=None, logger=quiet)
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         try:
@@ -226,8 +228,16 @@ class Server:
                 response.headers["Retry-After"] = str(_RETRY_AFTER)
             if refused.status == 401:
                 response.headers["WWW-Authenticate"] = "Bearer"
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception:
+            log.exception("%s: an error of the server's own", request.path)
+            response = web.json_response(
+                {"error": "internal", "reason": "an error of the server's own"}, status=500
+            )
         if not response.prepared:
             response.headers.update(pages.HEADERS)
+            response.force_close()  # the time for a request is counted from its connection
         return response
 
     # ---- calls ---------------------------------------------------------------------------------

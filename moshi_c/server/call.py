@@ -31,8 +31,9 @@ from .settings import Sampling, Settings
 
 log = logging.getLogger("moshi_c.server")
 
-#: What a close frame says beyond RFC 6455.
+#: What a close frame says beyond RFC 6455; _LOST is never sent.
 BAD_AUDIO, TIMEOUT = 4400, 4408
+_LOST = 1006
 
 #: Messages that mean nothing before the call is ended.
 _MOST_IGNORED = 100
@@ -242,20 +243,20 @@ class Call:
         except MoshiError as error:
             self.end(Ending(WSCloseCode.INTERNAL_ERROR, "model_error", str(error)))
         except (ConnectionError, ClientConnectionError):
-            self.end(Ending(1006, "reset", "the connection was lost"))
+            self.end(Ending(_LOST, "reset", "the connection was lost"))
         except Exception:
             log.exception("%s: an error of the server's own", self._name)
             self.end(Ending(WSCloseCode.INTERNAL_ERROR, "internal", "an error of the server's own"))
 
     async def _hang_up(self, ending: Ending) -> None:
         """Tells the caller, if it listens, and closes."""
-        if not self._transport.is_closing() and ending.label != "slow_reader":
+        if not self._transport.is_closing() and ending.code != _LOST:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._say_goodbye(ending), 2.0)
         self._transport.abort()
 
     async def _say_goodbye(self, ending: Ending) -> None:
-        if ending.code != WSCloseCode.OK or ending.label == "time_limit":
+        if ending.label not in ("finished", "hung_up", "slow_reader"):
             await self._give(self._wire.error(ending.reason))
         message = ending.reason.encode()[:120].decode("utf-8", "ignore").encode()
         await self._socket.close(code=ending.code, message=message)
@@ -286,8 +287,8 @@ class Call:
         while True:
             message = await self._socket.receive()
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
-                if self._socket.close_code in (None, 1006):
-                    raise Ending(1006, "reset", "the connection was lost")
+                if self._socket.close_code in (None, _LOST):
+                    raise Ending(_LOST, "reset", "the connection was lost")
                 raise Ending(WSCloseCode.OK, "hung_up", "the caller hung up")
             if message.type == WSMsgType.ERROR:
                 raise self._broken()
@@ -319,7 +320,9 @@ class Call:
             return Ending(code, "too_large", f"a message had more than {most} bytes")
         if isinstance(code, int):
             return Ending(code, "bad_messages", f"a message was no WebSocket message ({error})")
-        return Ending(1006, "reset", "the connection was lost, or the caller did not answer a ping")
+        return Ending(
+            _LOST, "reset", "the connection was lost, or the caller did not answer a ping"
+        )
 
     def _ignore(self, why: str) -> None:
         self._counts.ignored += 1
@@ -571,12 +574,12 @@ class Call:
     async def _watch(self) -> None:
         settings = self._settings
         limits = (settings.max_seconds, settings.idle_seconds, settings.slow_seconds)
-        pause = min(1.0, *(limit / 4 for limit in limits if limit))
+        pause = min([1.0, *(limit / 4 for limit in limits if limit)])
         while True:
             await asyncio.sleep(pause)
             now = self._loop.time()
             if self._transport.is_closing():
-                raise Ending(1006, "reset", "the connection was lost")
+                raise Ending(_LOST, "reset", "the connection was lost")
             lasted = now - self._ready if self._heard is not None else 0.0
             if settings.max_seconds and lasted > settings.max_seconds:
                 raise Ending(
