@@ -88,6 +88,10 @@ struct rvq {
     const float *half_norms; /* [levels][bins]: |e|^2 / 2 */
 };
 
+/* A stage of `run` whose sizes change from call to call: for a backend that captures stages, one to
+ * execute as it comes. The others are 0 to 3. */
+#define STAGE_GIVEN 4
+
 #define TOKEN_FREE INT32_MIN /* "not forced", in slot_params */
 #define TOKEN_ZERO (-1) /* embeds as zeros */
 #define TOKEN_NONE (-2) /* no output yet; never an input */

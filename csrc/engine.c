@@ -32,15 +32,21 @@ static void engine_loop(void *arg)
             }
         }
         engine->pending = 0;
-        if (n == 0) continue; /* its session was destroyed meanwhile */
+        engine->ticking = n > 0;
+        if (n == 0) { /* its session was destroyed meanwhile */
+            os_condition_wake_all(engine->done);
+            continue;
+        }
         os_mutex_unlock(engine->lock);
         os_mutex_lock(engine->model->backend_lock);
         engine_tick(engine, engine->batch, n);
         os_mutex_unlock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         for (int i = 0; i < n; ++i) finish_frame(engine->batch[i]);
+        engine->ticking = 0;
         os_condition_wake_all(engine->done);
     }
+    engine->pending = 0;
     /* Nobody waits for ever: what was submitted too late ends with a reason. */
     for (int slot = 0; slot < engine->max_sessions; ++slot) {
         struct moshi_session *session = engine->slots[slot];
@@ -207,6 +213,25 @@ int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_engine_stat
     return MOSHI_OK;
 }
 
+void engine_give_way(struct moshi_engine *engine)
+{
+    os_mutex_lock(engine->lock);
+    const int64_t ticks = engine->stats.ticks;
+    while (!engine->stop && (engine->pending || engine->ticking) && engine->stats.ticks == ticks)
+        os_condition_wait(engine->done, engine->lock);
+    os_mutex_unlock(engine->lock);
+}
+
+int engine_is_shared(struct moshi_engine *engine, const struct moshi_session *session)
+{
+    int shared = __atomic_load_n(&engine->streams, __ATOMIC_RELAXED) > 0;
+    os_mutex_lock(engine->lock);
+    for (int i = 0; i < engine->max_sessions; ++i)
+        shared |= engine->slots[i] && engine->slots[i] != session;
+    os_mutex_unlock(engine->lock);
+    return shared;
+}
+
 /* ---- the tick --------------------------------------------------------------------------- */
 
 struct codec_pass {
@@ -270,18 +295,14 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
     return MOSHI_OK;
 }
 
-/* Without `policy` nothing is forced. */
-static void upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
+void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
 {
     struct slot_params *params = &session->params;
-    params->forced_text = session->next_text;
-    if (params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
+    params->forced_text = policy ? session->next_text[0] : TOKEN_FREE;
+    if (policy && params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
         params->forced_text = session->forced[session->forced_first];
-    memcpy(params->forced_audio, session->next_audio, sizeof params->forced_audio);
-    if (!policy) {
-        params->forced_text = TOKEN_FREE;
-        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) params->forced_audio[k] = TOKEN_FREE;
-    }
+    for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k)
+        params->forced_audio[k] = policy && k < engine->dep_q ? session->next_audio[k] : TOKEN_FREE;
     engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot, params,
                                  sizeof *params);
 }
@@ -295,7 +316,7 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
         engine->guided[i] = (uint8_t)session_is_guided(batch[i]);
         memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
                (size_t)engine->user_q * sizeof(int32_t));
-        upload_params(engine, batch[i], policy);
+        engine_upload_params(engine, batch[i], policy);
     }
     const struct lm_step step = {
         .n = n, .slots = engine->row_slots, .guided = engine->guided, .user = engine->user};
@@ -346,13 +367,6 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
                                        (size_t)info->head_dim * sizeof(float));
 }
 
-static void end_session(struct moshi_session *session, int status)
-{
-    session->status = status;
-    session->dead = 1;
-    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
-}
-
 /* Decodes the frames of the sessions that have output and want sound. */
 static int decode(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
@@ -380,12 +394,21 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         ops->download(engine->backend, session->frame->pcm,
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
         if (!samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
-            end_session(session, moshi_fail(MOSHI_ERROR_SESSION,
+            session_end(session, moshi_fail(MOSHI_ERROR_SESSION,
                                             "the voice of frame %lld is not finite, expected "
                                             "numbers: the weights of the codec are damaged",
                                             (long long)session->index));
     }
     return status;
+}
+
+static void next_step(struct moshi_session *session)
+{
+    const size_t later = (size_t)session->next_steps - 1, dep_q = (size_t)session->engine->dep_q;
+    memmove(session->next_text, session->next_text + 1, later * sizeof *session->next_text);
+    memmove(session->next_audio, session->next_audio + dep_q,
+            later * dep_q * sizeof *session->next_audio);
+    session_free_next(session, session->next_steps - 1);
 }
 
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
@@ -410,7 +433,7 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
                                        sizeof failed);
         /* A number that is not finite ends this conversation and no other. */
         if (failed)
-            end_session(
+            session_end(
                 batch[i],
                 moshi_fail(MOSHI_ERROR_SESSION,
                            "a logit of frame %lld is not finite, expected numbers: the weights are "
@@ -426,13 +449,12 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
 
     for (int i = 0; i < n; ++i) {
         struct moshi_session *session = batch[i];
-        if (status) end_session(session, status);
+        if (status) session_end(session, status);
         if (session->dead) continue;
         ++session->index;
-        if (session->next_text == TOKEN_FREE && session->forced_first < session->forced_end)
+        if (session->next_text[0] == TOKEN_FREE && session->forced_first < session->forced_end)
             __atomic_store_n(&session->forced_first, session->forced_first + 1, __ATOMIC_RELAXED);
-        session->next_text = TOKEN_FREE;
-        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+        next_step(session);
         session->frame->step_s = end - session->submitted_s;
     }
     os_mutex_lock(engine->lock);

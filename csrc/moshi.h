@@ -314,6 +314,18 @@ MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
  * or audio == NULL leave that part free. audio: dep_q codes. */
 MOSHI_API int moshi_session_force_next(struct moshi_session *session, int32_t text,
                                        const int32_t *audio);
+/* Steps `frames` frames of which every token is known, many in one pass: the state becomes that of as
+ * many steps by these codes that were forced to say these tokens, without a voice, bit for bit.
+ * text_tokens[frames], codes[dep_q][frames], user_codes[user_q][frames], frame by frame as a recording
+ * has them: what belongs to one moment stands in one column, whatever the model's delays. Of the
+ * streams that are late the last codes are said by the next steps. Tokens of moments from before the
+ * first frame which those streams have still to say are chosen as ever, by steps. The codec hears and
+ * says nothing of it. said[frames] (may be NULL): the text tokens that these steps give out, -1 before
+ * the first output. MOSHI_ERROR_ARGUMENT or _AUDIO when a token is missing or out of range; then
+ * nothing has changed. There are no logits afterwards. */
+MOSHI_API int moshi_session_prefill(struct moshi_session *session, int frames,
+                                    const int32_t *text_tokens, const int32_t *codes,
+                                    const int32_t *user_codes, int32_t *said);
 /* Logits of the last step, after guidance: text[text_card], audio[dep_q][card]. Either may be NULL.
  * Needs keep_logits. */
 MOSHI_API int moshi_session_logits(struct moshi_session *session, float *text, float *audio);
@@ -365,6 +377,58 @@ MOSHI_API int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, i
 /* codes[batch][n_codes][frames] -> pcm[batch][frames * frame_size] */
 MOSHI_API int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch,
                                 int n_codes, int64_t frames, float *pcm);
+
+/* ---- Opus in Ogg ------------------------------------------------------------------------ */
+
+/* Streams of the voice protocols: mono float samples at 8000, 12000, 16000, 24000 or 48000 Hz on one
+ * side, bytes in pieces of any size on the other. A model is not needed. One thread at a time for each
+ * reader and writer. */
+struct moshi_opus_reader;
+struct moshi_opus_writer;
+
+MOSHI_API int moshi_opus_reader_create(int rate, struct moshi_opus_reader **reader);
+MOSHI_API void moshi_opus_reader_destroy(struct moshi_opus_reader *reader);
+/* Takes bytes of the stream, which moves *data and *bytes on, and gives up to `capacity` samples. To
+ * be repeated until *samples is 0; then *bytes is 0 too, and the reader waits for more.
+ *
+ * Nothing is dropped in front, the pre-skip neither: a packet gives all of its samples at once, so
+ * that frames of a live stream end where packets end. The last page's granule cuts the end.
+ *
+ * What the network does to a stream costs that part of it alone: damaged bytes are skipped up to the
+ * next whole page, a damaged packet is replaced by what the decoder makes up for it, missing pages
+ * too, up to a second. A stream joined in the middle is decoded from its next packet on. Streams may
+ * follow each other. Mono and stereo, which is mixed; samples beyond -1..1 are clipped.
+ *
+ * MOSHI_ERROR_AUDIO ends this reader: more than two channels, or no good packet in the last 128 KiB,
+ * or in the last 50. */
+MOSHI_API int moshi_opus_reader_append(struct moshi_opus_reader *reader, const uint8_t **data,
+                                       size_t *bytes, float *pcm, size_t capacity, size_t *samples);
+/* Samples that a player of the whole stream drops in front; 0 before its OpusHead. */
+MOSHI_API int moshi_opus_reader_pre_skip(const struct moshi_opus_reader *reader);
+
+struct moshi_opus_counts {
+    int64_t packets; /* decoded */
+    int64_t lost; /* pages that never came, by the numbers of those that did */
+    int64_t
+        damaged; /* packets that could not be decoded, and stretches of bytes that are no page */
+};
+MOSHI_API struct moshi_opus_counts moshi_opus_reader_counts(const struct moshi_opus_reader *reader);
+
+/* serial: of the Ogg stream. The first bytes are the pages OpusHead and OpusTags, then comes a page
+ * for each 40 ms, at once, so that a frame of 80 ms leaves nothing behind. */
+MOSHI_API int moshi_opus_writer_create(int rate, uint32_t serial,
+                                       struct moshi_opus_writer **writer);
+MOSHI_API void moshi_opus_writer_destroy(struct moshi_opus_writer *writer);
+/* Takes samples, which moves *pcm and *samples on, and gives up to `capacity` bytes. To be repeated
+ * until *bytes is 0; then *samples is 0 too. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE,
+ * give MOSHI_ERROR_AUDIO before any is taken. */
+MOSHI_API int moshi_opus_writer_append(struct moshi_opus_writer *writer, const float **pcm,
+                                       size_t *samples, uint8_t *data, size_t capacity,
+                                       size_t *bytes);
+/* Ends the stream: the rest, filled up with silence, and a last page whose granule is exact. To be
+ * repeated until *bytes is 0. */
+MOSHI_API int moshi_opus_writer_close(struct moshi_opus_writer *writer, uint8_t *data,
+                                      size_t capacity, size_t *bytes);
 
 #ifdef __cplusplus
 }

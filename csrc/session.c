@@ -58,11 +58,25 @@ static void set_seed(struct moshi_session *session, uint64_t seed)
     session->params.seed[1] = (uint32_t)(seed >> 32);
 }
 
+void session_free_next(struct moshi_session *session, int first_step)
+{
+    const int dep_q = session->engine->dep_q;
+    for (int i = first_step; i < session->next_steps; ++i) session->next_text[i] = TOKEN_FREE;
+    for (int i = first_step * dep_q; i < session->next_steps * dep_q; ++i)
+        session->next_audio[i] = TOKEN_FREE;
+}
+
+void session_end(struct moshi_session *session, int status)
+{
+    session->status = status;
+    session->dead = 1;
+    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+}
+
 static void clear_forcing(struct moshi_session *session)
 {
     session->forced_first = session->forced_end = 0;
-    session->next_text = TOKEN_FREE;
-    for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+    session_free_next(session, 0);
 }
 
 /* Under the backend lock. */
@@ -89,8 +103,12 @@ static int create_buffers(struct moshi_session *session, const struct moshi_mode
                           const struct moshi_session_options *options)
 {
     const struct moshi_model_info *info = &model->info;
+    session->next_steps = info->max_delay > 1 ? info->max_delay : 1;
     session->pcm = calloc((size_t)info->frame_size, sizeof *session->pcm);
-    int failed = !session->pcm;
+    session->next_text = calloc((size_t)session->next_steps, sizeof *session->next_text);
+    session->next_audio = calloc((size_t)session->next_steps * (size_t)(info->dep_q + 1),
+                                 sizeof *session->next_audio);
+    int failed = !session->pcm || !session->next_text || !session->next_audio;
     if (options->keep_logits) {
         size_t logits = (size_t)info->text_card + (size_t)info->dep_q * (size_t)info->card;
         session->logits = calloc(logits, sizeof *session->logits);
@@ -123,6 +141,8 @@ static int create_buffers(struct moshi_session *session, const struct moshi_mode
 static void free_session(struct moshi_session *session)
 {
     free(session->pcm);
+    free(session->next_text);
+    free(session->next_audio);
     free(session->logits);
     free(session->condition);
     free(session->forced);
@@ -153,12 +173,12 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
     params->cfg_no_text = options->cfg_no_text;
     params->cfg_masked_until = options->cfg_masked_until;
     set_seed(session, options->seed);
-    clear_forcing(session);
     status = create_buffers(session, engine->model, options);
     if (status) {
         free_session(session);
         return status;
     }
+    clear_forcing(session);
     *result = session;
     return MOSHI_OK;
 }
@@ -376,6 +396,36 @@ int moshi_session_ready(struct moshi_session *session)
     return ready;
 }
 
+/* Until the frame is done, which may be there already. */
+static int await(struct moshi_session *session, int *submitted)
+{
+    struct moshi_engine *engine = session->engine;
+    os_mutex_lock(engine->lock);
+    *submitted = session->phase != SESSION_IDLE;
+    while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
+        os_condition_wait(engine->done, engine->lock);
+    session->phase = SESSION_IDLE;
+    if (session->event) os_event_clear(session->event);
+    int status = session->status;
+    os_mutex_unlock(engine->lock);
+    if (!*submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
+    return status ? moshi_fail(status, "%s", session->sentence) : MOSHI_OK;
+}
+
+int session_step_entered(struct moshi_session *session, const int32_t *codes,
+                         struct moshi_frame *frame)
+{
+    struct moshi_engine *engine = session->engine;
+    int status = take_input(session, NULL, codes, frame);
+    if (status) return status;
+    os_mutex_lock(engine->lock);
+    submit(session, os_clock());
+    os_condition_wake_all(engine->submitted);
+    os_mutex_unlock(engine->lock);
+    int submitted;
+    return await(session, &submitted);
+}
+
 int moshi_session_wait(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
@@ -386,17 +436,9 @@ int moshi_session_wait(struct moshi_session *session)
     }
     int status = model_check_process(engine->model);
     if (status) return status;
-    os_mutex_lock(engine->lock);
-    int submitted = session->phase != SESSION_IDLE;
-    while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
-        os_condition_wait(engine->done, engine->lock);
-    session->phase = SESSION_IDLE;
-    if (session->event) os_event_clear(session->event);
-    status = session->status;
-    os_mutex_unlock(engine->lock);
-    if (!submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
-    if (status) moshi_fail(status, "%s", session->sentence);
-    session_leave(session);
+    int submitted = 0;
+    status = await(session, &submitted);
+    if (submitted) session_leave(session);
     return status;
 }
 
@@ -445,7 +487,7 @@ int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes
 
 #define MAX_FORCED (1 << 20) /* tokens waiting: most of a day */
 
-static int check_text(const struct moshi_session *session, int32_t token)
+int session_check_text(const struct moshi_session *session, int32_t token)
 {
     int card = session->engine->model->info.text_card_in;
     if (token < 0 || token >= card)
@@ -453,7 +495,7 @@ static int check_text(const struct moshi_session *session, int32_t token)
     return MOSHI_OK;
 }
 
-static int check_code(const struct moshi_session *session, int k, int32_t code)
+int session_check_code(const struct moshi_session *session, int k, int32_t code)
 {
     int card = session->engine->model->info.card;
     if (code < 0 || code >= card)
@@ -490,7 +532,7 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
         status = moshi_fail(MOSHI_ERROR_ARGUMENT,
                             "%d tokens given with %d still to come, expected at most %d in all",
                             count, left, MAX_FORCED);
-    for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
+    for (int i = 0; i < count && !status; ++i) status = session_check_text(session, tokens[i]);
     if (!status) status = session_reserve_forced(session, left + count);
     if (!status && count) {
         memcpy(session->forced + session->forced_end, tokens, (size_t)count * sizeof *tokens);
@@ -510,11 +552,11 @@ int moshi_session_force_next(struct moshi_session *session, int32_t text, const 
     int status = session_enter(session);
     if (status) return status;
     const struct moshi_model_info *info = &session->engine->model->info;
-    if (text >= 0) status = check_text(session, text);
+    if (text >= 0) status = session_check_text(session, text);
     for (int k = 0; audio && k < info->dep_q && !status; ++k)
-        status = check_code(session, k, audio[k]);
+        status = session_check_code(session, k, audio[k]);
     if (!status) {
-        session->next_text = text >= 0 ? text : TOKEN_FREE;
+        session->next_text[0] = text >= 0 ? text : TOKEN_FREE;
         for (int k = 0; k < info->dep_q; ++k)
             session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
     }
@@ -532,7 +574,7 @@ int moshi_session_logits(struct moshi_session *session, float *text, float *audi
         status = moshi_fail(MOSHI_ERROR_SESSION,
                             "logits were not kept: create the session with keep_logits");
     else if (!session->has_logits)
-        status = moshi_fail(MOSHI_ERROR_SESSION, "there are no logits before the first step");
+        status = moshi_fail(MOSHI_ERROR_SESSION, "there are no logits before a step has made them");
     if (!status && text) memcpy(text, session->logits, text_card * sizeof *text);
     if (!status && audio)
         memcpy(audio, session->logits + text_card,
@@ -568,8 +610,10 @@ int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
         fork->forced_end = left;
         fork->has_logits = session->has_logits;
         fork->index = session->index;
-        fork->next_text = session->next_text;
-        memcpy(fork->next_audio, session->next_audio, sizeof fork->next_audio);
+        const size_t next = (size_t)session->next_steps;
+        memcpy(fork->next_text, session->next_text, next * sizeof *fork->next_text);
+        memcpy(fork->next_audio, session->next_audio,
+               next * (size_t)info->dep_q * sizeof *fork->next_audio);
         if (new_seed) set_seed(fork, *new_seed);
         os_mutex_lock(engine->model->backend_lock);
         lm_state_copy(&engine->lm, session->slot, fork->slot);
@@ -617,8 +661,10 @@ static void list_options(struct saved_options *saved, struct snapshot *snapshot)
 static void list_session(struct moshi_session *session, struct snapshot *snapshot)
 {
     const struct moshi_model_info *info = &session->engine->model->info;
-    snapshot_host(snapshot, "session.next_text", TENSOR_I32, 1, &session->next_text);
-    snapshot_host(snapshot, "session.next_audio", TENSOR_I32, info->dep_q, session->next_audio);
+    snapshot_host(snapshot, "session.next_text", TENSOR_I32, session->next_steps,
+                  session->next_text);
+    snapshot_host(snapshot, "session.next_audio", TENSOR_I32,
+                  (int64_t)session->next_steps * info->dep_q, session->next_audio);
     snapshot_host(snapshot, "session.forced", TENSOR_I32,
                   session->forced_end - session->forced_first,
                   session->forced ? session->forced + session->forced_first : NULL);
@@ -727,12 +773,14 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     status = snapshot_read(&items, file);
     snapshot_free(&items);
     if (status) return status;
-    if (session->next_text != TOKEN_FREE) status = check_text(session, session->next_text);
+    for (int i = 0; i < session->next_steps && !status; ++i)
+        if (session->next_text[i] != TOKEN_FREE)
+            status = session_check_text(session, session->next_text[i]);
     for (int i = 0; i < session->forced_end && !status; ++i)
-        status = check_text(session, session->forced[i]);
-    for (int k = 0; k < info->dep_q && !status; ++k)
-        if (session->next_audio[k] != TOKEN_FREE)
-            status = check_code(session, k, session->next_audio[k]);
+        status = session_check_text(session, session->forced[i]);
+    for (int i = 0; i < session->next_steps * info->dep_q && !status; ++i)
+        if (session->next_audio[i] != TOKEN_FREE)
+            status = session_check_code(session, i % info->dep_q, session->next_audio[i]);
     return status ? moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot") : MOSHI_OK;
 }
 

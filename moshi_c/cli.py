@@ -263,6 +263,29 @@ def _bench(arguments: argparse.Namespace) -> None:
         bench.write(report, Path(arguments.json))
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from . import server
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    settings = server.Settings(
+        host=arguments.host,
+        port=arguments.port,
+        queue=arguments.queue,
+        token=arguments.token,
+        tls=tuple(arguments.tls) if arguments.tls else None,
+        insecure=arguments.insecure,
+        origins=tuple(arguments.origin),
+        dtx=arguments.dtx,
+        max_seconds=arguments.max_seconds,
+        idle_seconds=arguments.idle_seconds,
+        drain_seconds=arguments.drain_seconds,
+        per_address=arguments.per_address,
+    )
+    with server.logging_to_stderr(), _load(arguments, max_sessions=arguments.sessions) as model:
+        server.serve(model, settings)
+
+
 def _info(arguments: argparse.Namespace) -> None:
     rows: list[tuple[str, str]] = [("moshi_c", __version__)]
     rows.append(("Python", f"{platform.python_version()} on {platform.platform()}"))
@@ -494,6 +517,59 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(
         "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+    )
+
+    serve = command(
+        "serve",
+        _serve,
+        "a page to talk to the model at /, and its WebSockets at /api/chat and /ws/pcm",
+        "moshi-c serve --sessions 4",
+    )
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=int, default=8998, metavar="N", help="default: 8998")
+    serve.add_argument(
+        "--sessions", type=_count, default=8, metavar="N", help="callers at once (default: 8)"
+    )
+    serve.add_argument(
+        "--queue", type=int, default=8, metavar="N", help="callers who may wait (default: 8)"
+    )
+    serve.add_argument(
+        "--token", metavar="T", help="what callers must know: Authorization: Bearer T, or ?token=T"
+    )
+    serve.add_argument(
+        "--tls", nargs=2, metavar=("CERT", "KEY"), help="two PEM files; for https and wss"
+    )
+    serve.add_argument(
+        "--insecure", action="store_true", help="let others reach it without a token"
+    )
+    serve.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a page of another host that may connect; may be given again",
+    )
+    serve.add_argument(
+        "--dtx", action="store_true", help="send nothing on /api/chat while the model is silent"
+    )
+    for name, seconds, what in (
+        ("max", 3600, "a call lasts at most; 0 for ever"),
+        ("idle", 60, "a call ends after so long without sound from the caller; 0 never"),
+        ("drain", 10, "calls may go on after SIGTERM"),
+    ):
+        serve.add_argument(
+            f"--{name}-seconds",
+            type=_seconds,
+            default=float(seconds),
+            metavar="S",
+            help=f"{what} (default: {seconds})",
+        )
+    serve.add_argument(
+        "--per-address",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="calls from one address at once (default: 16)",
     )
 
     info = command(

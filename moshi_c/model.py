@@ -164,7 +164,7 @@ def load(
         context=context or 0,
         max_sessions=max_sessions,
     )
-    return Model(core, checkpoint)
+    return Model(core, checkpoint, max_sessions)
 
 
 def load_mimi(
@@ -251,12 +251,15 @@ class Model:
     """Weights on one device, with their codec and tokenizer. Made by `load`, shared by all its
     sessions and by threads. A context manager: leaving it closes the sessions, then the model."""
 
-    def __init__(self, core: _core.Model, checkpoint: hub.Checkpoint) -> None:
+    def __init__(
+        self, core: _core.Model, checkpoint: hub.Checkpoint, max_sessions: int = 8
+    ) -> None:
         """For `load`."""
         self._core = core
         self._info = info = core.info
         self._source = checkpoint.source
         self._config = checkpoint.config
+        self._max_sessions = max_sessions
         self._delays = core.delays
         self._open: weakref.WeakSet[_Closable] = weakref.WeakSet()
         self._mimi = Mimi(core, owned=False, opened=self._open) if info["has_mimi"] else None
@@ -312,6 +315,11 @@ class Model:
     def max_delay(self) -> int:
         """Frames stepped before the first output."""
         return int(self._info["max_delay"])
+
+    @property
+    def max_sessions(self) -> int:
+        """How many sessions may be open at once."""
+        return self._max_sessions
 
     @property
     def memory(self) -> Memory:

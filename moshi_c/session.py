@@ -501,6 +501,55 @@ class Session:
         with self._busy():
             return self._frame(self._core.step_codes(np.asarray(codes), decode))
 
+    def prefill(self, text_tokens: Any = None, codes: Any = None, user_codes: Any = None) -> None:
+        """Takes frames that are known already, many at once: a prompt, or a call that is taken up
+        again. The session goes on as if it had stepped `user_codes` and had been made to say the
+        rest, bit for bit, and `Frame.index` counts these frames.
+
+        What belongs to one moment stands in one column, as in a Recording or from `Mimi.encode`,
+        whatever the model's delays; the last codes of its late streams are said by the next steps.
+        Every token of a frame is needed, so what is left out is taken for silence. `say` goes on
+        where it was. The codec takes no part: it hears the next frame as the first of a recording,
+        and its voice begins with the next frame that comes out.
+
+        Args:
+            text_tokens: integers `[T]`; None for padding, the token of not speaking.
+            codes: integers `[K, T]`, the model's voice; None for silence as the codec encodes it.
+            user_codes: integers `[K, T]`, the user's; None for silence.
+
+        Raises:
+            AudioError: another shape, or a code out of range; nothing has changed.
+            CheckpointError: silence is asked for, and the model was loaded without a codec.
+            ValueError: nothing is given, or a token out of the vocabulary; nothing has changed.
+            SessionError: closed, or in use by another thread.
+        """
+        given = [
+            None if value is None else np.array(value) for value in (text_tokens, codes, user_codes)
+        ]
+        counts = [value.shape[-1] for value in given if value is not None and value.ndim]
+        if not counts:
+            raise ValueError("prefill got no frames; expected text_tokens, codes or user_codes")
+        text, said, heard = given
+        info, frames = self._model._info, counts[0]
+        if text is None:
+            text = np.full(frames, info["text_padding_id"], np.int32)
+        with self._busy():
+            came_out = self._core.prefill(
+                text,
+                self._silence(info["dep_q"], frames) if said is None else said,
+                self._silence(info["user_q"], frames) if heard is None else heard,
+            )
+            for token in came_out.tolist():
+                self._note_output(token, None)
+
+    def _silence(self, streams: int, frames: int) -> NDArray[np.int32]:
+        """Codes int32[streams, frames]."""
+        if not streams:
+            return np.zeros((0, frames), np.int32)
+        return self._model.mimi.encode(np.zeros(frames * self._model.frame_size, np.float32))[
+            :streams
+        ]
+
     def push(self, pcm: Any) -> list[Frame]:
         """Takes any number of samples and steps the whole frames among them.
 
@@ -560,12 +609,7 @@ class Session:
         """The frame of a step of the core."""
         index, pcm, token, codes, user_codes, level, heads, seconds = raw
         self._clock.add(seconds)
-        text = ""
-        if self._detokenizer and token >= 0:
-            text = self._detokenizer.push(token)
-        self._since_word = 0 if text else self._since_word + 1
-        with np.errstate(over="ignore"):  # a voice of damaged weights
-            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        text = self._note_output(token, pcm)
         loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
         if pcm is not None and resampled and self._output_rate != self._model.sample_rate:
             waiting = np.concatenate([self._output_waiting, self._output.process(pcm)])
@@ -582,6 +626,16 @@ class Session:
             level=level,
             heads=heads,
         )
+
+    def _note_output(self, token: int, pcm: Pcm | None) -> str:
+        """The text of a frame's token; keeps what `Frame.speaking` goes by."""
+        text = ""
+        if self._detokenizer and token >= 0:
+            text = self._detokenizer.push(token)
+        self._since_word = 0 if text else self._since_word + 1
+        with np.errstate(over="ignore"):  # a voice of damaged weights
+            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        return text
 
     def run(self, audio: Any, *, after: float = 0.0, progress: bool = False) -> Recording:
         """Listens to a whole recording: `push`, then `flush`.

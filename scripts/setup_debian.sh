@@ -32,6 +32,8 @@ for what in "$@"; do
     build)
         need gcc command -v cc
         need libc6-dev has_header stdio.h
+        need libopus-dev has_header opus/opus.h
+        need libogg-dev has_header ogg/ogg.h
         need python3 command -v "$python"
         need python3-venv "$python" -c 'import ensurepip, venv'
         need python3-dev has_python_header

@@ -20,7 +20,7 @@ from moshi_c.codec_file import CodecFile, read_codec_file, write_codec_file
 
 Capture = pytest.CaptureFixture[str]
 
-COMMANDS = ("run", "duet", "encode", "decode", "quantize", "info", "bench")
+COMMANDS = ("run", "duet", "encode", "decode", "quantize", "info", "bench", "serve")
 
 
 def cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

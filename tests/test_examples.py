@@ -31,7 +31,8 @@ def session_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core = sorted((ROOT / "csrc").glob("*.c")) + sorted((ROOT / "csrc" / "cpu").glob("*.c"))
     flags = ["-std=gnu11", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
     sources = [str(ROOT / "examples" / "session.c"), *map(str, core)]
-    subprocess.run([compiler, *flags, *sources, "-o", str(program), "-pthread", "-lm"], check=True)
+    libraries = ["-lopus", "-logg", "-pthread", "-lm"]
+    subprocess.run([compiler, *flags, *sources, "-o", str(program), *libraries], check=True)
     return program
 
 

@@ -362,6 +362,61 @@ static PyObject *session_step_codes(PyObject *object, PyObject *args, PyObject *
     return result;
 }
 
+static int expect_frames(const struct input *in, const struct module_state *state, int rows,
+                         Py_ssize_t frames)
+{
+    if (in->ndim == 2 && in->shape[0] == rows && in->shape[1] == frames) return 0;
+    char shape[96];
+    input_shape_text(in, shape);
+    PyErr_Format(state->audio_error,
+                 "%s has shape %s; expected (%d, %zd), as many frames as text "
+                 "tokens",
+                 in->name, shape, rows, frames);
+    return -1;
+}
+
+static PyObject *session_prefill(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"text_tokens", "codes", "user_codes", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *text_arg, *codes_arg, *user_arg, *said = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:prefill", names, &text_arg, &codes_arg,
+                                     &user_arg))
+        return NULL;
+    if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    struct input text, codes, user;
+    if (input_codes(&text, state, text_arg, "text_tokens") < 0) return NULL;
+    if (input_codes(&codes, state, codes_arg, "codes") < 0) goto text_done;
+    if (input_codes(&user, state, user_arg, "user_codes") < 0) goto codes_done;
+    npy_intp frames = text.shape[text.ndim - 1];
+    if (frames > INT_MAX) frames = INT_MAX; /* which no array of codes below has */
+    if (input_expect_row(&text, state, frames, "one token a frame") < 0 ||
+        expect_frames(&codes, state, self->dep_q, frames) < 0 ||
+        expect_frames(&user, state, self->user_q, frames) < 0)
+        goto done;
+    said = array_int32(1, &frames);
+    if (said && guard_enter(&self->guard, state, THIS_SESSION) == 0) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = moshi_session_prefill(self->session, (int)frames, text.data, codes.data, user.data,
+                                       PyArray_DATA((PyArrayObject *)said));
+        Py_END_ALLOW_THREADS
+        guard_leave(&self->guard);
+        if (status == MOSHI_OK) goto done;
+        raise_status(state, status);
+    }
+    Py_CLEAR(said);
+
+done:
+    input_release(&user);
+codes_done:
+    input_release(&codes);
+text_done:
+    input_release(&text);
+    return said;
+}
+
 /* ---- submit and finish ------------------------------------------------------------------- */
 
 static PyObject *session_submit(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -822,6 +877,9 @@ static PyMethodDef session_methods[] = {
     {"step_codes", KEYWORDS(session_step_codes),
      PyDoc_STR("step_codes($self, codes, decode=True)\n--\n\n"
                "As step, from the codes of the user's frame.")},
+    {"prefill", KEYWORDS(session_prefill),
+     PyDoc_STR("prefill($self, text_tokens, codes, user_codes)\n--\n\n"
+               "Frames of which all is known; the text tokens that come out meanwhile.")},
     {"force_text", KEYWORDS(session_force_text),
      PyDoc_STR("force_text($self, tokens)\n--\n\nThe model's next text tokens, one a frame.")},
     {"force_next", KEYWORDS(session_force_next),
