@@ -13,9 +13,12 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 CORE := $(wildcard csrc/*.c csrc/cpu/*.c)
 BINDING := $(wildcard csrc/py/*.c)
 HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/py/*.h csrc/cpu/*.inc)
+CUDA := $(wildcard cuda/*.cu)
+CUDA_HEADERS := $(wildcard cuda/*.h) csrc/cuda.h csrc/backend.h csrc/quant.h csrc/config.h csrc/moshi.h
 C_TESTS := $(wildcard tests/c/test_*.c)
 FUZZ := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
-FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(wildcard tests/c/*.[ch] tests/fuzz/*.[ch] examples/*.c)
+FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(CUDA) $(wildcard cuda/*.h cuda/*.cpp tests/c/*.[ch] \
+    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c)
 PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
@@ -45,7 +48,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
 $(VENV)/.test: $(VENV)/.core
-	scripts/setup_debian.sh sound
+	scripts/setup_debian.sh sound browser
 	$(PIP) "moshi_c[test,parity,clients]"
 	$(PIP) --no-deps moshi==0.2.13
 	touch $@
@@ -59,11 +62,28 @@ demo: build ## a spoken question; the answer in demo/answer.wav, both sides in d
 	$(PIP) "moshi_c[plot]"
 	$(BIN)/python examples/hello.py --out demo
 
+# Each agent framework in an environment of its own: together they would hold each other's versions
+# back. The core is compiled once for all of them.
+FRAMEWORKS := pipecat livekit fastrtc
+.venv-%/.made: $(VENV)/.core build/release/libmoshi.a
+	scripts/setup_debian.sh sound
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
+	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
+	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations]"
+	touch $@
+
+.PHONY: integrations
+integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
+	@set -e; for framework in $(FRAMEWORKS); do echo "$$framework"; \
+	    .venv-$$framework/bin/pytest -q -p no:cacheprovider \
+	        tests/integrations/test_$$framework.py; done
+
 # ---- C: one library per variant --------------------------------------------------------------
 
 C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
     -Icsrc -DMOSHI_VERSION='"$(VERSION)"'
-LINK := -lopus -logg -pthread -lm
+LINK := -lopus -logg -pthread -lm -ldl
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all
 
 CC_release := cc
@@ -106,6 +126,9 @@ build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
+build/$(1)/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi.a
+	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
+
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o build/$(1)/libmoshi.a
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
@@ -115,6 +138,31 @@ build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o build/$(1)/libmoshi.a $$(filte
 -include $$(wildcard build/$(1)/csrc/*.d build/$(1)/csrc/*/*.d build/$(1)/tests/*/*.d)
 endef
 $(foreach v,release test asan tsan gcc clang fuzz,$(eval $(call variant,$(v))))
+
+# The CUDA backend by a C++ compiler, its kernels run by the host shim.
+CUDA_HOST := -x c++ -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wshadow -Werror \
+    -Wno-unknown-pragmas
+
+define cuda_host
+build/$(1)/cuda/%.o: cuda/% $$(CUDA_HEADERS)
+	@mkdir -p $$(@D)
+	@echo "  $(1) $$<"
+	@g++ $$(CUDA_HOST) $$(FLAGS_$(1)) -c $$< -o $$@
+
+build/$(1)/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
+	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
+endef
+$(foreach v,test asan,$(eval $(call cuda_host,$(v))))
+
+# $(call run_cuda_host,VARIANT): operations with threads in each order, conversations, faults.
+define run_cuda_host
+	@$(MAKE) --no-print-directory -j$(JOBS) build/$(1)/libmoshi_cuda.so build/$(1)/test_kernels \
+	    build/$(1)/test_cuda
+	@set -e; export MOSHI_C_CUDA_LIBRARY=build/$(1)/libmoshi_cuda.so; \
+	for order in $(2); do echo "build/$(1)/test_kernels cuda, threads $$order"; \
+	    SHIM_ORDER=$$order build/$(1)/test_kernels cuda; done; \
+	echo "build/$(1)/test_cuda"; SHIM_ORDER=7 build/$(1)/test_cuda
+endef
 
 # $(call run_c_tests,VARIANT,TESTS,PREFIX)
 define run_c_tests
@@ -147,7 +195,7 @@ QEMU_aarch64 := $(QEMU) max
 KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
 # Debian has its libraries for one processor at a time; nothing else of the core uses these two.
 LEFT_OUT_aarch64 := csrc/ogg_opus.c
-build/aarch64/%: LINK := -pthread -lm
+build/aarch64/%: LINK := -pthread -lm -ldl
 $(eval $(call variant,aarch64))
 
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
@@ -175,6 +223,18 @@ aarch64-session: $(VENV)/.core libmoshi aarch64-kernels
 test-c: ## the C tests
 	@scripts/setup_debian.sh build
 	$(call run_c_tests,test,$(C_TESTS))
+	$(call run_cuda_host,test,descending)
+
+# All architectures: make cuda. One: make cuda CUDA_ARCHITECTURES=90a.
+CUDA_ARCHITECTURES ?= 80 86 89 90a 100 120
+.PHONY: cuda
+cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a" builds for some cards
+	$(PYTHON) scripts/build_cuda.py moshi_c/lib/libmoshi_cuda.so --architectures "$(CUDA_ARCHITECTURES)"
+
+.PHONY: cuda-host
+cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
+	@scripts/setup_debian.sh build
+	$(call run_cuda_host,test,ascending descending 3)
 
 # LONG=--long holds the conversation with upstream's server for a minute.
 .PHONY: test
@@ -225,6 +285,7 @@ ASAN_TESTS ?= not slow
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
 	$(call run_c_tests,asan,$(C_TESTS))
+	$(call run_cuda_host,asan,ascending 3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
@@ -272,6 +333,7 @@ $(VENV)/.bench: $(VENV)/.test
 
 .PHONY: bench
 bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/mimi.py
 	$(BIN)/python benchmarks/opus.py
 	$(BIN)/python benchmarks/step.py
@@ -279,6 +341,7 @@ bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/fork.py
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/seven.py
 
 $(VENV)/.docs: $(VENV)/.core
 	@scripts/setup_debian.sh sound
@@ -308,5 +371,5 @@ format: $(VENV)/.dev ## rewrites the sources as check wants them
 
 .PHONY: clean
 clean: ## removes what was built; .venv too
-	rm -rf $(VENV) build demo dist *.egg-info moshi_c/*.so
+	rm -rf $(VENV) $(FRAMEWORKS:%=.venv-%) build demo dist *.egg-info moshi_c/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,9 +5,13 @@ Environment:
   MOSHI_C_DEBUG=1    no optimisation, assertions on
   MOSHI_C_WERROR=1   warnings are errors
   MOSHI_C_CORE       a libmoshi.a to link instead of compiling the core again
+  MOSHI_C_CUDA       1: the CUDA library for every card, an error without nvcc; 0: none. Without it,
+                     for the cards of this machine, where nvcc and a driver are installed
 """
 
 import os
+import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +41,7 @@ COMPILE = [
 ]
 COMPILE += ["-Werror=implicit-function-declaration"]
 # -Bsymbolic: our calls stay ours when a program links libmoshi, too.
-LINK = ["-pthread", "-lm", "-Wl,-Bsymbolic"]
+LINK = ["-pthread", "-lm", "-ldl", "-Wl,-Bsymbolic"]
 LIBRARIES = ["opus", "ogg"]
 NO_HEADERS = (
     "moshi_c needs libopus and libogg with their headers, which are not here; "
@@ -65,8 +69,35 @@ def flags() -> tuple[list[str], list[str]]:
     return compile_flags, link_flags
 
 
+def cuda_architectures() -> str | None:
+    """What scripts/build_cuda.py is to compile for, or None."""
+    wanted = os.environ.get("MOSHI_C_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"MOSHI_C_CUDA is {wanted!r}; expected 0 or 1")
+    if wanted == "1":
+        if not shutil.which("nvcc"):
+            raise SystemExit("MOSHI_C_CUDA is 1, but nvcc is not on the path")
+        return "80 86 89 90a 100 120"
+    driver = Path("/proc/driver/nvidia/version").exists()
+    return "native" if wanted == "" and driver and shutil.which("nvcc") else None
+
+
 class BuildExt(build_ext):
-    """Compiles the files of an extension side by side, and tells them the version."""
+    """Compiles the files of an extension side by side, and tells them the version. The CUDA library
+    goes beside it."""
+
+    def run(self) -> None:
+        super().run()
+        architectures = cuda_architectures()
+        if architectures:
+            beside = Path(self.get_ext_fullpath("moshi_c._core")).parent
+            script = str(Path("scripts") / "build_cuda.py")
+            out = str(beside / "lib" / "libmoshi_cuda.so")
+            work = str(Path(self.build_temp) / "cuda")
+            subprocess.run(
+                [sys.executable, script, out, "--architectures", architectures, "--work", work],
+                check=True,
+            )
 
     def check_headers(self) -> None:
         with TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@
 #define MOSHI_ENGINE_H
 
 #include "model.h"
+#include "refresh.h"
 
 enum session_phase { SESSION_IDLE, SESSION_SUBMITTED, SESSION_RUNNING, SESSION_DONE };
 
@@ -39,6 +40,7 @@ struct moshi_session {
     int next_steps;
     int32_t *next_text; /* [next_steps] */
     int32_t *next_audio; /* [next_steps][dep_q] */
+    struct refresh *refresh; /* NULL: the context is a ring */
     float *logits; /* [text_card + dep_q * card], with keep_logits */
     int has_logits;
 };
@@ -63,7 +65,10 @@ struct moshi_engine {
     /* one tick; host arrays of max_sessions rows, then device arrays */
     struct moshi_session **batch, **subset;
     int32_t *row_slots, *user, *codes, *output;
-    uint8_t *guided;
+    int32_t *tokens; /* [2][streams] that one session has read */
+    uint8_t *guided, *renewed; /* rows of sessions with a null half, with a new context */
+    uint8_t *renewing; /* [max_sessions] slots with a pass of a refresh to make after the tick */
+    int next_renewed; /* slot */
     float *pcm_host;
     int32_t *row_lane; /* device, rows of a codec pass */
     uint8_t *row_active; /* device, all ones */

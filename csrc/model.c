@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cuda.h"
 #include "hash.h"
 #include "status.h"
 
@@ -183,6 +184,7 @@ static void fill_info(struct moshi_model *model)
 {
     struct moshi_model_info *info = &model->info;
     info->device = model->backend->device;
+    info->threads = model->backend->threads;
     info->family = "mimi";
     info->dtype = info->mimi_dtype = "";
     info->sample_rate = 24000;
@@ -239,11 +241,7 @@ static void fill_info(struct moshi_model *model)
 
 static int open_backend(struct moshi_model *model, const struct moshi_model_options *options)
 {
-    const char *device = options->device ? options->device : "auto";
-    if (strcmp(device, "auto") != 0 && strcmp(device, "cpu") != 0)
-        return moshi_fail(
-            MOSHI_ERROR_DEVICE,
-            "device \"%s\" is not available: this build runs on \"cpu\" (or \"auto\")", device);
+    const char *device = options->device;
     int threads = options->threads;
     const char *environment = os_environment("MOSHI_C_THREADS");
     if (threads == 0 && environment) {
@@ -257,7 +255,16 @@ static int open_backend(struct moshi_model *model, const struct moshi_model_opti
     }
     if (threads < 0 || threads > 1024)
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "threads is %d, expected 0 to 1024", threads);
-    int status = cpu_backend_create(threads, &model->backend);
+    int status = MOSHI_OK;
+    if (strncmp(device, "cuda", 4) == 0)
+        status = cuda_backend_create(device, &model->backend);
+    else if (strcmp(device, "cpu") != 0)
+        status = moshi_fail(MOSHI_ERROR_ARGUMENT,
+                            "device is \"%.40s\", expected \"auto\", \"cpu\", \"cuda\" or "
+                            "\"cuda:1\" and so on",
+                            device);
+    else
+        status = cpu_backend_create(threads, &model->backend);
     const char *trace = os_environment("MOSHI_C_TRACE");
     if (!status && trace) {
         struct backend *traced = NULL;
@@ -282,7 +289,7 @@ static int begin_model(const struct moshi_model_options *options, struct moshi_m
         status = moshi_fail(MOSHI_ERROR_ARGUMENT,
                             "the codec's dtype is %s, expected auto, f32, bf16 or int8",
                             moshi_dtype_name(options->mimi_dtype));
-    model->backend_lock = os_mutex_create();
+    model->backend_lock = os_mutex_create_queue();
     if (!status && !model->backend_lock)
         status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a lock");
     if (!status) status = open_backend(model, options);
@@ -310,9 +317,11 @@ static int open_language(struct moshi_model *model, const struct moshi_model_opt
 int model_open_plan(const struct moshi_model_options *options, struct weight_plan *plan,
                     struct moshi_model **result)
 {
+    struct moshi_model_options here = *options;
     struct moshi_model *model;
-    int status = begin_model(options, &model);
-    if (!status) status = open_language(model, options, plan);
+    here.device = "cpu";
+    int status = begin_model(&here, &model);
+    if (!status) status = open_language(model, &here, plan);
     if (status) {
         moshi_model_close(model);
         model = NULL;
@@ -321,7 +330,13 @@ int model_open_plan(const struct moshi_model_options *options, struct weight_pla
     return status;
 }
 
-int moshi_model_open(const struct moshi_model_options *options, struct moshi_model **result)
+int model_failure(const struct moshi_model *model, int status)
+{
+    int stuck = model->backend ? model->backend->ops->sync(model->backend) : MOSHI_OK;
+    return stuck ? stuck : status;
+}
+
+static int open_on(const struct moshi_model_options *options, struct moshi_model **result)
 {
     *result = NULL;
     struct moshi_model *model;
@@ -353,12 +368,26 @@ int moshi_model_open(const struct moshi_model_options *options, struct moshi_mod
         }
     }
     if (status) {
+        status = model_failure(model, status);
         moshi_model_close(model);
         return status;
     }
     fill_info(model);
     *result = model;
     return MOSHI_OK;
+}
+
+int moshi_model_open(const struct moshi_model_options *options, struct moshi_model **result)
+{
+    struct moshi_model_options placed = *options;
+    if (!options->device || strcmp(options->device, "auto") == 0) {
+        /* A card, if there is one that can hold this model. */
+        placed.device = "cuda";
+        int status = open_on(&placed, result);
+        if (status != MOSHI_ERROR_DEVICE && status != MOSHI_ERROR_MEMORY) return status;
+        placed.device = "cpu";
+    }
+    return open_on(&placed, result);
 }
 
 int model_check_process(const struct moshi_model *model)
@@ -409,7 +438,8 @@ const char *moshi_model_condition_value(const struct moshi_model *model, int i, 
 
 int moshi_devices(struct moshi_device *devices, int capacity)
 {
-    if (capacity < 1) return 1;
+    int cards = cuda_devices(devices + 1, capacity > 1 ? capacity - 1 : 0);
+    if (capacity < 1) return 1 + cards;
     memset(devices, 0, sizeof *devices);
     strcpy(devices->name, "cpu");
     devices->memory_bytes = os_memory_total();
@@ -423,5 +453,5 @@ int moshi_devices(struct moshi_device *devices, int capacity)
         snprintf(devices->reason, sizeof devices->reason, "%.*s", (int)sizeof devices->reason - 1,
                  moshi_error_detail());
     }
-    return 1;
+    return 1 + cards;
 }

@@ -24,7 +24,11 @@ struct moshi_model {
 /* MOSHI_ERROR_SESSION in a process forked from the one that opened the model. */
 int model_check_process(const struct moshi_model *model);
 
-/* Opens the language model alone, to be converted: nothing is prepared, the plan is filled with what
+/* What a failure of something that the backend did is called: its own sentence, if it has one. Asks
+ * and clears it. */
+int model_failure(const struct moshi_model *model, int status);
+
+/* Opens the language model alone on the CPU, to be converted: nothing is prepared, the plan is filled with what
  * its tensors become in options->dtype. Close with moshi_model_close. */
 int model_open_plan(const struct moshi_model_options *options, struct weight_plan *plan,
                     struct moshi_model **model);

@@ -10,6 +10,7 @@
 
 #include "os.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -61,6 +62,10 @@ struct os_thread {
 
 struct os_mutex {
     pthread_mutex_t handle;
+    /* a queue: held by the ticket that is served, and the handle guards the numbers */
+    int is_queue;
+    uint64_t next, served;
+    pthread_cond_t turn;
 };
 
 struct os_condition {
@@ -323,6 +328,31 @@ const char *os_environment(const char *name)
     return value != NULL && value[0] != '\0' ? value : NULL;
 }
 
+void *os_library_open(const char *path, char *reason, size_t capacity)
+{
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        const char *words = dlerror();
+        snprintf(reason, capacity, "%s", words ? words : "unknown");
+    }
+    return library;
+}
+
+void *os_library_symbol(void *library, const char *name)
+{
+    return dlsym(library, name);
+}
+
+int os_own_folder(char *folder, size_t capacity)
+{
+    static const char here;
+    Dl_info info;
+    if (!dladdr(&here, &info) || !info.dli_fname) return 0;
+    const char *slash = strrchr(info.dli_fname, '/');
+    int length = slash ? (int)(slash - info.dli_fname) : 1;
+    return snprintf(folder, capacity, "%.*s", length, slash ? info.dli_fname : ".") < (int)capacity;
+}
+
 int64_t os_process(void)
 {
     return (int64_t)getpid();
@@ -390,19 +420,37 @@ void os_thread_join(struct os_thread *thread)
     }
 }
 
-struct os_mutex *os_mutex_create(void)
+static struct os_mutex *create_mutex(int is_queue)
 {
-    struct os_mutex *mutex = malloc(sizeof *mutex);
-    if (mutex != NULL && pthread_mutex_init(&mutex->handle, NULL) != 0) {
+    struct os_mutex *mutex = calloc(1, sizeof *mutex);
+    if (mutex == NULL) return NULL;
+    mutex->is_queue = is_queue;
+    if (pthread_mutex_init(&mutex->handle, NULL) != 0) {
+        free(mutex);
+        return NULL;
+    }
+    if (pthread_cond_init(&mutex->turn, NULL) != 0) {
+        pthread_mutex_destroy(&mutex->handle);
         free(mutex);
         return NULL;
     }
     return mutex;
 }
 
+struct os_mutex *os_mutex_create(void)
+{
+    return create_mutex(0);
+}
+
+struct os_mutex *os_mutex_create_queue(void)
+{
+    return create_mutex(1);
+}
+
 void os_mutex_destroy(struct os_mutex *mutex)
 {
     if (mutex != NULL) {
+        pthread_cond_destroy(&mutex->turn);
         pthread_mutex_destroy(&mutex->handle);
         free(mutex);
     }
@@ -411,10 +459,18 @@ void os_mutex_destroy(struct os_mutex *mutex)
 void os_mutex_lock(struct os_mutex *mutex)
 {
     pthread_mutex_lock(&mutex->handle);
+    if (!mutex->is_queue) return;
+    const uint64_t ticket = mutex->next++;
+    while (mutex->served != ticket) pthread_cond_wait(&mutex->turn, &mutex->handle);
+    pthread_mutex_unlock(&mutex->handle);
 }
 
 void os_mutex_unlock(struct os_mutex *mutex)
 {
+    if (mutex->is_queue) {
+        pthread_mutex_lock(&mutex->handle);
+        if (++mutex->served != mutex->next) pthread_cond_broadcast(&mutex->turn);
+    }
     pthread_mutex_unlock(&mutex->handle);
 }
 

@@ -39,6 +39,13 @@ int64_t os_memory_free(void); /* available, 0 if unknown */
 const char *os_environment(const char *name); /* NULL if unset or empty */
 int64_t os_process(void); /* this process's number */
 
+/* A library that is loaded by its path; NULL on failure, with the system's words in `reason`. It stays
+ * until the process ends. */
+void *os_library_open(const char *path, char *reason, size_t capacity);
+void *os_library_symbol(void *library, const char *name); /* NULL: there is none */
+/* The folder of the file that this code was loaded from; 0 if it does not fit or is unknown. */
+int os_own_folder(char *folder, size_t capacity);
+
 enum os_cpu_feature { OS_CPU_DOTPROD, OS_CPU_I8MM };
 
 /* Instructions of ARM, which the system has to be asked for; 0 on other processors. */
@@ -51,6 +58,9 @@ struct os_condition;
 int os_thread_start(struct os_thread **thread, void (*body)(void *), void *arg);
 void os_thread_join(struct os_thread *thread); /* frees it; NULL is fine */
 struct os_mutex *os_mutex_create(void); /* NULL on failure */
+/* Whoever comes first is served first: a thread that takes it again and again keeps nobody waiting
+ * for more than one turn. Not for conditions. */
+struct os_mutex *os_mutex_create_queue(void);
 void os_mutex_destroy(struct os_mutex *mutex);
 void os_mutex_lock(struct os_mutex *mutex);
 void os_mutex_unlock(struct os_mutex *mutex);

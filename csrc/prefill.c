@@ -27,7 +27,8 @@ struct prefill {
     int32_t *stored_audio; /* [steps][dep_q] */
     int32_t *user;         /* [frames][user_q] */
     int32_t *output;       /* [LM_GIVEN_ROWS][1 + dep_q] */
-    int32_t *said;         /* [frames] or NULL */
+    int32_t *read; /* [LM_GIVEN_ROWS][streams] of a session that may read it again, or NULL */
+    int32_t *said; /* [frames] or NULL */
 };
 
 static int check_given(const struct prefill *given)
@@ -83,7 +84,10 @@ static int arrange(struct prefill *given)
     given->stored_audio = malloc(steps * (dep_q + 1) * sizeof *given->stored_audio);
     given->user = malloc((frames + 1) * (user_q + 1) * sizeof *given->user);
     given->output = malloc(LM_GIVEN_ROWS * (1 + dep_q) * sizeof *given->output);
-    if (!given->stored_text || !given->stored_audio || !given->user || !given->output)
+    const size_t streams = 1 + dep_q + user_q;
+    if (session->refresh) given->read = malloc(LM_GIVEN_ROWS * streams * sizeof *given->read);
+    if (!given->stored_text || !given->stored_audio || !given->user || !given->output ||
+        (session->refresh && !given->read))
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d given frames", given->frames);
     for (size_t t = 0; t < steps; ++t) {
         given->stored_text[t] = stored_token(given, (int)t, 0);
@@ -140,6 +144,8 @@ static int pass(const struct prefill *given, int t, int count)
     struct moshi_engine *engine = session->engine;
     const size_t dep_q = (size_t)engine->dep_q, first = (size_t)t;
     engine_upload_params(engine, session, 0);
+    /* A context that is being read would end where these frames begin. */
+    if (session->refresh) session->refresh->state.left = 0;
     int status = lm_step_given(
         &engine->lm, &(struct lm_given){.slot = session->slot,
                                         .guided = session_is_guided(session),
@@ -147,7 +153,12 @@ static int pass(const struct prefill *given, int t, int count)
                                         .text = given->stored_text + first,
                                         .audio = given->stored_audio + first * dep_q,
                                         .user = given->user + first * (size_t)engine->user_q,
-                                        .output = given->output});
+                                        .output = given->output,
+                                        .read = given->read});
+    if (!status && session->refresh)
+        refresh_record(session->refresh, count,
+                       (const int32_t *const[2]){given->read,
+                                                 given->read + count * engine->lm.delay.streams});
     for (int i = 0; i < count && !status && given->said; ++i) {
         int32_t token = given->output[(size_t)i * (1 + dep_q)];
         given->said[t + i] = token == TOKEN_NONE ? -1 : token;
@@ -183,6 +194,28 @@ static int pass_all(const struct prefill *given, int t)
     return status;
 }
 
+/* Frames were given up to where there is no time to wait for a pause: the context is read anew at
+ * once. */
+static int refresh_at_once(struct moshi_session *session)
+{
+    struct moshi_engine *engine = session->engine;
+    struct refresh *refresh = session->refresh;
+    struct os_mutex *lock = engine->model->backend_lock;
+    if (!refresh_is_due(refresh, engine->lm.positions[session->slot])) return MOSHI_OK;
+    int status = MOSHI_OK;
+    for (int begun = 0, more = 1; more && !status; begun = 1) {
+        engine_give_way(engine);
+        os_mutex_lock(lock);
+        if (!begun) refresh_begin(refresh);
+        status = refresh_pass(refresh, &engine->lm, session->slot);
+        more = refresh_has_more(refresh);
+        if (!more && !status) status = refresh_end(refresh, &engine->lm, session->slot);
+        os_mutex_unlock(lock);
+    }
+    if (status) session_end(session, status);
+    return status;
+}
+
 int moshi_session_prefill(struct moshi_session *session, int frames, const int32_t *text_tokens,
                           const int32_t *codes, const int32_t *user_codes, int32_t *said)
 {
@@ -204,11 +237,13 @@ int moshi_session_prefill(struct moshi_session *session, int frames, const int32
             status = pass_all(&given, first);
         }
         if (!status) force_from(&given, frames);
+        if (!status && session->refresh) status = refresh_at_once(session);
     }
     free(given.stored_text);
     free(given.stored_audio);
     free(given.user);
     free(given.output);
+    free(given.read);
     session_leave(session);
     return status;
 }

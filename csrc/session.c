@@ -42,6 +42,14 @@ static int check_options(const struct moshi_model *model,
     if (options->cfg_masked_until < -1)
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "cfg_masked_until is %d, expected -1 (off) or more",
                           options->cfg_masked_until);
+    if (options->context_policy != MOSHI_CONTEXT_RING &&
+        options->context_policy != MOSHI_CONTEXT_REFRESH)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "context_policy is %d, expected ring or refresh",
+                          (int)options->context_policy);
+    if (options->context_range < 0 || options->context_keep < 0)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "context_range is %d and context_keep %d, expected 0 or more",
+                          options->context_range, options->context_keep);
     if (options->cfg_coef != 1.0f && !model->info.has_conditions && !options->cfg_no_text &&
         options->cfg_masked_until < 0)
         return moshi_fail(MOSHI_ERROR_ARGUMENT,
@@ -96,7 +104,25 @@ static void reset_slot(struct moshi_session *session)
     }
     session->index = 0;
     session->has_logits = 0;
+    if (session->refresh) refresh_reset(session->refresh);
     clear_forcing(session);
+}
+
+static int create_refresh(struct moshi_session *session)
+{
+    struct moshi_session_options *options = &session->options;
+    const struct lm_state *lm = &session->engine->lm;
+    if (options->context_policy == MOSHI_CONTEXT_RING) {
+        if (!options->context_range) options->context_range = lm->lm->config.temporal.context;
+        return MOSHI_OK;
+    }
+    int status = refresh_create(&lm->lm->config, lm->context, options->context_range,
+                                options->context_keep, session_is_guided(session),
+                                &session->refresh);
+    if (status) return status;
+    options->context_range = session->refresh->state.range;
+    options->context_keep = session->refresh->state.keep;
+    return MOSHI_OK;
 }
 
 static int create_buffers(struct moshi_session *session, const struct moshi_model *model,
@@ -146,6 +172,7 @@ static void free_session(struct moshi_session *session)
     free(session->logits);
     free(session->condition);
     free(session->forced);
+    refresh_destroy(session->refresh);
     os_event_destroy(session->event);
     free(session);
 }
@@ -174,6 +201,7 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
     params->cfg_masked_until = options->cfg_masked_until;
     set_seed(session, options->seed);
     status = create_buffers(session, engine->model, options);
+    if (!status) status = create_refresh(session);
     if (status) {
         free_session(session);
         return status;
@@ -618,6 +646,7 @@ int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
         os_mutex_lock(engine->model->backend_lock);
         lm_state_copy(&engine->lm, session->slot, fork->slot);
         if (engine->mimi.backend) mimi_state_copy(&engine->mimi, session->slot, fork->slot);
+        if (fork->refresh) refresh_copy(fork->refresh, session->refresh);
         os_mutex_unlock(engine->model->backend_lock);
         *result = fork;
     } else {
@@ -658,6 +687,9 @@ static void list_options(struct saved_options *saved, struct snapshot *snapshot)
     snapshot_host(snapshot, "session.settings", TENSOR_I32, 7, saved->settings);
 }
 
+/* In snapshots of sessions whose context is refreshed. */
+#define REFRESH_FIELD "session.refresh"
+
 static void list_session(struct moshi_session *session, struct snapshot *snapshot)
 {
     const struct moshi_model_info *info = &session->engine->model->info;
@@ -668,6 +700,13 @@ static void list_session(struct moshi_session *session, struct snapshot *snapsho
     snapshot_host(snapshot, "session.forced", TENSOR_I32,
                   session->forced_end - session->forced_first,
                   session->forced ? session->forced + session->forced_first : NULL);
+    if (session->refresh) {
+        struct refresh *refresh = session->refresh;
+        snapshot_host(snapshot, REFRESH_FIELD, TENSOR_I32, REFRESH_STATE, &refresh->state);
+        snapshot_host(snapshot, "session.history", TENSOR_I32,
+                      (int64_t)refresh->state.rows * refresh->halves * (info->n_q + 1),
+                      refresh->history);
+    }
     if (session->condition)
         snapshot_host(snapshot, "session.condition", TENSOR_F32,
                       2 * (int64_t)session->engine->model->lm.config.temporal.dim,
@@ -720,6 +759,22 @@ int moshi_session_snapshot(struct moshi_session *session, const void *note, size
     return status;
 }
 
+/* What a snapshot has of a refresh; `found` stays 0 for a session without. */
+static int read_refresh(struct tensor_file *file, struct refresh_state *state, int *found)
+{
+    const struct tensor *tensor;
+    *found = tensor_file_find(file, REFRESH_FIELD) != NULL;
+    if (!*found) return MOSHI_OK;
+    int status = snapshot_find(file, REFRESH_FIELD, TENSOR_I32, &tensor);
+    if (status) return status;
+    if (tensor->elements != REFRESH_STATE)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "snapshot: the field " REFRESH_FIELD " has %lld numbers, expected %lld",
+                          (long long)tensor->elements, (long long)REFRESH_STATE);
+    memcpy(state, tensor->data, sizeof *state);
+    return MOSHI_OK;
+}
+
 /* The options that a snapshot claims; MOSHI_ERROR_CHECKPOINT when they cannot be a session's. */
 static int read_options(struct moshi_engine *engine, struct tensor_file *file,
                         struct saved_options *saved, struct moshi_session_options *options)
@@ -749,6 +804,15 @@ static int read_options(struct moshi_engine *engine, struct tensor_file *file,
     options->cfg_no_text = saved->settings[3];
     options->start = saved->settings[4] ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options->keep_logits = saved->settings[5];
+    struct refresh_state refresh;
+    int refreshed;
+    status = read_refresh(file, &refresh, &refreshed);
+    if (status) return status;
+    if (refreshed) {
+        options->context_policy = MOSHI_CONTEXT_REFRESH;
+        options->context_range = refresh.range;
+        options->context_keep = refresh.keep;
+    }
     if (saved->settings[6] && !options->keep_logits)
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "snapshot: the field session.settings has logits and does not keep them");
@@ -768,11 +832,19 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     if (!status) status = session_reserve_forced(session, (int)forced->elements);
     if (status) return status;
     session->forced_end = (int)forced->elements;
+    if (session->refresh) {
+        int found;
+        status = read_refresh(file, &session->refresh->state, &found);
+        if (!status && session->refresh->state.rows > session->refresh->most_rows)
+            session->refresh->state.rows = session->refresh->most_rows; /* refused as a shape */
+        if (status) return status;
+    }
     struct snapshot items = {0};
     list_session(session, &items);
     status = snapshot_read(&items, file);
     snapshot_free(&items);
     if (status) return status;
+    if (session->refresh) status = refresh_check(session->refresh);
     for (int i = 0; i < session->next_steps && !status; ++i)
         if (session->next_text[i] != TOKEN_FREE)
             status = session_check_text(session, session->next_text[i]);

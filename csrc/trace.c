@@ -449,6 +449,7 @@ int trace_backend_create(struct backend *inner, const char *path, struct backend
     }
     trace->base = *inner;
     trace->base.ops = &trace_ops;
+    inner->immediate = 1;
     trace->inner = inner;
     *backend = &trace->base;
     return MOSHI_OK;

@@ -167,25 +167,37 @@ float tensor_element(const struct tensor *tensor, int64_t i)
     }
 }
 
+#define CONVERTED 4096 /* elements at a time, on their way to the device */
+
 /* A copy in a float format; scales: of the rows of int8 tensors. */
 static void convert(struct weight_loader *loader, const struct tensor *tensor, const float *scales,
                     enum weight_format format, struct matrix *matrix)
 {
-    size_t bytes = (size_t)tensor->elements * weight_bytes(format);
-    char *memory = weight_store_allocate(loader->store, bytes);
+    const struct backend_ops *ops = loader->store->backend->ops;
+    const size_t element = weight_bytes(format);
+    float values[CONVERTED], piece[CONVERTED];
+    char *memory = weight_store_allocate(loader->store, (size_t)tensor->elements * element);
     if (!memory) {
         loader->status = MOSHI_ERROR_MEMORY;
         return;
     }
-    if (aligned(tensor) && !scales) {
-        weight_convert(format_of(tensor), tensor->data, format, memory, (size_t)tensor->elements);
-    } else {
-        for (int64_t i = 0; i < tensor->elements; ++i) {
-            float value = scales ? scales[i / matrix->cols] * ((const int8_t *)tensor->data)[i]
-                                 : tensor_element(tensor, i);
-            weight_convert(WEIGHT_F32, &value, format, memory + (size_t)i * weight_bytes(format),
-                           1);
+    for (int64_t done = 0; done < tensor->elements; done += CONVERTED) {
+        int64_t left = tensor->elements - done;
+        size_t n = left < CONVERTED ? (size_t)left : CONVERTED;
+        enum weight_format from = WEIGHT_F32;
+        const void *source = values;
+        if (aligned(tensor) && !scales) {
+            from = format_of(tensor);
+            source = (const char *)tensor->data + (size_t)done * weight_bytes(from);
+        } else {
+            for (size_t j = 0; j < n; ++j) {
+                int64_t i = done + (int64_t)j;
+                values[j] = scales ? scales[i / matrix->cols] * ((const int8_t *)tensor->data)[i]
+                                   : tensor_element(tensor, i);
+            }
         }
+        weight_convert(from, source, format, piece, n);
+        ops->upload(loader->store->backend, memory + (size_t)done * element, piece, n * element);
     }
     matrix->format = format;
     matrix->data = memory;

@@ -19,7 +19,7 @@ class Device(TypedDict):
 
 #: index, pcm float32[frame_size] (None when not decoded), text_token (-1 before the first output),
 #: codes int32[dep_q] (None before the first output), user_codes int32[user_q], level in dBFS,
-#: heads float32[heads, head_dim] (None without heads), seconds the step took
+#: heads float32[heads, head_dim] (None without heads), seconds the step took, event (None or a word)
 FrameTuple = tuple[
     int,
     NDArray[np.float32] | None,
@@ -29,6 +29,7 @@ FrameTuple = tuple[
     float,
     NDArray[np.float32] | None,
     float,
+    str | None,
 ]
 
 @final
@@ -89,6 +90,9 @@ class Session:
         null_conditions: Mapping[str, str | None] | None = None,
         offline_start: bool = False,
         keep_logits: bool = False,
+        context_policy: str = "ring",
+        context_range: int = 0,
+        context_keep: int = 0,
     ) -> Session: ...
     @property
     def seed(self) -> int: ...
@@ -123,13 +127,18 @@ class Session:
 
 @final
 class MimiStream:
-    def __new__(cls, model: Model, batch: int = 1) -> MimiStream: ...
+    def __new__(cls, model: Model, batch: int = 1, whole: bool = False) -> MimiStream: ...
+    """whole: for one whole signal in pieces."""
     @property
     def closed(self) -> bool: ...
     def encode(self, pcm: Any) -> NDArray[np.int32]: ...
     """float32[batch, frame_size] -> int32[batch, codebooks]"""
     def decode(self, codes: Any) -> NDArray[np.float32]: ...
     """int32[batch, K] -> float32[batch, frame_size]"""
+    def encode_piece(self, pcm: Any, /) -> NDArray[np.int32]: ...
+    """float32[samples] -> int32[codebooks, frames]; only the last piece may end inside a frame"""
+    def decode_piece(self, codes: Any, /) -> NDArray[np.float32]: ...
+    """int32[K, frames] -> float32[frames * frame_size]"""
     def reset(self) -> None: ...
     def snapshot(self) -> bytes: ...
     def restore(self, data: bytes) -> None: ...
@@ -165,7 +174,7 @@ class OggOpusWriter:
     def close(self) -> bytes: ...
 
 def step_many(
-    sessions: Sequence[Session], pcms: Sequence[Any], decode: bool = True
+    sessions: Sequence[Session], pcms: Sequence[Any], decode: bool = True, codes: bool = False
 ) -> list[FrameTuple]: ...
 def devices() -> list[Device]: ...
 def measure(threads: int, seconds: float, /) -> dict[str, float]: ...

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, bench
-from .audio import AudioWriter, check_suffix, read_audio, write_audio
+from .audio import AudioWriter, check_suffix, read_audio, read_blocks
 from .codec_file import CodecFile, read_codec_file, write_codec_file
 from .convert import quantize
 from .duet import duet
@@ -194,13 +194,12 @@ def _encode(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         codebooks=arguments.codebooks,
     ) as mimi:
-        pcm = read_audio(source, mimi.sample_rate)
-        codes = mimi.encode(pcm)
-        file = CodecFile(codes, mimi.codebook_size, len(pcm), mimi.sample_rate, mimi.frame_size)
+        codes, samples = mimi._encode_blocks(read_blocks(source, mimi.sample_rate))
+        file = CodecFile(codes, mimi.codebook_size, samples, mimi.sample_rate, mimi.frame_size)
         write_codec_file(out, file)
     print(
         f"{out}: {codes.shape[1]} frames of {codes.shape[0]} codes, "
-        f"{len(pcm) / file.sample_rate:.2f} s",
+        f"{samples / file.sample_rate:.2f} s",
         file=sys.stderr,
     )
 
@@ -227,14 +226,15 @@ def _decode(arguments: argparse.Namespace) -> None:
                     f"{source} has {found} {what}, the codec has {expected}: "
                     "give the codec that made it with --model"
                 )
-        pcm = mimi.decode(file.codes)[: file.samples]
-        write_audio(out, pcm, mimi.sample_rate)
+        left = file.samples
+        with AudioWriter(out, mimi.sample_rate) as writer:
+            for pcm in mimi._decode_pieces(file.codes):
+                writer.write(pcm[:left])
+                left -= min(len(pcm), left)
     print(f"{out}: {file.samples / file.sample_rate:.2f} s", file=sys.stderr)
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    if arguments.model is not None:
-        raise ValueError("quantize takes its model as SOURCE; expected no --model")
     target = quantize(
         arguments.source,
         arguments.target,
@@ -357,6 +357,8 @@ def _load(arguments: argparse.Namespace, max_sessions: int = 1) -> Model:
 
 
 def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        raise AudioError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
         raise AudioError(f"{path} cannot be written: there is no folder {path.parent}")
 
@@ -395,32 +397,38 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _common() -> argparse.ArgumentParser:
+def _common(*names: str) -> argparse.ArgumentParser:
+    """The options of every command, or these of them."""
+    options: dict[str, dict[str, Any]] = {
+        "model": {
+            "metavar": "M",
+            "help": "folder, weight file or hub id (default: the small model in the package)",
+        },
+        "device": {
+            "default": "auto",
+            "metavar": "D",
+            "help": "auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
+        },
+        "dtype": {
+            "default": "auto",
+            "metavar": "T",
+            "help": "auto (as stored), f32, f16, bf16, int8, q8 or q4",
+        },
+        "seed": {
+            "type": _seed,
+            "metavar": "N",
+            "help": "of what is drawn at random (default: a random one)",
+        },
+        "threads": {
+            "type": _count,
+            "metavar": "N",
+            "help": "default: MOSHI_C_THREADS, or one per core",
+        },
+    }
     common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("options of every command")
-    group.add_argument(
-        "--model",
-        metavar="M",
-        help="folder, weight file or hub id (default: the small model in the package)",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="D",
-        help="auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        metavar="T",
-        help="auto (as stored), f32, f16, bf16, int8, q8 or q4",
-    )
-    group.add_argument(
-        "--seed", type=_seed, metavar="N", help="of what is drawn at random (default: a random one)"
-    )
-    group.add_argument(
-        "--threads", type=_count, metavar="N", help="default: MOSHI_C_THREADS, or one per core"
-    )
+    group = common.add_argument_group("options of every command" if not names else "options")
+    for name in names or options:
+        group.add_argument(f"--{name}", **options[name])
     return common
 
 
@@ -434,10 +442,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     common = _common()
 
-    def command(name: str, run: Command, summary: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str,
+        run: Command,
+        summary: str,
+        example: str,
+        options: argparse.ArgumentParser = common,
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
-            parents=[common],
+            parents=[options],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: {example}",
@@ -513,6 +527,7 @@ def _parser() -> argparse.ArgumentParser:
         _quantize,
         "a checkpoint in another weight format, as a folder that opens at once",
         "moshi-c quantize kyutai/moshiko-pytorch-bf16 moshiko-q4 --dtype q4",
+        _common("dtype", "threads"),  # the others would change nothing
     )
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(

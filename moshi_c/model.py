@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, hub
-from .audio import Pcm, as_pcm, read_audio
+from .audio import Pcm, as_pcm, read_blocks
 from .errors import AudioError, CheckpointError, DeviceError
 from .fields import Fields
 from .tokenizer import Tokenizer
@@ -20,8 +22,12 @@ from .tokenizer import Tokenizer
 #: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
 #: "q8" and "q4" have one for 32 weights.
 Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
-#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16.
-KvDtype = Literal["auto", "f32", "bf16"]
+#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one scale
+#: for each head and frame.
+KvDtype = Literal["auto", "f32", "bf16", "int8"]
+
+#: Of a signal that is not held whole, frames at a time: enough for long passes, 2 MB of sound.
+_PIECE_FRAMES = 240
 
 
 class _Closable(Protocol):
@@ -111,7 +117,8 @@ def load(
             or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
             norms stay as stored. The panels of `moshi-c quantize` open in their own format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
-            "f32", "bf16".
+            "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
+            benchmarks/quality.py measures.
         context: frames remembered; None for the checkpoint's.
         max_sessions: how many sessions may be open at once.
         threads: of the CPU; None for MOSHI_C_THREADS, else one per core.
@@ -220,18 +227,14 @@ def _text(path: os.PathLike[str] | None) -> str | None:
 
 
 def _device(name: str) -> str:
-    """What the core is to open; DeviceError for what is not built."""
+    """What the core is to open."""
     asked = f"device is {name!r}"
     if name == "auto":
-        name = os.environ.get("MOSHI_C_DEVICE", "").strip() or "cpu"
+        name = os.environ.get("MOSHI_C_DEVICE", "").strip() or "auto"
         asked = f"MOSHI_C_DEVICE is {name!r}"
-    if name in ("auto", "cpu"):
-        return "cpu"
-    if name == "cuda" or (name.startswith("cuda:") and name[5:].isdecimal()):
-        raise DeviceError(
-            f"{asked}, but the CUDA backend is not part of this build; expected 'auto' or 'cpu'"
-        )
-    raise DeviceError(f"{asked}; expected 'auto' or 'cpu'")
+    if name in ("auto", "cpu", "cuda") or (name.startswith("cuda:") and name[5:].isdecimal()):
+        return name
+    raise DeviceError(f"{asked}; expected 'auto', 'cpu', 'cuda' or 'cuda:1' and so on")
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -442,7 +445,7 @@ class Mimi:
             AudioError: the file or the samples are not usable.
         """
         if isinstance(audio, (str, os.PathLike)):
-            audio = read_audio(audio, self.sample_rate)
+            return self._encode_blocks(read_blocks(audio, self.sample_rate))[0]
         batched = np.ndim(audio) == 2
         pcm = as_pcm(audio, "audio", ndim=2)
         if pcm.size == 0:
@@ -475,6 +478,31 @@ class Mimi:
         else:
             pcm = self._core.decode(batch)
         return pcm if array.ndim == 3 else pcm[0]
+
+    def _encode_blocks(self, blocks: Iterable[Pcm]) -> tuple[NDArray[np.int32], int]:
+        """Codes of one signal that comes in blocks, and its samples; the sound is not kept."""
+        codes = [np.zeros((self.codebooks, 0), np.int32)]
+        held: list[Pcm] = []
+        samples = waiting = 0
+        with contextlib.closing(_core.MimiStream(self._core, whole=True)) as stream:
+            for block in blocks:
+                samples += len(block)
+                waiting += len(block)
+                held.append(block)
+                if waiting >= _PIECE_FRAMES * self.frame_size:
+                    pcm = np.concatenate(held)
+                    whole = waiting // self.frame_size * self.frame_size
+                    codes.append(stream.encode_piece(pcm[:whole]))
+                    held, waiting = [pcm[whole:].copy()], waiting - whole
+            if waiting:
+                codes.append(stream.encode_piece(np.concatenate(held)))
+        return np.concatenate(codes, axis=1), samples
+
+    def _decode_pieces(self, codes: NDArray[np.int32]) -> Iterator[Pcm]:
+        """The signal of `[K, T]`, piece by piece."""
+        with contextlib.closing(_core.MimiStream(self._core, whole=True)) as stream:
+            for first in range(0, codes.shape[1], _PIECE_FRAMES):
+                yield stream.decode_piece(codes[:, first : first + _PIECE_FRAMES])
 
     def stream(self, batch: int = 1) -> MimiStream:
         """A codec that goes frame by frame, `batch` signals at once."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,9 @@ class Frame:
         its last 3 frames is above -45 dBFS.
     level: of the user's frame, in dBFS, -120 at least; -120 when stepped by codes.
     heads: float32[heads, classes], probabilities of the extra heads; None without heads.
-    event: None, or a word for something that happened in this step.
+    event: None, or of the context: "context_80" in the frame that fills 80 % of what the model was
+        trained on; "refresh_begin" when a new context begins to be read, and "refresh_end" in the
+        first frame with it, if the session has that policy.
     """
 
     pcm: Pcm | None
@@ -251,6 +253,9 @@ class Session:
         sample_rate: int = 24000,
         output_sample_rate: int = 24000,
         keep_logits: bool = False,
+        context_policy: Literal["ring", "refresh"] = "ring",
+        context_range: int | None = None,
+        context_keep: int | None = None,
     ) -> None:
         """Takes a slot of the model.
 
@@ -269,6 +274,13 @@ class Session:
             sample_rate: of what goes in, Hz. A frame is 80 ms at that rate.
             output_sample_rate: of Frame.pcm, Hz.
             keep_logits: makes `logits` available.
+            context_policy: what becomes of a call that is longer than the model's memory. "ring", as
+                upstream: it forgets frame by frame. "refresh": before the range ends that the model
+                was trained on, what it remembers is made anew from the tokens of the last frames,
+                as that of a conversation which began there; in a pause, if one comes once 80 % of
+                the range are used. Steps go on meanwhile.
+            context_range: that range, in frames; None for the checkpoint's context.
+            context_keep: frames that a refresh keeps; None for half of the range.
 
         Raises:
             SessionError: the model is closed or has no free slot.
@@ -299,6 +311,9 @@ class Session:
                 conditions=conditions,
                 null_conditions=null_conditions,
                 keep_logits=keep_logits,
+                context_policy=context_policy,
+                context_range=context_range or 0,
+                context_keep=context_keep or 0,
             )
         )
 
@@ -607,7 +622,7 @@ class Session:
 
     def _frame(self, raw: _core.FrameTuple, resampled: bool = True) -> Frame:
         """The frame of a step of the core."""
-        index, pcm, token, codes, user_codes, level, heads, seconds = raw
+        index, pcm, token, codes, user_codes, level, heads, seconds, event = raw
         self._clock.add(seconds)
         text = self._note_output(token, pcm)
         loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
@@ -625,6 +640,7 @@ class Session:
             speaking=self._since_word < SPEAKING_FRAMES or loud,
             level=level,
             heads=heads,
+            event=event,
         )
 
     def _note_output(self, token: int, pcm: Pcm | None) -> str:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # setup_debian.sh WHAT...: installs with apt-get what is missing for building, sound, clang,
-# the other processor, the bare machine.
+# the browser of the page's tests, the other processor, the bare machine.
 # Where that cannot be done it says in one sentence what is missing, and fails.
 set -eu
 
@@ -47,6 +47,7 @@ for what in "$@"; do
         need libclang-rt-dev has_fuzzer
         ;;
     clang) need clang command -v clang ;;
+    browser) need chromium command -v chromium ;;
     aarch64)
         need gcc-aarch64-linux-gnu command -v aarch64-linux-gnu-gcc
         need libc6-dev-arm64-cross test -f /usr/aarch64-linux-gnu/include/stdio.h
@@ -57,7 +58,7 @@ for what in "$@"; do
         need git command -v git
         ;;
     *)
-        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, fuzzer, aarch64, fresh" >&2
+        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, fuzzer, browser, aarch64, fresh" >&2
         exit 2
         ;;
     esac

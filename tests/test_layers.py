@@ -26,11 +26,11 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("json", "quant"),
     ("config", "safetensors"),
     ("backend",),
-    ("cpu/", "trace", "state", "weights"),
+    ("cpu/", "cuda", "trace", "state", "weights"),
     ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
-    ("model",),
+    ("model", "refresh"),
     ("convert", "engine"),
     ("codec", "prefill", "session"),
 )

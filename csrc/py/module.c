@@ -223,7 +223,7 @@ static PyMethodDef core_methods[] = {
      PyDoc_STR("measure(threads, seconds, /)\n--\n\n"
                "The best rates of reading and multiplying that the machine reached.")},
     {"step_many", KEYWORDS(sessions_step_many),
-     PyDoc_STR("step_many(sessions, pcms, decode=True)\n--\n\n"
+     PyDoc_STR("step_many(sessions, pcms, decode=True, codes=False)\n--\n\n"
                "One batched step of many sessions of one model: all of them step, or none.")},
     {NULL, NULL, 0, NULL},
 };

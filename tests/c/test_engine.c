@@ -347,6 +347,42 @@ static int test_whole_files_and_streams_agree_on_the_first_seconds(void)
     return 1;
 }
 
+static int test_a_whole_signal_may_come_in_pieces(void)
+{
+    enum { T = 61, SAMPLES = T * FRAME_SIZE - 700 };
+    static const int pieces[] = {1, 25, 0, 3, T};
+    static float pcm[T * FRAME_SIZE], sound[T * FRAME_SIZE], part[T * FRAME_SIZE];
+    static int32_t codes[MOSHI_MAX_CODEBOOKS * T], some[MOSHI_MAX_CODEBOOKS * T];
+    int levels = moshi_model_get_info(model)->codebooks;
+    struct mimi_stream *stream, *frames;
+    for (int t = 0; t < T; ++t) make_frame(1, t, pcm + t * FRAME_SIZE);
+    CHECK(moshi_mimi_encode(engine, pcm, 1, SAMPLES, codes) == MOSHI_OK);
+    CHECK(moshi_mimi_decode(engine, codes, 1, levels, T, sound) == MOSHI_OK);
+    CHECK(mimi_stream_create_whole(engine, &stream) == MOSHI_OK);
+    for (int round = 0; round < 2; ++round) {
+        for (int i = 0, first = 0; first < T; first += pieces[i++]) {
+            int n = pieces[i] < T - first ? pieces[i] : T - first, end = first + n;
+            int samples = (end == T ? SAMPLES : end * FRAME_SIZE) - first * FRAME_SIZE;
+            CHECK(mimi_stream_encode_piece(stream, pcm + first * FRAME_SIZE, samples, some) ==
+                  MOSHI_OK);
+            for (int k = 0; k < levels; ++k)
+                CHECK(memcmp(some + k * n, codes + k * T + first, (size_t)n * 4) == 0);
+            CHECK(mimi_stream_decode_piece(stream, some, levels, n, part) == MOSHI_OK);
+            CHECK(memcmp(part, sound + first * FRAME_SIZE, (size_t)n * FRAME_SIZE * 4) == 0);
+        }
+        CHECK(mimi_stream_reset(stream) == MOSHI_OK);
+    }
+    some[0] = -1;
+    CHECK(mimi_stream_decode_piece(stream, some, levels, 1, part) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_decode_piece(stream, codes, levels, -1, part) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_encode_piece(stream, pcm, -1, some) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_create(engine, 1, &frames) == MOSHI_OK);
+    CHECK(mimi_stream_encode_piece(frames, pcm, FRAME_SIZE, some) == MOSHI_ERROR_ARGUMENT);
+    mimi_stream_destroy(frames);
+    mimi_stream_destroy(stream);
+    return 1;
+}
+
 static int is_refused_here(int status)
 {
     return status == MOSHI_ERROR_SESSION && strstr(moshi_error_detail(), "forked") != NULL;
@@ -630,6 +666,7 @@ int main(int argc, char **argv)
     RUN(test_a_descriptor_tells_of_a_finished_frame);
     RUN(test_a_withdrawn_frame_was_never_stepped);
     RUN(test_whole_files_and_streams_agree_on_the_first_seconds);
+    RUN(test_a_whole_signal_may_come_in_pieces);
     moshi_engine_destroy(engine);
     moshi_model_close(model);
     printf("%d passed, %d failed\n", passed, failed);

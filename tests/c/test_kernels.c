@@ -10,6 +10,8 @@
  *  - with some rows inactive: their histories stay bitwise as they were, the others' results too.
  * Outputs are poisoned first. Bounds are in one table.
  *
+ * test_kernels cuda: the CUDA backend in the place of the other instruction sets, on a card or on the
+ * host shim (MOSHI_C_CUDA_LIBRARY), fewer shapes.
  * test_kernels quick: one shape of EVERY, for machines that are emulated.
  * test_kernels best NAME: only whether this machine's kernels are those, and it refuses better ones.
  * test_kernels bench [threads [words]]: times the main kernels beside the machine's read rate and its
@@ -23,6 +25,7 @@
 
 #include "../../csrc/backend.h"
 #include "../../csrc/cpu/probe.h"
+#include "../../csrc/cuda.h"
 #include "../../csrc/os.h"
 
 /* Largest |a - b| / (rms of b's row + |b|). Left: generic against double. Right: another
@@ -38,6 +41,7 @@ static const struct bound {
     {"rope", 2e-6, 0},         /* the same libm calls on every instruction set */
     {"attend", 1e-5, 1e-5},    /* two sums around an exponential */
     {"attend_bf16", 2e-2, 2e-2}, /* a key may round to the other neighbour: 2^-8 each */
+    {"attend_int8", 4e-2, 4e-2}, /* a code may be the other neighbour: 2^-7 of the largest each */
     {"conv", 5e-6, 5e-6},        {"transposed", 5e-6, 5e-6},
     {"rvq_encode", 0, 0},      /* codes; the seeds have no near ties */
     {"rvq_decode", 5e-6, 5e-6},  {"softmax", 2e-6, 2e-6},
@@ -87,7 +91,10 @@ static float uniform(void)
 static char *arena;
 static size_t arena_used;
 static const size_t arena_bytes = (size_t)64 << 20;
-static struct matrix prepared[64];
+static struct prepared {
+    struct backend *backend;
+    struct matrix matrix;
+} prepared[64];
 static int n_prepared;
 
 static void *take(size_t bytes)
@@ -158,8 +165,9 @@ static const char *const isas[] = {
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 
-static struct backend *backends[3 * COUNT(isas)]; /* of each one: 1, 2, 3 threads */
-static int n_backends;
+/* Of each one: 1, 2, 3 threads. With a CUDA backend: generic once, then that. */
+static struct backend *backends[3 * COUNT(isas)];
+static int n_backends, cuda;
 
 /* pack: 0 rows, 1 panels of f32, else the block format to make. The naive formulation reads the
  * panels of the first backend then. */
@@ -172,7 +180,7 @@ static void prepare(struct backend *backend, struct matrix *matrix, int pack)
     status = pack > 1 ? backend->ops->quantise_matrix(backend, matrix, (enum weight_format)pack)
                       : backend->ops->prepare_matrix(backend, matrix, pack);
     if (status) exit(2);
-    prepared[n_prepared++] = *matrix;
+    prepared[n_prepared++] = (struct prepared){backend, *matrix};
 }
 
 static double weight_at(const struct matrix *m, size_t i)
@@ -307,13 +315,35 @@ static size_t first_row(const struct shape *shape)
     return shape->only < 0 ? 0 : (size_t)shape->only;
 }
 
+/* Results of two runs are held at a time; a card writes them, so they lie in its reach. */
+#define OUTCOMES 4
+static char *outcomes[OUTCOMES];
+static int held[OUTCOMES];
+static const size_t outcome_bytes = (size_t)1 << 20;
+
+static float *outcome_memory(size_t bytes)
+{
+    if (!cuda) return malloc(bytes);
+    for (int i = 0; i < OUTCOMES && bytes <= outcome_bytes; i++)
+        if (!held[i]) return held[i] = 1, (float *)(void *)outcomes[i];
+    printf("the test's results are too large\n");
+    exit(2);
+}
+
+static void free_outcome_memory(float *y)
+{
+    if (!cuda) free(y);
+    for (int i = 0; i < OUTCOMES; i++)
+        if ((char *)y == outcomes[i]) held[i] = 0;
+}
+
 static void start_outcome(struct outcome *o, int n, size_t width, size_t lane_bytes)
 {
     o->n = n;
     o->width = width;
     o->lanes = lanes_of(n);
     o->lane_bytes = lane_bytes;
-    o->y = malloc((size_t)n * width * sizeof *o->y);
+    o->y = outcome_memory((size_t)n * width * sizeof *o->y);
     o->before = calloc((size_t)o->lanes + 1, lane_bytes + 1);
     o->state = calloc((size_t)o->lanes + 1, lane_bytes + 1);
     poison(o->y, (size_t)n * width * sizeof *o->y);
@@ -321,7 +351,7 @@ static void start_outcome(struct outcome *o, int n, size_t width, size_t lane_by
 
 static void free_outcome(struct outcome *o)
 {
-    free(o->y);
+    free_outcome_memory(o->y);
     free(o->before);
     free(o->state);
 }
@@ -333,6 +363,13 @@ static void must(struct backend *backend, int status)
     exit(2);
 }
 
+static int run_stage(struct backend *backend, void (*function)(struct backend *, void *), void *arg)
+{
+    int status = backend->ops->run(backend, 0, function, arg);
+
+    return status ? status : backend->ops->sync(backend);
+}
+
 /* Each operation as a stage of its own. */
 #define STAGE(operation)                                                                           \
     static void stage_##operation(struct backend *backend, void *op)                               \
@@ -341,7 +378,7 @@ static void must(struct backend *backend, int status)
     }                                                                                              \
     static void run_##operation(struct backend *backend, void *op)                                 \
     {                                                                                              \
-        must(backend, backend->ops->run(backend, 0, stage_##operation, op));                       \
+        must(backend, run_stage(backend, stage_##operation, op));                                  \
     }
 STAGE(embed)
 STAGE(norm)
@@ -592,7 +629,7 @@ static struct attention take_attention(const struct shape *s)
 {
     struct attention a = {.dim = s->in, .heads = s->out, .total = s->steps * s->calls};
     int lanes = lanes_of(s->n), pages = lanes * PAGES;
-    size_t element = s->kv == MOSHI_BF16 ? 2 : 4, elements;
+    size_t element = s->kv == MOSHI_BF16 ? 2 : s->kv == MOSHI_INT8 ? 1 : 4, elements;
 
     a.kv_heads = s->variant & 4 ? a.heads / 2 : a.heads;
     a.queries = (size_t)(a.heads * a.dim);
@@ -611,22 +648,32 @@ static struct attention take_attention(const struct shape *s)
         a.table[other] = page;
     }
     for (int l = 0; l < lanes; l++) a.position[l] = 2 * l, a.key_count[l] = 3 + l % RING;
-    a.cache = (struct kv_cache){.page_bytes = 2 * 2 * a.keys * PAGE * element + 64,
-                                .table = a.table,
+    a.cache = (struct kv_cache){.table = a.table,
                                 .pages_per_lane = PAGES,
                                 .page_positions = PAGE,
                                 .layers = 2,
                                 .kv_heads = a.kv_heads,
                                 .head_dim = a.dim,
                                 .dtype = s->kv};
+    a.cache.page_bytes = 2 * 2 * (size_t)a.kv_heads * kv_plane_bytes(&a.cache) + 64;
     elements = a.cache.page_bytes * (size_t)pages / element;
     a.cache.pages = take(elements * element);
     for (size_t i = 0; i < elements; i++) {
         if (s->kv == MOSHI_BF16)
             ((uint16_t *)a.cache.pages)[i] = f32_to_bf16(uniform());
+        else if (s->kv == MOSHI_INT8)
+            ((int8_t *)a.cache.pages)[i] = (int8_t)(127 * uniform());
         else
             ((float *)a.cache.pages)[i] = uniform();
     }
+    for (int page = 0; page < pages && s->kv == MOSHI_INT8; page++)
+        for (int plane = 0; plane < 4 * a.kv_heads; plane++) {
+            char *start = (char *)a.cache.pages + (size_t)page * a.cache.page_bytes +
+                          (size_t)plane * kv_plane_bytes(&a.cache);
+            float *scales = (float *)(void *)(start + PAGE * kv_row_bytes(&a.cache));
+
+            for (int i = 0; i < PAGE; i++) scales[i] = (1 + uniform()) / 127;
+        }
     return a;
 }
 
@@ -657,13 +704,17 @@ static void naive_rotate(double *x, int dim, int position)
 static double old_element(const struct attention *a, int lane, int position, int value, int head,
                           int d)
 {
-    const char *page = (const char *)a->cache.pages +
-                       (size_t)a->table[lane * PAGES + position % RING / PAGE] *
-                           a->cache.page_bytes;
-    int at = (((LAYER * 2 + value) * a->kv_heads + head) * PAGE + position % PAGE) * a->dim + d;
+    const char *plane =
+        (const char *)a->cache.pages +
+        (size_t)a->table[lane * PAGES + position % RING / PAGE] * a->cache.page_bytes +
+        (size_t)((LAYER * 2 + value) * a->kv_heads + head) * kv_plane_bytes(&a->cache);
+    int row = position % PAGE, at = row * a->dim + d;
 
-    return a->cache.dtype == MOSHI_BF16 ? bf16_to_f32(((const uint16_t *)(const void *)page)[at])
-                                        : ((const float *)(const void *)page)[at];
+    if (a->cache.dtype == MOSHI_INT8)
+        return ((const float *)(const void *)(plane + PAGE * a->dim))[row] *
+               (double)((const int8_t *)plane)[at];
+    return a->cache.dtype == MOSHI_BF16 ? bf16_to_f32(((const uint16_t *)(const void *)plane)[at])
+                                        : ((const float *)(const void *)plane)[at];
 }
 
 /* rows first.. of W norm(x), turned if they should be */
@@ -676,6 +727,17 @@ static double *naive_head(const struct attention *a, const struct shape *s, int 
     for (int d = 0; d < a->dim; d++) y[d] = naive_dot(&a->weight, first + d, normed);
     if (turned && !(s->variant & 1)) naive_rotate(y, a->dim, position);
     return y;
+}
+
+/* The row as its codes stand for it. */
+static void naive_coded_row(double *row, int dim)
+{
+    float *values = take((size_t)dim * sizeof *values), scale;
+    int8_t *codes = take((size_t)dim);
+
+    for (int d = 0; d < dim; d++) values[d] = (float)row[d];
+    scale = int8_row(values, dim, codes);
+    for (int d = 0; d < dim; d++) row[d] = scale * (double)codes[d];
 }
 
 /* One query over the keys and values first..last of its head, by position. */
@@ -720,6 +782,10 @@ static void naive_attention(const struct attention *a, const struct shape *s, in
             for (int d = 0; d < a->dim && s->kv == MOSHI_BF16; d++) {
                 k[p][d] = bf16_to_f32(f32_to_bf16((float)k[p][d]));
                 v[p][d] = bf16_to_f32(f32_to_bf16((float)v[p][d]));
+            }
+            if (s->kv == MOSHI_INT8) {
+                naive_coded_row(k[p], a->dim);
+                naive_coded_row(v[p], a->dim);
             }
         }
     }
@@ -1078,7 +1144,9 @@ static void case_rvq_encode(const struct shape *s, struct backend *backend, stru
                                                         .x = x + first_row(s) * in,
                                                         .codes = codes + (int)first_row(s) * stride,
                                                         .work = work});
-    for (int i = 0; i < s->n; i++) {
+    for (int i = 0; i < s->n * s->levels && backend; i++)
+        o->y[i] = (float)codes[i / s->levels * stride + i % s->levels];
+    for (int i = 0; i < s->n && !backend; i++) {
         double *r = take(dim * sizeof *r);
         double *a = naive_norm(&(struct norm){.kind = NORM_NONE}, x + (size_t)i * in, s->in);
 
@@ -1097,7 +1165,7 @@ static void case_rvq_encode(const struct shape *s, struct backend *backend, stru
                 if (distance < least) least = distance, best = e;
             }
             for (size_t d = 0; d < dim; d++) r[d] -= entries[(size_t)best * dim + d];
-            o->y[i * s->levels + level] = (float)(backend ? codes[i * stride + level] : best);
+            o->y[i * s->levels + level] = (float)best;
         }
     }
 }
@@ -1158,7 +1226,7 @@ static void start_case(uint64_t seed)
 static void end_case(void)
 {
     for (int i = 0; i < n_prepared; i++)
-        backends[0]->ops->release_matrix(backends[0], &prepared[i]);
+        prepared[i].backend->ops->release_matrix(prepared[i].backend, &prepared[i].matrix);
     n_prepared = 0;
 }
 
@@ -1273,7 +1341,7 @@ static void check_shape(case_function *function, struct shape shape, struct tall
     for (int b = 0; b < n_backends; b++) {
         all[b] = run_case(function, &shape, backends[b]);
         if (b == 0) tally->naive = fmax(tally->naive, distance(&all[0], &naive));
-        if (b % 3)
+        if (b % 3 && !cuda)
             tally->bits &= same_outcome(&all[b], &all[b - b % 3]);
         else
             tally->isa = fmax(tally->isa, distance(&all[b], &all[0]));
@@ -1292,9 +1360,11 @@ static void report(const char *operation, const char *detail, const struct tally
     const struct bound *bound = bounds;
 
     while (strcmp(bound->operation, operation) != 0) bound++;
-    verdict(tally->naive <= bound->naive && tally->isa <= bound->isa,
+    double isa = cuda ? bound->naive : bound->isa; /* a card has functions of its own */
+
+    verdict(tally->naive <= bound->naive && tally->isa <= isa,
             "%s %s is right (%d shapes; generic %.2g of %.2g, other kernels %.2g of %.2g)",
-            operation, detail, tally->cases, tally->naive, bound->naive, tally->isa, bound->isa);
+            operation, detail, tally->cases, tally->naive, bound->naive, tally->isa, isa);
     verdict(tally->bits && tally->alone,
             "%s %s has the same bits in any batch and with any threads", operation, detail);
     verdict(tally->masked, "%s %s leaves inactive rows alone", operation, detail);
@@ -1303,18 +1373,30 @@ static void report(const char *operation, const char *detail, const struct tally
 static const int row_counts[] = {1, 3, 4, 17, 53};
 static const int sizes[][2] = {{1, 1}, {7, 5}, {31, 33}, {64, 16}, {130, 100}, {600, 70}};
 
+static int row_count_end(int fewer)
+{
+    return cuda ? 3 : COUNT(row_counts) - fewer;
+}
+
+/* What a card reads so far. */
+static int in_reach(int format)
+{
+    return !cuda || format == WEIGHT_F32 || format == WEIGHT_BF16;
+}
+
 /* All row counts and sizes; every variant in turn. */
 static void check_products(const char *operation, case_function *function, int variants, int levels)
 {
     int formats = function == case_embed ? 3 : 4; /* int8: rows with activations in f32 */
 
     for (int format = 0; format < formats; format++) {
+        if (!in_reach(format)) continue;
         for (int packed = 0; packed < 2; packed++) {
             struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
             char detail[32];
             int turn = 0;
 
-            for (int i = 0; i < COUNT(row_counts); i++) {
+            for (int i = 0; i < row_count_end(0); i++) {
                 for (int j = 0; j < COUNT(sizes); j++) {
                     int variant = turn++ % variants;
 
@@ -1348,7 +1430,7 @@ static void check_block_products(void)
         const char *name = weight_format_name((enum weight_format)block);
         int turn = 0;
 
-        for (int i = 0; i < COUNT(row_counts); i++) {
+        for (int i = 0; i < row_count_end(0); i++) {
             for (int j = 0; j < COUNT(sizes); j++, turn++) {
                 struct shape shape = {.operation = "codes",
                                       .n = row_counts[i],
@@ -1376,7 +1458,7 @@ static void check_rows(const char *operation, case_function *function, int varia
 {
     struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
 
-    for (int i = 0; i < COUNT(row_counts); i++)
+    for (int i = 0; i < row_count_end(0); i++)
         for (int j = 0; j < COUNT(sizes); j++)
             for (int v = 0; v < variants; v++)
                 check_shape(function,
@@ -1393,13 +1475,18 @@ static void check_attention(void)
 {
     static const int heads[][3] = {{2, 2, 1}, {8, 4, 2}, {64, 2, 1}, {40, 2, 3}, {22, 6, 1}};
 
-    for (int kv = 0; kv < 2; kv++) {
+    static const struct {
+        const char *operation;
+        enum moshi_dtype dtype;
+    } kvs[] = {{"attend", MOSHI_F32}, {"attend_bf16", MOSHI_BF16}, {"attend_int8", MOSHI_INT8}};
+
+    for (int kv = 0; kv < COUNT(kvs); kv++) {
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
 
-        for (int i = 0; i < COUNT(row_counts) - 1; i++)
+        for (int i = 0; i < row_count_end(1); i++)
             for (int j = 0; j < COUNT(heads); j++)
                 for (int variant = 0; variant < 8; variant++)
-                    if ((variant & 3) != 3)
+                    if ((variant & 3) != 3 && (!cuda || (i + j + variant) % 4 == 0))
                         check_shape(case_attend,
                                     (struct shape){.operation = "attend",
                                                    .n = row_counts[i],
@@ -1407,12 +1494,14 @@ static void check_attention(void)
                                                    .out = heads[j][1],
                                                    .steps = heads[j][2],
                                                    .calls = 9,
-                                                   .format = (enum weight_format)(j % 3),
+                                                   .format = cuda && j % 3 == WEIGHT_F16
+                                                                 ? WEIGHT_BF16
+                                                                 : (enum weight_format)(j % 3),
                                                    .packed = variant % 2,
-                                                   .kv = kv ? MOSHI_BF16 : MOSHI_F32,
+                                                   .kv = kvs[kv].dtype,
                                                    .variant = variant},
                                     &tally);
-        report(kv ? "attend_bf16" : "attend", kv ? "bf16" : "f32", &tally);
+        report(kvs[kv].operation, moshi_dtype_name(kvs[kv].dtype), &tally);
     }
 }
 
@@ -1426,10 +1515,11 @@ static void check_codec(void)
 
     for (int packed = 0; packed < 2; packed++) {
         for (int format = 0; format < 4; format++) {
+            if (!in_reach(format)) continue;
             struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
             char detail[32];
 
-            for (int i = 0; i < COUNT(row_counts) - 1; i++) {
+            for (int i = 0; i < row_count_end(1); i++) {
                 for (int j = 0; j < COUNT(convs); j++)
                     for (int variant = (i + j) % 3; variant < 16; variant += 3)
                         check_shape(case_conv,
@@ -1551,12 +1641,14 @@ static void test_sample_draws_as_defined(struct backend *backend)
         int card = cards[trial % COUNT(cards)], stream = trial % 4;
         struct slot_params *params;
         struct rows rows;
-        int32_t null_row[N], token[4 * N], *offset;
+        int32_t *null_row, *token, *offset;
         float *logits, *expected;
         struct op_sample op;
 
         start_case((uint64_t)trial + 77);
         rows = take_rows(&(struct shape){.n = N, .masked = trial % 2});
+        null_row = take(N * sizeof *null_row);
+        token = take(4 * N * sizeof *token);
         params = take(lanes_of(N) * sizeof *params);
         offset = take(lanes_of(N) * sizeof *offset);
         logits = take_random((size_t)(2 * N * card), 6);
@@ -1578,7 +1670,7 @@ static void test_sample_draws_as_defined(struct backend *backend)
         for (int i = 0; i < N; i++) null_row[i] = i % 2 ? N + i : -1;
         expected = take((size_t)(2 * N * card) * sizeof *expected);
         memcpy(expected, logits, (size_t)(2 * N * card) * sizeof *logits);
-        poison(token, sizeof token);
+        poison(token, 4 * N * sizeof *token);
         op = (struct op_sample){.name = "sample",
                                 .rows = rows,
                                 .stream = stream,
@@ -1658,26 +1750,31 @@ static void stage_bad_logits(struct backend *backend, void *arg)
 
 static void test_bad_logits_are_an_error(struct backend *backend)
 {
-    float logits[3] = {1, NAN, 2};
-    struct slot_params params = {.forced_text = TOKEN_FREE};
-    int32_t lane = 0, null_row = -1, offset = 0, token;
-    uint8_t active = 1;
+    struct row {
+        float logits[3];
+        struct slot_params params;
+        int32_t lane, null_row, offset, token;
+        uint8_t active;
+    } *row = take(sizeof *row);
     struct op_sample op = {.name = "sample",
-                           .rows = {1, &lane, &active},
+                           .rows = {1, &row->lane, &row->active},
                            .stream = 0,
                            .card = 3,
-                           .logits = logits,
-                           .null_row = &null_row,
-                           .params = &params,
-                           .offset = &offset,
-                           .token = &token,
+                           .logits = row->logits,
+                           .null_row = &row->null_row,
+                           .params = &row->params,
+                           .offset = &row->offset,
+                           .token = &row->token,
                            .token_stride = 1};
-    int status = backend->ops->run(backend, 0, stage_bad_logits, &op);
-    int named = strstr(moshi_error_detail(), "stream 0") != NULL;
 
-    logits[1] = 0;
-    verdict(status == MOSHI_ERROR_INTERNAL && named && token == 0 &&
-                backend->ops->run(backend, 0, stage_bad_logits, &op) == MOSHI_OK && token == 2,
+    *row = (struct row){
+        .logits = {1, NAN, 2}, .params = {.forced_text = TOKEN_FREE}, .null_row = -1, .active = 1};
+    int status = run_stage(backend, stage_bad_logits, &op);
+    int named = strstr(moshi_error_detail(), "stream 0") != NULL, stored = row->token;
+
+    row->logits[1] = 0;
+    verdict(status == MOSHI_ERROR_INTERNAL && named && stored == 0 &&
+                run_stage(backend, stage_bad_logits, &op) == MOSHI_OK && row->token == 2,
             "logits that are not finite are an error, and the next run is fine");
 }
 
@@ -1700,9 +1797,21 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
                                 .initial_audio = 2000,
                                 .delays = delays};
     struct slot_params *params;
-    int32_t lane[N] = {4, 0, 2}, null_row[N] = {3, -1, 4};
+    int32_t *lane, *null_row, *flat, *shaken, *text, *known;
+    uint8_t *active;
 
     start_case((uint64_t)streams);
+    lane = take(N * sizeof *lane);
+    null_row = take(N * sizeof *null_row);
+    text = take(N * sizeof *text);
+    active = take(N);
+    flat = take(64 * sizeof *flat);
+    shaken = take(64 * sizeof *shaken);
+    known = take((size_t)streams * sizeof *known);
+    memcpy(lane, (const int32_t[N]){4, 0, 2}, N * sizeof *lane);
+    memcpy(null_row, (const int32_t[N]){3, -1, 4}, N * sizeof *null_row);
+    memcpy(known, delays, (size_t)streams * sizeof *known);
+    cache.delays = known;
     for (int s = 0; s < streams; s++) max_delay = delays[s] > max_delay ? delays[s] : max_delay;
     columns = max_delay + 2;
     cache.max_delay = max_delay;
@@ -1716,8 +1825,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
         params[l].cfg_no_text = l == 2;
     }
     for (int frame = 0; frame < FRAMES; frame++) {
-        uint8_t active[N];
-        int32_t user[N][8], text[N], audio[N][8], tokens[5][8], out[N][8], flat[64], shaken[64];
+        int32_t user[N][8], audio[N][8], tokens[5][8], out[N][8];
         struct rows rows = {N, lane, active};
 
         for (int i = 0; i < N; i++) {
@@ -1727,7 +1835,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
                 user[i][j] = random_below(900), audio[i][j] = random_below(900);
             for (int j = 0; j < users; j++) flat[i * users + j] = user[i][j];
         }
-        poison(shaken, sizeof shaken);
+        poison(shaken, 64 * sizeof *shaken);
         run_delay_input(backend, &(struct op_delay_input){.name = "delay",
                                                           .rows = rows,
                                                           .cache = &cache,
@@ -1739,7 +1847,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
             for (int s = 0; s < streams; s++) tokens[i][s] = shaken[i * streams + s];
         for (int i = 0; i < N; i++)
             for (int j = 0; j < dep_q; j++) flat[i * dep_q + j] = audio[i][j];
-        poison(shaken, sizeof shaken);
+        poison(shaken, 64 * sizeof *shaken);
         run_delay_output(backend, &(struct op_delay_output){.name = "delay",
                                                             .rows = rows,
                                                             .cache = &cache,
@@ -1813,6 +1921,18 @@ static void test_half_floats_convert_exactly(void)
     good &= f32_to_f16(65519.9f) == 0x7bff && f32_to_f16(65520) == 0x7c00 &&
             f32_to_f16(-1e30f) == 0xfc00;
     verdict(good, "half floats convert exactly, both ways");
+}
+
+/* Such a scale has a few bits at most: 190 units over 127 is 1 unit, and a code would be 190. */
+static void test_rows_below_the_normal_range_have_codes(void)
+{
+    const float values[4] = {190 * 0x1p-149f, -190 * 0x1p-149f, 0x1p-149f, 0};
+    int8_t codes[4];
+    float scale = int8_row(values, 4, codes);
+
+    verdict(scale == 0x1p-149f && codes[0] == 127 && codes[1] == -127 && codes[2] == 1 &&
+                codes[3] == 0,
+            "rows below the normal range have codes");
 }
 
 /* Every weight is near scale * code, what lies beyond the last row and column is 0. */
@@ -2034,6 +2154,33 @@ static void test_trace_finds_the_first_bad_value(void)
     verdict(good, "the trace finds the first bad value");
 }
 
+/* The memory of all cases, within reach of a card if there is one. */
+static int take_memory(void)
+{
+    const struct cuda_library *library = cuda ? cuda_load() : NULL;
+
+    arena = cuda ? library ? library->share(arena_bytes) : NULL : os_reserve(arena_bytes);
+    if (!arena && cuda) printf("%s\n", moshi_error_detail());
+    for (int i = 0; i < OUTCOMES && cuda && arena; i++)
+        if (!(outcomes[i] = library->share(outcome_bytes))) return 0;
+    return arena != NULL;
+}
+
+static int open_cuda(void)
+{
+    setenv("MOSHI_C_ISA", "generic", 1);
+    if (cpu_backend_create(1, &backends[0]) ||
+        backends[0]->ops->reserve(backends[0], 2120, 640, 64) ||
+        cuda_backend_create("cuda", &backends[1])) {
+        printf("%s\n", moshi_error_detail());
+        return 0;
+    }
+    unsetenv("MOSHI_C_ISA");
+    n_backends = 2;
+    printf("%s against %s\n", backends[1]->isa, backends[0]->isa);
+    return 1;
+}
+
 static void open_backends(void)
 {
     for (int isa = 0; isa < COUNT(isas); isa++) {
@@ -2050,6 +2197,106 @@ static void open_backends(void)
         }
     }
     unsetenv("MOSHI_C_ISA");
+}
+
+/* ---- what only a card does differently -------------------------------------------------- */
+
+/* One call deep into a ring, whose keys are cut into spans: against the other backend. */
+static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum moshi_dtype kv)
+{
+    enum { LONG_PAGES = 7, POSITIONS = 64, HEADS = 2, DIM = 64, N = 2, LANES = 3 };
+    struct kv_cache cache = {.pages_per_lane = LONG_PAGES,
+                             .page_positions = POSITIONS,
+                             .layers = 1,
+                             .kv_heads = HEADS,
+                             .head_dim = DIM,
+                             .dtype = kv};
+    const size_t elements = (size_t)2 * HEADS * POSITIONS * DIM, row = (size_t)HEADS * DIM;
+    const size_t element = kv == MOSHI_BF16 ? 2 : 4;
+    struct outcome all[2];
+    int good = 1;
+
+    for (int b = 0; b < 2; b++) {
+        struct backend *here = b ? backend : backends[0];
+
+        start_case(11);
+        struct rows rows = take_rows(&(struct shape){.n = N});
+        int32_t *table = take(LANES * 2 * LONG_PAGES * 4), *position = take(LANES * 2 * 4);
+        float *q = take_random(N * row, 1), *other = take_random(N * row, 1);
+
+        cache.page_bytes = elements * element;
+        cache.pages = take(cache.page_bytes * LANES * 2 * LONG_PAGES);
+        cache.table = table;
+        for (int i = 0; i < LANES * 2 * LONG_PAGES; i++) table[i] = LANES * 2 * LONG_PAGES - 1 - i;
+        for (size_t i = 0; i < elements * LANES * 2 * LONG_PAGES; i++) {
+            if (kv == MOSHI_BF16)
+                ((uint16_t *)cache.pages)[i] = f32_to_bf16(uniform());
+            else
+                ((float *)cache.pages)[i] = uniform();
+        }
+        for (int l = 0; l < LANES * 2; l++) position[l] = 200 + 137 * l;
+        if (!b) here->ops->reserve(here, N, 640, LONG_PAGES * POSITIONS);
+        start_outcome(&all[b], N, row, 0);
+        for (int times = 0; times < 2; times++) /* the first query leaves its own spans behind */
+            run_attend(here, &(struct op_attend){.name = "long",
+                                                 .rows = rows,
+                                                 .steps = 1,
+                                                 .heads = HEADS,
+                                                 .causal = 1,
+                                                 .context = 400,
+                                                 .capacity = 400,
+                                                 .position = position,
+                                                 .cache = &cache,
+                                                 .q = times ? q : other,
+                                                 .y = all[b].y});
+    }
+    good = distance(&all[1], &all[0]) < 1e-5;
+    verdict(good, "a long call is attended in spans (%s)", kv == MOSHI_BF16 ? "bf16" : "f32");
+    free_outcome(&all[0]);
+    free_outcome(&all[1]);
+}
+
+/* Large matrices of a convolution take another way than small ones. */
+static void check_large_convolution(void)
+{
+    struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+    check_shape(case_conv,
+                (struct shape){.operation = "conv",
+                               .n = 3,
+                               .in = 512,
+                               .out = 520,
+                               .levels = 402,
+                               .steps = 2,
+                               .calls = 2,
+                               .variant = 3,
+                               .format = WEIGHT_F32},
+                &tally);
+    report("conv", "large", &tally);
+}
+
+static int test_cuda(void)
+{
+    if (!open_cuda()) return 2;
+    test_sample_draws_as_defined(backends[1]);
+    test_bad_logits_are_an_error(backends[1]);
+    check_delays(backends[1], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
+    check_delays(backends[1], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
+    check_rows("norm", case_norm, 3, 1);
+    check_rows("softmax", case_softmax, 1, 1);
+    check_rows("rope", case_rope, 1, 3);
+    check_products("linear", case_linear, 12, 0);
+    check_products("residual", case_residual, 2, 0);
+    check_products("gated", case_gated, 3, 0);
+    check_products("embed", case_embed, 16, 0);
+    check_attention();
+    test_a_long_call_is_attended_in_spans(backends[1], MOSHI_F32);
+    test_a_long_call_is_attended_in_spans(backends[1], MOSHI_BF16);
+    check_codec();
+    check_large_convolution();
+    for (int b = 0; b < 2; b++) backends[b]->ops->destroy(backends[b]);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
 }
 
 /* best: what this machine should have; NULL: whatever it says. */
@@ -2193,15 +2440,14 @@ static void once_attend(struct bench_job *job)
 static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
 {
     enum { KEYS = 3008, HEADS = 8, DIM = 128 };
-    size_t element = dtype == MOSHI_BF16 ? 2 : 4, bytes = (size_t)2 * KEYS * HEADS * DIM * element;
     struct bench_job job = {.backend = backend};
     struct kv_cache cache = {.pages_per_lane = KEYS / 64,
                              .page_positions = 64,
                              .layers = 1,
                              .kv_heads = HEADS,
                              .head_dim = DIM,
-                             .dtype = dtype,
-                             .page_bytes = bytes / (KEYS / 64)};
+                             .dtype = dtype};
+    size_t bytes = 2 * KEYS / 64 * HEADS * kv_plane_bytes(&cache);
     int32_t lane = 0, position = 2999, *table;
     uint8_t active = 1;
 
@@ -2209,6 +2455,7 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
     table = take(KEYS / 64 * sizeof *table);
     for (int i = 0; i < KEYS / 64; i++) table[i] = i;
     cache.table = table;
+    cache.page_bytes = bytes / (KEYS / 64);
     cache.pages = next_piece(bytes);
     job.attend = (struct op_attend){.name = "bench",
                                     .rows = {1, &lane, &active},
@@ -2221,8 +2468,10 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
                                     .cache = &cache,
                                     .q = take_random(HEADS * DIM, 1),
                                     .y = take(HEADS * DIM * 4)};
-    bench_run(dtype == MOSHI_BF16 ? "attend bf16, 3000 keys" : "attend f32, 3000 keys", once_attend,
-              &job, (double)bytes, 0);
+    bench_run(dtype == MOSHI_BF16   ? "attend bf16, 3000 keys"
+              : dtype == MOSHI_INT8 ? "attend int8, 3000 keys"
+                                    : "attend f32, 3000 keys",
+              once_attend, &job, (double)bytes, 0);
 }
 
 static void once_conv(struct bench_job *job)
@@ -2387,6 +2636,7 @@ static int bench(int threads)
         for (int rows = 1; rows <= 8; rows *= 2)
             bench_linear(backend, (enum weight_format)format, rows);
     bench_attend(backend, MOSHI_BF16);
+    bench_attend(backend, MOSHI_INT8);
     bench_attend(backend, MOSHI_F32);
     printf("mimi's products, a frame: %.2f ms\n", bench_mimi(backend) * 1e3);
     backend->ops->destroy(backend);
@@ -2396,8 +2646,9 @@ static int bench(int threads)
 
 int main(int argc, char **argv)
 {
-    arena = os_reserve(arena_bytes);
-    if (!arena) return 2;
+    cuda = argc > 1 && strcmp(argv[1], "cuda") == 0;
+    if (!take_memory()) return 2;
+    if (cuda) return test_cuda();
     if (argc > 3) bench_words = argv[3];
     if (argc > 1 && strcmp(argv[1], "bench") == 0) return bench(argc > 2 ? atoi(argv[2]) : 1);
     if (argc > 2 && strcmp(argv[1], "best") == 0) {
@@ -2407,6 +2658,7 @@ int main(int argc, char **argv)
     quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     open_backends();
     test_half_floats_convert_exactly();
+    test_rows_below_the_normal_range_have_codes();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
     test_kernels_are_the_best_that_the_machine_can_run(NULL);

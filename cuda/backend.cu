@@ -1,0 +1,445 @@
+/* backend.cu: the CUDA backend as an object: the card, its memory, copies, matrices, and what the
+ * library exports. Nothing here is on the way of a frame but upload and download, which pass through
+ * pinned memory: an upload has read its source when it returns and is done in the stream's order, a
+ * download waits. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <new>
+
+#include "backend_cuda.h"
+
+#define LEAST_MAJOR 8 /* compute capability 8.0 */
+
+void cuda_fail(struct cuda_backend *cuda, int status, const char *format, ...)
+{
+    va_list arguments;
+
+    if (cuda->base.failure) return;
+    cuda->base.failure = status;
+    va_start(arguments, format);
+    vsnprintf(cuda->base.sentence, sizeof cuda->base.sentence, format, arguments);
+    va_end(arguments);
+}
+
+bool cuda_good(struct cuda_backend *cuda, cudaError_t error, const char *what)
+{
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();
+    if (error == cudaErrorMemoryAllocation)
+        cuda_fail(cuda, MOSHI_ERROR_MEMORY, "%s has no memory for %s", cuda->device, what);
+    else
+        cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+                  "%s failed at %s: %s; sessions on it have ended, and a "
+                  "model opened anew may work",
+                  cuda->device, what, cudaGetErrorString(error));
+    return false;
+}
+
+bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared)
+{
+    if (shared <= cuda->shared_limit) return true;
+    cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+              "%s: %zu bytes of shared memory are needed, and %s has %zu for a block", name, shared,
+              cuda->device, cuda->shared_limit);
+    return false;
+}
+
+/* ---- memory ----------------------------------------------------------------------------- */
+
+/* What an entry of the table holds while it works: the lock, and the card as the current one. */
+struct cuda_turn {
+    std::lock_guard<std::mutex> lock;
+
+    explicit cuda_turn(struct cuda_backend *cuda) : lock(cuda->lock)
+    {
+        cudaSetDevice(cuda->card);
+    }
+};
+
+static void *allocate(struct cuda_backend *cuda, size_t bytes)
+{
+    void *memory = NULL;
+    cudaError_t error = cudaMalloc(&memory, bytes);
+
+    if (error == cudaErrorMemoryAllocation) {
+        size_t free_bytes = 0, total = 0;
+
+        cudaGetLastError();
+        cudaMemGetInfo(&free_bytes, &total);
+        cuda_fail(cuda, MOSHI_ERROR_MEMORY,
+                  "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
+                  "fewer sessions or a shorter context need less",
+                  cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
+                  (double)total / 0x1p20);
+        return NULL;
+    }
+    return cuda_good(cuda, error, "an allocation") ? memory : NULL;
+}
+
+static void *cuda_allocate(struct backend *backend, size_t bytes)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    void *memory = allocate(cuda, bytes ? bytes : 1);
+
+    if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
+    return memory;
+}
+
+static void cuda_release(struct backend *backend, void *memory, size_t bytes)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+
+    (void)bytes;
+    cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
+    cudaFree(memory);
+    cudaGetLastError();
+}
+
+void cuda_wait(struct cuda_backend *cuda)
+{
+    struct cuda_report report;
+
+    cuda->staged = 0;
+    if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
+    report = *cuda->report;
+    cuda->report->trouble = TROUBLE_NONE;
+    if (report.trouble == TROUBLE_TOKEN)
+        cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "embed: token %d in row %d, expected one below %d",
+                  report.found, report.row, report.expected);
+    if (report.trouble == TROUBLE_LOGITS)
+        cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "sample: a logit of stream %d is not finite (row %d)",
+                  report.found, report.row);
+}
+
+/* A piece of pinned memory that nothing in the stream reads or writes any more. */
+static char *stage_bytes(struct cuda_backend *cuda, size_t bytes)
+{
+    char *piece;
+
+    if (bytes > STAGING_BYTES - cuda->staged) cuda_wait(cuda);
+    piece = cuda->staging + cuda->staged;
+    cuda->staged += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+static void upload(struct cuda_backend *cuda, void *device, const void *host, size_t bytes)
+{
+    const char *from = (const char *)host;
+    char *to = (char *)device;
+
+    while (bytes && !cuda->base.failure) {
+        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
+        char *piece = stage_bytes(cuda, n);
+
+        memcpy(piece, from, n);
+        cuda_good(cuda, cudaMemcpyAsync(to, piece, n, cudaMemcpyDefault, cuda->stream), "a copy");
+        from += n, to += n, bytes -= n;
+    }
+}
+
+static void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes)
+{
+    cuda_turn turn(cuda_of(backend));
+
+    upload(cuda_of(backend), device, host, bytes);
+}
+
+static void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    const char *from = (const char *)device;
+    char *to = (char *)host;
+
+    while (bytes && !cuda->base.failure) {
+        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
+        char *piece = stage_bytes(cuda, n);
+
+        cuda_good(cuda, cudaMemcpyAsync(piece, from, n, cudaMemcpyDefault, cuda->stream), "a copy");
+        cuda_wait(cuda);
+        memcpy(to, piece, n);
+        from += n, to += n, bytes -= n;
+    }
+}
+
+static void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+
+    cuda_good(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda->stream), "a copy");
+}
+
+static void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+
+    if (bytes) cuda_good(cuda, cudaMemsetAsync(device, byte, bytes, cuda->stream), "a fill");
+}
+
+static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
+{
+    cuda_clear(backend, device, 0, bytes);
+}
+
+/* ---- matrices --------------------------------------------------------------------------- */
+
+/* Rows stay as they are; those of the host's memory move to the card, where release_matrix finds them
+ * by `packed`. */
+static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    struct cudaPointerAttributes attributes = {};
+    size_t bytes = (size_t)w->rows * (size_t)w->cols * weight_bytes(w->format);
+    int status;
+
+    (void)pack;
+    if (w->packed || (w->format != WEIGHT_F32 && w->format != WEIGHT_BF16))
+        return cuda->fail(
+            MOSHI_ERROR_DEVICE,
+            "the CUDA backend reads weights in f32 and bf16, and these are in another "
+            "format: open the model with one of those dtypes, or on \"cpu\"");
+    cudaPointerGetAttributes(&attributes, w->data);
+    cudaGetLastError(); /* older runtimes call plain memory an error */
+    if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
+    void *memory = allocate(cuda, bytes);
+    if (memory) upload(cuda, memory, w->data, bytes);
+    status = backend->failure;
+    backend->failure = MOSHI_OK;
+    if (status) {
+        cudaFree(memory);
+        return cuda->fail(status, backend->sentence);
+    }
+    w->data = NULL;
+    w->packed = memory;
+    return MOSHI_OK;
+}
+
+static int cuda_quantise_matrix(struct backend *backend, struct matrix *w,
+                                enum weight_format format)
+{
+    (void)w, (void)format;
+    return cuda_of(backend)->fail(
+        MOSHI_ERROR_DEVICE,
+        "the CUDA backend has no block formats yet, expected dtype f32 or bf16");
+}
+
+static void cuda_release_matrix(struct backend *backend, struct matrix *w)
+{
+    if (w->packed) cuda_release(backend, w->packed, 0);
+    w->packed = NULL;
+}
+
+/* ---- the object ------------------------------------------------------------------------- */
+
+/* Scratch grows with the operations themselves, before a stage is captured. */
+static int cuda_reserve(struct backend *backend, int rows, int columns, int keys)
+{
+    (void)backend, (void)rows, (void)columns, (void)keys;
+    return MOSHI_OK;
+}
+
+static int cuda_sync(struct backend *backend)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    int status;
+
+    cuda_wait(cuda);
+    status = backend->failure;
+    backend->failure = MOSHI_OK;
+    return status ? cuda->fail(status, backend->sentence) : MOSHI_OK;
+}
+
+static void cuda_destroy(struct backend *backend)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+
+    if (!cuda) return;
+    cudaSetDevice(cuda->card);
+    if (cuda->stream) cudaStreamSynchronize(cuda->stream);
+    cuda_forget_graphs(cuda);
+    cudaFree(cuda->scratch);
+    if (cuda->staging) cudaFreeHost(cuda->staging);
+    if (cuda->report) cudaFreeHost(cuda->report);
+    if (cuda->stream) cudaStreamDestroy(cuda->stream);
+    cudaGetLastError();
+    delete cuda;
+}
+
+static struct backend_ops make_ops(void)
+{
+    struct backend_ops ops = {};
+
+    ops.allocate = cuda_allocate;
+    ops.release = cuda_release;
+    ops.upload = cuda_upload;
+    ops.download = cuda_download;
+    ops.copy = cuda_copy;
+    ops.clear = cuda_clear;
+    ops.decommit = cuda_decommit;
+    ops.prepare_matrix = cuda_prepare_matrix;
+    ops.quantise_matrix = cuda_quantise_matrix;
+    ops.release_matrix = cuda_release_matrix;
+    ops.reserve = cuda_reserve;
+    ops.run = cuda_run;
+    ops.sync = cuda_sync;
+    ops.destroy = cuda_destroy;
+    ops.embed = cuda_embed;
+    ops.norm = cuda_norm;
+    ops.linear = cuda_linear;
+    ops.linear_residual = cuda_linear_residual;
+    ops.linear_gated = cuda_linear_gated;
+    ops.rope = cuda_rope;
+    ops.qkv = cuda_qkv;
+    ops.attend = cuda_attend;
+    ops.conv = cuda_conv;
+    ops.conv_transposed = cuda_conv_transposed;
+    ops.rvq_encode = cuda_rvq_encode;
+    ops.rvq_decode = cuda_rvq_decode;
+    ops.delay_input = cuda_delay_input;
+    ops.delay_output = cuda_delay_output;
+    ops.advance = cuda_advance;
+    ops.sample = cuda_sample;
+    ops.softmax = cuda_softmax;
+    return ops;
+}
+
+static const struct backend_ops cuda_ops = make_ops();
+
+/* ---- the library ------------------------------------------------------------------------ */
+
+static int count_cards(char *reason, size_t capacity)
+{
+    int version = 0, count = 0;
+    cudaError_t error;
+
+    cudaDriverGetVersion(&version);
+    if (version == 0) {
+        snprintf(reason, capacity, "no NVIDIA driver is installed");
+        return 0;
+    }
+    if (version / 1000 < CUDART_VERSION / 1000) {
+        snprintf(reason, capacity,
+                 "the NVIDIA driver is too old: it knows CUDA %d.%d, and %d.0 or later is needed",
+                 version / 1000, version % 1000 / 10, CUDART_VERSION / 1000);
+        return 0;
+    }
+    error = cudaGetDeviceCount(&count);
+    cudaGetLastError();
+    if (error == cudaSuccess && count > 0) return count;
+    snprintf(reason, capacity, "the NVIDIA driver shows no card (%s)",
+             cudaGetErrorString(error == cudaSuccess ? cudaErrorNoDevice : error));
+    return 0;
+}
+
+static int supported(const struct cudaDeviceProp *properties, char *reason, size_t capacity)
+{
+    if (properties->major >= LEAST_MAJOR) return 1;
+    snprintf(reason, capacity,
+             "the card %.60s has compute capability %d.%d, and %d.0 or later is needed",
+             properties->name, properties->major, properties->minor, LEAST_MAJOR);
+    return 0;
+}
+
+static void describe_card(int card, struct moshi_device *device)
+{
+    struct cudaDeviceProp properties = {};
+    cudaError_t error = cudaGetDeviceProperties(&properties, card);
+
+    snprintf(device->name, sizeof device->name, "cuda:%d", card);
+    if (error != cudaSuccess) {
+        cudaGetLastError();
+        snprintf(device->reason, sizeof device->reason, "%s", cudaGetErrorString(error));
+        return;
+    }
+    snprintf(device->description, sizeof device->description, "%.70s, compute capability %d.%d",
+             properties.name, properties.major, properties.minor);
+    device->memory_bytes = (int64_t)properties.totalGlobalMem;
+    device->usable = supported(&properties, device->reason, sizeof device->reason);
+}
+
+static int open_card(struct cuda_backend *cuda, int card)
+{
+    struct cudaDeviceProp properties = {};
+    void *staging = NULL, *report = NULL;
+    char reason[160];
+
+    cuda->card = card;
+    snprintf(cuda->device, sizeof cuda->device, "cuda:%d", card);
+    if (!cuda_good(cuda, cudaGetDeviceProperties(&properties, card), "its properties")) return 0;
+    if (!supported(&properties, reason, sizeof reason)) {
+        cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s can't be used: %s", cuda->device, reason);
+        return 0;
+    }
+    cuda->processors = properties.multiProcessorCount;
+    cuda->shared_limit = properties.sharedMemPerBlockOptin;
+    snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
+    if (!cuda_good(cuda, cudaSetDevice(card), "its choice") ||
+        !cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
+                   "a stream") ||
+        !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
+        return 0;
+    cuda->staging = (char *)staging;
+    if (!cuda_good(cuda, cudaMallocHost(&report, sizeof *cuda->report), "pinned memory")) return 0;
+    cuda->report = (struct cuda_report *)report;
+    cuda->report->trouble = TROUBLE_NONE;
+    return 1;
+}
+
+static int create_backend(int card, int (*fail)(int status, const char *sentence),
+                          struct backend **backend)
+{
+    struct cuda_backend *cuda = new (std::nothrow) struct cuda_backend();
+    char reason[160], sentence[256];
+    int count = count_cards(reason, sizeof reason), status;
+
+    *backend = NULL;
+    if (!cuda) return fail(MOSHI_ERROR_MEMORY, "no memory for a backend");
+    if (count == 0 || card >= count) {
+        if (count)
+            snprintf(reason, sizeof reason,
+                     count == 1 ? "there is %d card, cuda:%d" : "there are %d cards, up to cuda:%d",
+                     count, count - 1);
+        snprintf(sentence, sizeof sentence, "device \"cuda:%d\" is not available: %s", card,
+                 reason);
+        delete cuda;
+        return fail(MOSHI_ERROR_DEVICE, sentence);
+    }
+    cuda->base.ops = &cuda_ops;
+    cuda->base.device = cuda->device;
+    cuda->base.isa = cuda->isa;
+    cuda->base.threads = 1;
+    cuda->fail = fail;
+    if (!open_card(cuda, card)) {
+        snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);
+        status = cuda->base.failure;
+        cuda_destroy(&cuda->base);
+        return fail(status, sentence);
+    }
+    *backend = &cuda->base;
+    return MOSHI_OK;
+}
+
+static void *share_memory(size_t bytes)
+{
+    void *memory = NULL;
+
+    return cudaMallocManaged(&memory, bytes) == cudaSuccess ? memory : NULL;
+}
+
+static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
+                                            count_cards,    describe_card,
+                                            create_backend, share_memory};
+
+extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
+    void)
+{
+    return &library;
+}

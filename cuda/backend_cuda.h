@@ -1,0 +1,161 @@
+/* backend_cuda.h: what the files of the CUDA backend share.
+ *
+ * Every operation becomes launches of kernels that take one struct by value. A stage's operations are
+ * first walked without launching anything: the hash of all launches (kernel, sizes, parameters) names
+ * the graph that does them. A graph that is known is launched; another one is captured. So a stage
+ * that enqueues the same work twice is captured once, whatever it is called. Parameters therefore
+ * begin as zeros (`blank`), padding and all. */
+#ifndef MOSHI_CUDA_BACKEND_CUDA_H
+#define MOSHI_CUDA_BACKEND_CUDA_H
+
+#include <stddef.h>
+#include <string.h>
+
+#include <mutex>
+
+#include "host_shim.h"
+
+extern "C" {
+#include "../csrc/cuda.h"
+}
+
+#define GRAPHS 64 /* kept; the one that was not used for longest makes room */
+#define STAGING_BYTES (size_t)(4 << 20)
+
+enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS };
+
+/* Written by kernels, read by the host when it has waited for them; in memory of the host that the
+ * card sees. */
+struct cuda_report {
+    int trouble, row, found, expected;
+};
+
+enum cuda_mode { CUDA_DIRECT, CUDA_WALK, CUDA_CAPTURE };
+
+struct cuda_graph {
+    uint64_t hash;
+    uint64_t used; /* when */
+    cudaGraphExec_t executable;
+};
+
+struct cuda_backend {
+    struct backend base;
+    int card, processors;
+    size_t shared_limit; /* bytes that a block may have */
+    size_t columns_limit; /* of a matrix whose input row fits there */
+    cudaStream_t stream;
+    std::mutex lock; /* a copy from another thread must not fall into a capture */
+    enum cuda_mode mode;
+    uint64_t hash, runs;
+    struct cuda_graph graphs[GRAPHS];
+    int n_graphs;
+    char *scratch; /* counters, then memory of one operation */
+    size_t counter_bytes, counters_wanted, scratch_bytes, scratch_wanted;
+    char *staging; /* pinned: where uploads wait and downloads arrive */
+    size_t staged;
+    struct cuda_report *report;
+    int (*fail)(int status, const char *sentence);
+    char isa[16], device[24];
+};
+
+static inline struct cuda_backend *cuda_of(struct backend *backend)
+{
+    return (struct cuda_backend *)backend;
+}
+
+/* Sticks the first failure to the backend, as backend_fail does on the other side. */
+void cuda_fail(struct cuda_backend *cuda, int status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* The same for an error of the runtime; returns whether there was none. */
+bool cuda_good(struct cuda_backend *cuda, cudaError_t error, const char *what);
+/* Device memory for the operation that is being enqueued: counters, which are zero and which its
+ * kernels leave at zero, and `bytes` of garbage. */
+struct cuda_scratch {
+    char *counters, *memory;
+};
+struct cuda_scratch cuda_take_scratch(struct cuda_backend *cuda, size_t counters, size_t bytes);
+/* Whether a row of that many columns fits into a block's shared memory; fails otherwise. */
+bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared);
+
+void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
+int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
+             void *arg);
+void cuda_forget_graphs(struct cuda_backend *cuda);
+/* Waits for the stream and looks at what the kernels reported. */
+void cuda_wait(struct cuda_backend *cuda);
+
+template <class P> static inline P blank(void)
+{
+    P params;
+
+    memset((void *)&params, 0, sizeof params);
+    return params;
+}
+
+template <class P>
+static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 grid, unsigned threads,
+                          size_t shared, const P &params)
+{
+    static_assert(sizeof params <= 4096, "a kernel's parameters have at most 4 KiB");
+    if (cuda->base.failure) return;
+    if (cuda->mode == CUDA_WALK) {
+        const uint64_t sizes[] = {
+            (uint64_t)(uintptr_t)kernel, grid.x, grid.y, grid.z, threads, shared};
+
+        cuda_hash(cuda, sizes, sizeof sizes);
+        cuda_hash(cuda, &params, sizeof params);
+        return;
+    }
+    cuda_good(cuda, launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, params),
+              "a launch");
+}
+
+static inline int ceil_div(int a, int b)
+{
+    return (a + b - 1) / b;
+}
+
+static inline int round_up(int a, int b)
+{
+    return ceil_div(a, b) * b;
+}
+
+void cuda_embed(struct backend *backend, const struct op_embed *op);
+void cuda_norm(struct backend *backend, const struct op_norm *op);
+void cuda_linear(struct backend *backend, const struct op_linear *op);
+void cuda_linear_residual(struct backend *backend, const struct op_linear_residual *op);
+void cuda_linear_gated(struct backend *backend, const struct op_linear_gated *op);
+void cuda_rope(struct backend *backend, const struct op_rope *op);
+void cuda_qkv(struct backend *backend, const struct op_qkv *op);
+void cuda_attend(struct backend *backend, const struct op_attend *op);
+void cuda_conv(struct backend *backend, const struct op_conv *op);
+void cuda_conv_transposed(struct backend *backend, const struct op_conv_transposed *op);
+void cuda_rvq_encode(struct backend *backend, const struct op_rvq_encode *op);
+void cuda_rvq_decode(struct backend *backend, const struct op_rvq_decode *op);
+void cuda_delay_input(struct backend *backend, const struct op_delay_input *op);
+void cuda_delay_output(struct backend *backend, const struct op_delay_output *op);
+void cuda_advance(struct backend *backend, const struct op_advance *op);
+void cuda_sample(struct backend *backend, const struct op_sample *op);
+void cuda_softmax(struct backend *backend, const struct op_softmax *op);
+
+/* Rows of activations times a matrix: row (i, t) of A begins at x + i * row_stride + t * step_stride.
+ * What becomes of a sum v of output o: (activation(v + bias[o % bias_period])) * scale[o] + from[o],
+ * each where it is given, goes to y[row * y_stride + o]. from == y is fine. */
+struct product_rows {
+    const float *x;
+    int rows, steps;
+    long row_stride, step_stride;
+    struct norm norm;
+    const float *bias, *scale, *from;
+    int bias_period, gelu;
+    float *y;
+    long y_stride;
+};
+
+void cuda_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
+                  const struct product_rows *rows);
+/* The same sums for many rows of a small matrix, by tiles; no norm. */
+void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
+                const struct product_rows *rows);
+
+#endif

@@ -1,0 +1,250 @@
+/* host_shim.h: the part of CUDA that the files of this folder use. nvcc gives them the toolkit's; any
+ * other C++ compiler gives them a processor's own threads of nothing: a block's threads are fibers,
+ * blocks run one after the other, and streams, graphs and memory are what host_shim.cpp makes of
+ * them. All differences between the two stand in this header.
+ *
+ * What the shim is stricter about than a card:
+ *  - device memory can be touched by kernels and copies alone; between them it is protected;
+ *  - a kernel's parameters may hold no address of the host's own memory;
+ *  - shared memory is NaN when a block begins, device memory when it is allocated;
+ *  - work waits in its stream until somebody waits for it;
+ *  - a block that has done an atomic operation waits while others run from their start to their end;
+ *  - threads run in the order that SHIM_ORDER names: ascending, descending, or a number that seeds
+ *    shuffles. One runs until a barrier or a shuffle stops it, so that a missing barrier shows.
+ *
+ * A kernel takes one struct by value. Shared memory is dynamic: SHARED_BYTES names it. */
+#ifndef MOSHI_HOST_SHIM_H
+#define MOSHI_HOST_SHIM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+
+#include <cuda_runtime.h>
+
+#define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
+#define WARP 32
+
+template <class P>
+inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
+                                 cudaStream_t stream, const P &params)
+{
+    void *arguments[] = {const_cast<P *>(&params)};
+
+    if (shared > 48 << 10) {
+        cudaError_t error = cudaFuncSetAttribute((const void *)kernel,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 (int)shared);
+
+        if (error != cudaSuccess) return error;
+    }
+    return cudaLaunchKernel((const void *)kernel, grid, block, arguments, shared, stream);
+}
+
+#else
+
+#include <math.h>
+#include <string.h>
+
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define WARP 32
+#define CUDART_VERSION 13000
+
+struct dim3 {
+    unsigned x, y, z;
+
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_)
+    {
+    }
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+static inline float2 make_float2(float x, float y)
+{
+    return {x, y};
+}
+
+static inline float __uint_as_float(unsigned u)
+{
+    float f;
+
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+static inline unsigned __float_as_uint(float f)
+{
+    unsigned u;
+
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static inline unsigned __umulhi(unsigned a, unsigned b)
+{
+    return (unsigned)((uint64_t)a * b >> 32);
+}
+
+/* ---- inside a kernel -------------------------------------------------------------------- */
+
+/* Of the fiber that runs. */
+struct shim_place {
+    dim3 thread, block, grid, threads;
+    unsigned char *shared;
+};
+extern struct shim_place shim_now;
+
+#define threadIdx shim_now.thread
+#define blockIdx shim_now.block
+#define gridDim shim_now.grid
+#define blockDim shim_now.threads
+#define SHARED_BYTES(name) unsigned char *name = shim_now.shared
+
+void __syncthreads(void);
+/* Every lane of the warp gives 8 bytes and gets those of lane ^ other. */
+uint64_t shim_exchange(uint64_t value, int other);
+
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int other)
+{
+    uint64_t bits = 0;
+
+    static_assert(sizeof value <= sizeof bits, "a shuffle moves at most 8 bytes");
+    (void)mask;
+    memcpy(&bits, &value, sizeof value);
+    bits = shim_exchange(bits, other);
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline void __threadfence(void)
+{
+}
+
+/* After an atomic operation on device memory: other blocks may get in between. */
+void shim_pause(void);
+
+static inline int shim_is_shared(const void *address)
+{
+    return (uintptr_t)address - (uintptr_t)shim_now.shared < 1 << 18;
+}
+
+template <class T> static inline T atomicAdd(T *address, T value)
+{
+    T old = *address;
+
+    *address = old + value;
+    if (!shim_is_shared(address)) shim_pause();
+    return old;
+}
+
+template <class T> static inline T atomicMax(T *address, T value)
+{
+    T old = *address;
+
+    if (value > old) *address = value;
+    if (!shim_is_shared(address)) shim_pause();
+    return old;
+}
+
+/* ---- the runtime ------------------------------------------------------------------------ */
+
+typedef enum {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorLaunchFailure = 719,
+} cudaError_t;
+
+struct cudaDeviceProp {
+    char name[256];
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
+    int major, minor, multiProcessorCount;
+};
+enum cudaMemoryType {
+    cudaMemoryTypeUnregistered,
+    cudaMemoryTypeHost,
+    cudaMemoryTypeDevice,
+    cudaMemoryTypeManaged
+};
+struct cudaPointerAttributes {
+    enum cudaMemoryType type;
+};
+typedef struct shim_stream *cudaStream_t;
+typedef struct shim_graph *cudaGraph_t;
+typedef struct shim_graph *cudaGraphExec_t;
+enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+#define cudaStreamNonBlocking 1
+
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError(void);
+cudaError_t cudaDriverGetVersion(int *version);
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total);
+cudaError_t cudaMalloc(void **memory, size_t bytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaMallocHost(void **memory, size_t bytes);
+cudaError_t cudaFreeHost(void *memory);
+cudaError_t cudaMallocManaged(void **memory, size_t bytes);
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *memory);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *memory, int byte, size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
+                                 unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+
+/* Runs `body` in every thread; the parameters are only looked at. */
+cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                        std::function<void()> body, const void *params, size_t bytes);
+
+template <class P>
+inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
+                                 cudaStream_t stream, const P &params)
+{
+    return shim_launch(
+        grid, block, shared, stream, [kernel, params] { kernel(params); }, &params, sizeof params);
+}
+
+/* For tests: call number `countdown` from now (0: the next one) of that kind fails; a failed launch
+ * breaks the device until shim_repair. Exported by the library that the shim is linked into. */
+enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_FAULT_KINDS };
+extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
+extern "C" __attribute__((visibility("default"))) void shim_repair(void);
+
+#endif
+#endif

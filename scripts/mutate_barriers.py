@@ -1,0 +1,96 @@
+"""Removes each barrier of the CUDA kernels in turn: a test of operations must then fail.
+
+Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose removal
+no test sees is either not needed, or not tested; both are defects, and end this with status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / "build" / "test"
+PLACE = ROOT / "build" / "mutant"
+ORDERS = ("ascending", "descending", "3")
+COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+COMPILE += ["-O1", "-w", "-c"]
+BARRIER = re.compile(r"__syncthreads\(\);")
+
+
+def barriers() -> list[tuple[Path, int]]:
+    sources = sorted([*(ROOT / "cuda").glob("*.cu"), ROOT / "cuda" / "device.h"])
+    return [
+        (path, number)
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines())
+        if BARRIER.search(line)
+    ]
+
+
+def build(path: Path, number: int) -> Path:
+    """The library without that barrier."""
+    folder = PLACE / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    (PLACE / "csrc").unlink(missing_ok=True)
+    (PLACE / "csrc").symlink_to(ROOT / "csrc")
+    for source in (ROOT / "cuda").iterdir():
+        (folder / source.name).write_text(source.read_text())
+    lines = path.read_text().splitlines()
+    lines[number] = BARRIER.sub(";", lines[number])
+    (folder / path.name).write_text("\n".join(lines) + "\n")
+    objects = []
+    for source in sorted([*folder.glob("*.cu"), folder / "host_shim.cpp"]):
+        built = BUILT / "cuda" / f"{source.name}.o"
+        changed = source.name == path.name or (
+            path.suffix == ".h" and '"device.h"' in source.read_text()
+        )
+        if changed:
+            built = PLACE / f"{source.name}.o"
+            subprocess.run([*COMPILE, source, "-o", built], check=True)
+        objects.append(built)
+    library = PLACE / "libmoshi_cuda.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+    return library
+
+
+def first_failure(library: Path) -> str | None:
+    """The first test that fails in any order, or None."""
+    for order in ORDERS:
+        settings = {"MOSHI_C_CUDA_LIBRARY": str(library), "SHIM_ORDER": order}
+        process = subprocess.Popen(
+            ["stdbuf", "-oL", BUILT / "test_kernels", "cuda"],
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("FAIL"):
+                process.kill()
+                process.wait()
+                return f"{order}: {line[5:].strip()}"
+        if process.wait() != 0:
+            return f"{order}: status {process.returncode}"
+    return None
+
+
+def main() -> int:
+    survivors = 0
+    for path, number in barriers():
+        name = f"{path.name}:{number + 1}"
+        if len(sys.argv) > 1 and name not in sys.argv[1:]:
+            continue
+        failure = first_failure(build(path, number))
+        survivors += failure is None
+        print(f"{name:16} {failure or 'NOT SEEN'}", flush=True)
+    print(f"{survivors} barriers can go without a test failing")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+/* test_cuda.c: conversations of the packaged tiny model through the CUDA backend, run by the host shim,
+ * beside the same ones on the CPU; and what happens when memory, the driver or the card fails. Usage:
+ * test_cuda [model folder], with MOSHI_C_CUDA_LIBRARY naming the library. With one for real cards the
+ * conversations are held on the card, and nothing is made to fail. */
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "moshi.h"
+
+#define FRAMES 4
+#define FRAME_SIZE 1920
+
+enum { FAULT_MALLOC, FAULT_LAUNCH, FAULT_DRIVER }; /* as in cuda/host_shim.h */
+
+static void (*inject)(int fault, int countdown);
+static void (*repair)(void);
+
+static int passed, failed;
+static char why[700];
+static const char *folder = "moshi_c/data/moshi-tiny";
+
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,                    \
+                     moshi_error_detail());                                                        \
+            return 0;                                                                              \
+        }                                                                                          \
+    } while (0)
+
+static void run(const char *name, int (*test)(void))
+{
+    why[0] = '\0';
+    if (repair) repair();
+    if (test()) {
+        ++passed;
+        printf("ok %s\n", name);
+    } else {
+        ++failed;
+        printf("FAIL %s: %s\n", name, why);
+    }
+    fflush(stdout);
+}
+
+static int says(const char *words)
+{
+    return strstr(moshi_error_detail(), words) != NULL;
+}
+
+static int open_model(const char *device, enum moshi_dtype dtype, struct moshi_model **model)
+{
+    return moshi_model_open(
+        &(struct moshi_model_options){.folder = folder, .device = device, .dtype = dtype}, model);
+}
+
+static int open_engine(struct moshi_model *model, int slots, struct moshi_engine **engine)
+{
+    return moshi_engine_create(model, &(struct moshi_engine_options){.max_sessions = slots},
+                               engine);
+}
+
+/* Something speech-like for caller `who`. */
+static void make_frame(int who, int t, float *pcm)
+{
+    for (int i = 0; i < FRAME_SIZE; ++i) {
+        double x = (t * FRAME_SIZE + i) / 24000.0;
+
+        pcm[i] = (float)(0.2 * sin(6.28318 * (180 + 40 * who) * x + 3 * sin(9 * x)) *
+                         (0.5 + 0.5 * sin(4 * x + who)));
+    }
+}
+
+/* How a caller speaks with the model. */
+enum manner { GREEDY, SAMPLED, GUIDED, MANNERS };
+
+static int open_session(struct moshi_model *model, struct moshi_engine *engine, enum manner manner,
+                        struct moshi_session **session)
+{
+    struct moshi_session_options options;
+
+    moshi_session_options_init(model, &options);
+    options.seed = 100 + (uint64_t)manner;
+    if (manner == GREEDY) options.text_temperature = options.audio_temperature = 0;
+    if (manner == GUIDED) options.cfg_coef = 1.7f, options.cfg_masked_until = 2;
+    return moshi_session_create(engine, &options, session);
+}
+
+struct call {
+    float pcm[FRAMES][FRAME_SIZE];
+    struct moshi_frame frames[FRAMES];
+};
+
+/* All manners from `first` to `last` in one step a frame. */
+static int converse(struct moshi_model *model, int first, int last, struct call *calls)
+{
+    struct moshi_engine *engine;
+    struct moshi_session *sessions[MANNERS];
+    float pcm[MANNERS][FRAME_SIZE];
+    const float *pcms[MANNERS];
+    struct moshi_frame frames[MANNERS];
+    int n = last - first + 1, status = open_engine(model, n, &engine);
+
+    for (int i = 0; i < n && !status; ++i)
+        status = open_session(model, engine, (enum manner)(first + i), &sessions[i]);
+    for (int t = 0; t < FRAMES && !status; ++t) {
+        for (int i = 0; i < n; ++i) {
+            make_frame(first + i, t, pcm[i]);
+            pcms[i] = pcm[i];
+            memset(&frames[i], 0, sizeof frames[i]);
+            frames[i].pcm = calls[i].pcm[t];
+        }
+        status = moshi_sessions_step(sessions, n, pcms, NULL, frames);
+        for (int i = 0; i < n; ++i) calls[i].frames[t] = frames[i];
+    }
+    for (int i = 0; i < n && engine; ++i) moshi_session_destroy(sessions[i]);
+    moshi_engine_destroy(engine);
+    return status;
+}
+
+static int same_tokens(const struct call *a, const struct call *b)
+{
+    for (int t = 0; t < FRAMES; ++t) {
+        const struct moshi_frame *x = &a->frames[t], *y = &b->frames[t];
+
+        if (x->text_token != y->text_token || x->n_codes != y->n_codes ||
+            memcmp(x->codes, y->codes, (size_t)x->n_codes * sizeof *x->codes) ||
+            memcmp(x->user_codes, y->user_codes, (size_t)x->n_user_codes * sizeof *x->codes))
+            return 0;
+    }
+    return a->frames[FRAMES - 1].has_output;
+}
+
+static double sound_distance(const struct call *a, const struct call *b)
+{
+    double most = 0;
+
+    for (int t = 0; t < FRAMES; ++t)
+        for (int i = 0; i < FRAME_SIZE; ++i) {
+            double distance = fabs((double)a->pcm[t][i] - b->pcm[t][i]);
+
+            if (!(distance <= most)) most = distance;
+        }
+    return most;
+}
+
+static struct call here[MANNERS], there[MANNERS], alone;
+
+static int compare(enum moshi_dtype dtype)
+{
+    struct moshi_model *model;
+
+    CHECK(open_model("cpu", dtype, &model) == MOSHI_OK);
+    CHECK(converse(model, 0, MANNERS - 1, here) == MOSHI_OK);
+    moshi_model_close(model);
+    CHECK(open_model("cuda", dtype, &model) == MOSHI_OK);
+    CHECK(strcmp(moshi_model_get_info(model)->device, "cuda:0") == 0);
+    CHECK(converse(model, 0, MANNERS - 1, there) == MOSHI_OK);
+    for (int i = 0; i < MANNERS; ++i) {
+        CHECK(same_tokens(&here[i], &there[i]));
+        CHECK(sound_distance(&here[i], &there[i]) < 1e-4);
+    }
+    moshi_model_close(model);
+    return 1;
+}
+
+static int test_conversations_in_f32_are_those_of_the_cpu(void)
+{
+    return compare(MOSHI_F32);
+}
+
+static int test_conversations_in_bf16_are_those_of_the_cpu(void)
+{
+    return compare(MOSHI_BF16);
+}
+
+/* After the test before. */
+static int test_company_changes_no_bit(void)
+{
+    struct moshi_model *model;
+
+    CHECK(open_model("cuda:0", MOSHI_BF16, &model) == MOSHI_OK);
+    CHECK(converse(model, GUIDED, GUIDED, &alone) == MOSHI_OK);
+    CHECK(same_tokens(&alone, &there[GUIDED]));
+    CHECK(memcmp(alone.pcm, there[GUIDED].pcm, sizeof alone.pcm) == 0);
+    moshi_model_close(model);
+    return 1;
+}
+
+/* Wherever the memory runs out, the sentence says what was needed and what is free; afterwards all
+ * is well. */
+static int test_memory_that_runs_out_is_said(void)
+{
+    struct moshi_model *model = NULL;
+    struct moshi_engine *engine = NULL;
+    int at = 0, opened = 0;
+
+    for (; !opened; at += 1 + at / 4) {
+        inject(FAULT_MALLOC, at);
+        int status = open_model("cuda", MOSHI_AUTO, &model);
+
+        repair();
+        opened = status == MOSHI_OK;
+        CHECK(opened ||
+              (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
+    }
+    CHECK(at > 100);
+    for (at = 0, opened = 0; !opened; at += 1 + at / 4) {
+        inject(FAULT_MALLOC, at);
+        int status = open_engine(model, 2, &engine);
+
+        repair();
+        opened = status == MOSHI_OK;
+        CHECK(opened ||
+              (status == MOSHI_ERROR_MEMORY && says("MiB more are needed") && says("free")));
+    }
+    moshi_engine_destroy(engine);
+    inject(FAULT_MALLOC, 50);
+    struct moshi_model *other;
+
+    CHECK(open_model("auto", MOSHI_AUTO, &other) == MOSHI_OK);
+    CHECK(strcmp(moshi_model_get_info(other)->device, "cpu") == 0);
+    moshi_model_close(other);
+    repair();
+    CHECK(converse(model, GREEDY, GREEDY, &alone) == MOSHI_OK);
+    moshi_model_close(model);
+    return 1;
+}
+
+/* In whichever stage the card fails: the sessions of its engine end with a reason, and a model
+ * opened anew works. */
+static int test_a_card_that_fails_ends_its_sessions_with_a_reason(void)
+{
+    static const int launches[] = {0, 50, 100, 180};
+
+    for (int i = 0; i < 4; ++i) {
+        struct moshi_model *model;
+        struct moshi_engine *engine;
+        struct moshi_session *session;
+        static float pcm[FRAME_SIZE], sound[FRAME_SIZE];
+        struct moshi_frame frame = {.pcm = sound};
+
+        CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+        CHECK(open_engine(model, 1, &engine) == MOSHI_OK);
+        CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
+        make_frame(0, 0, pcm);
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+        inject(FAULT_LAUNCH, launches[i]);
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_ERROR_DEVICE);
+        CHECK(says("cuda:0 failed") && says("unspecified launch failure"));
+        CHECK(moshi_session_step(session, pcm, &frame) != MOSHI_OK);
+        moshi_session_destroy(session);
+        CHECK(open_session(model, engine, GREEDY, &session) != MOSHI_OK ||
+              moshi_session_step(session, pcm, &frame) == MOSHI_ERROR_DEVICE);
+        moshi_session_destroy(session);
+        moshi_engine_destroy(engine);
+        moshi_model_close(model);
+        repair();
+        CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+        moshi_model_close(model);
+    }
+    return 1;
+}
+
+static int test_a_missing_driver_or_card_is_said(void)
+{
+    static const char *const words[] = {"no NVIDIA driver is installed",
+                                        "driver is too old: it knows CUDA 12.2, and 13.0 or later",
+                                        "driver shows no card", "compute capability 7.0"};
+    struct moshi_model *model;
+
+    for (int fault = 0; fault < 4; ++fault) {
+        struct moshi_device devices[4];
+
+        inject(FAULT_DRIVER, fault);
+        CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE && says(words[fault]));
+        CHECK(moshi_devices(devices, 4) == 2 && devices[0].usable && !devices[1].usable);
+        CHECK(strstr(devices[1].reason, words[fault]) != NULL);
+        CHECK(open_model(NULL, MOSHI_AUTO, &model) == MOSHI_OK);
+        CHECK(strcmp(moshi_model_get_info(model)->device, "cpu") == 0);
+        moshi_model_close(model);
+    }
+    repair();
+    CHECK(open_model("cuda:1", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE &&
+          says("there is 1 card, cuda:0"));
+    CHECK(open_model("cuda:x", MOSHI_AUTO, &model) == MOSHI_ERROR_ARGUMENT && says("cuda:x"));
+    CHECK(open_model("tpu", MOSHI_AUTO, &model) == MOSHI_ERROR_ARGUMENT && says("tpu"));
+    CHECK(open_model("cuda", MOSHI_Q8, &model) == MOSHI_ERROR_DEVICE && says("dtype f32 or bf16"));
+    return 1;
+}
+
+static int test_the_right_library_is_found_and_another_refused(void)
+{
+    struct moshi_model *model;
+    char kept[4096];
+
+    snprintf(kept, sizeof kept, "%s", getenv("MOSHI_C_CUDA_LIBRARY"));
+    setenv("MOSHI_C_CUDA_LIBRARY", "libm.so.6", 1);
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE &&
+          says("from another version of this package"));
+    setenv("MOSHI_C_CUDA_LIBRARY", "gone.so", 1);
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE && says("gone.so"));
+    unsetenv("MOSHI_C_CUDA_LIBRARY");
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK); /* it lies beside this program */
+    moshi_model_close(model);
+    setenv("MOSHI_C_CUDA_LIBRARY", kept, 1);
+    return 1;
+}
+
+static void run_faults(void)
+{
+    run("memory that runs out is said", test_memory_that_runs_out_is_said);
+    run("a card that fails ends its sessions with a reason",
+        test_a_card_that_fails_ends_its_sessions_with_a_reason);
+    run("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
+    run("the right library is found and another refused",
+        test_the_right_library_is_found_and_another_refused);
+}
+
+int main(int argc, char **argv)
+{
+    const char *path = getenv("MOSHI_C_CUDA_LIBRARY");
+    void *library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+
+    if (argc > 1) folder = argv[1];
+    if (library) {
+        *(void **)&inject = dlsym(library, "shim_inject");
+        *(void **)&repair = dlsym(library, "shim_repair");
+    }
+    if (!library) {
+        printf("MOSHI_C_CUDA_LIBRARY names no library\n");
+        return 2;
+    }
+    run("conversations in f32 are those of the CPU",
+        test_conversations_in_f32_are_those_of_the_cpu);
+    run("conversations in bf16 are those of the CPU",
+        test_conversations_in_bf16_are_those_of_the_cpu);
+    run("company changes no bit", test_company_changes_no_bit);
+    if (inject) run_faults();
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
