@@ -45,12 +45,15 @@ LEFT_OUT = ("Speed", "More")
 SHOWN = {".png", ".ogg", ".svg"}
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+_OUTSIDE = re.compile(r"(?<=\])\(\.\./([^)\s]+)\)")
 _MARK = re.compile(r"\{\{ (\w+): ([^}]+?) \}\}")
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are made of files outside docs/, and what they show."""
     assets: set[str] = set()
+    for file in files.documentation_pages():
+        assets.update(_OUTSIDE.findall(file.content_string))
     for source, page in PAGES.items():
         text = "".join(_page(source, assets))
         files.append(File.generated(config, page, content=text))
@@ -90,7 +93,7 @@ def _page(source: str, assets: set[str]) -> Iterator[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts in what the marks stand for."""
+    """Puts in what the marks stand for, and shows files from outside docs/."""
     if page.file.src_uri in PAGES.values():
         return markdown
     makers = {"run": _printed, "help": _help}
@@ -103,7 +106,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             reason = getattr(error, "stderr", "") or error
             raise PluginError(f"{page.file.src_uri}: {match[0]}: {reason!r}") from error
 
-    return _MARK.sub(made, markdown)
+    return _OUTSIDE.sub(r"(repository/\1)", _MARK.sub(made, markdown))
 
 
 def _number(result: str, argument: str) -> str:

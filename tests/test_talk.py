@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ from moshi_c.notebook import WAITING_PIECES, Talk, talk
 
 pytestmark = pytest.mark.python
 
+NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "live_call.ipynb"
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -254,3 +256,33 @@ def test_the_page_s_side_speaks_of_the_same_messages() -> None:
     }
     assert not re.search(r"https?://|import ", script), "nothing is fetched"
     assert isinstance(Talk.live, traitlets.Bool)
+
+
+# ---- the notebook ------------------------------------------------------------------------------
+
+
+def test_the_notebook_of_a_live_call_runs() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, 4)
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    shown = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    for outputs in shown:
+        assert outputs and all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert VIEW in shown[0][-1]["data"]
+    for outputs, words in ((shown[1], "the sky is blue"), (shown[3], "the sky is green")):
+        page = outputs[-1]["data"]["text/html"]
+        assert "data:audio/mpeg;base64," in page and f">{words}<" in page
+    printed = shown[2][0]["text"].splitlines()
+    assert [line.split()[-1] for line in printed] == ["the", "sky", "is", "blue"]
+
+
+def test_the_committed_notebook_has_not_run_and_its_picture_is_there() -> None:
+    text = NOTEBOOK.read_text("utf-8")
+    for cell in json.loads(text)["cells"]:
+        assert cell["cell_type"] == "markdown" or not cell["outputs"]
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    data = (NOTEBOOK.parent / picture).read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) < 100_000

@@ -68,10 +68,10 @@ function render({ model, el }) {
   const box = part(el, "div", "moshi-call");
   part(box, "style", "", STYLE);
   const button = part(box, "button", "");
-  const file = part(box, "input", "");
+  const other = part(box, "button", "", "Play it a file");
+  const file = document.createElement("input");
   file.type = "file";
   file.accept = "audio/*";
-  file.title = "play a file of sound to the model";
   const canvas = part(box, "canvas", "");
   const words = part(box, "div", "words");
   const note = part(box, "div", "note");
@@ -83,8 +83,16 @@ function render({ model, el }) {
   function show() {
     const live = model.get("live");
     button.textContent = live ? "Hang up" : "Call";
-    file.disabled = live;
+    other.disabled = live;
     if (!live && mine) release();
+  }
+
+  function changed() {
+    if (model.get("live")) {
+      words.textContent = "";
+      levels.length = 0;
+    }
+    show();
   }
 
   function release() {
@@ -97,10 +105,9 @@ function render({ model, el }) {
   // A call from a microphone, or from a file that somebody has chosen.
   async function call(sound) {
     note.textContent = "";
-    words.textContent = "";
-    levels.length = 0;
     try {
       audio = new AudioContext();
+      audio.resume();
       let source;
       if (sound) {
         source = audio.createBufferSource();
@@ -165,17 +172,18 @@ function render({ model, el }) {
     draw(canvas, levels);
   }
 
+  other.onclick = () => file.click();
   button.onclick = () => (model.get("live") ? send({ type: "stop" }) : call(null));
   file.onchange = () => file.files.length && call(file.files[0]).then(() => (file.value = ""));
   model.on("msg:custom", receive);
-  model.on("change:live", show);
+  model.on("change:live", changed);
   show();
   draw(canvas, levels);
   return () => {
     if (mine) send({ type: "stop" });
     release();
     model.off("msg:custom", receive);
-    model.off("change:live", show);
+    model.off("change:live", changed);
   };
 }
 
