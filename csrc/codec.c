@@ -233,6 +233,7 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
                               &(struct codec_call){codec, 1, levels});
         ops->download(engine->backend, codes, codec->codes,
                       (size_t)codec->batch * (size_t)levels * sizeof *codes);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(engine->model->backend_lock);
     }
     leave(stream);
@@ -258,6 +259,7 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
                               &(struct codec_call){codec, 1, n_codes});
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(engine->model->backend_lock);
         if (!status)
             status = check_sound(engine, pcm, (size_t)codec->batch * (size_t)engine->frame_size);
@@ -420,6 +422,7 @@ static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch
                               &(struct codec_call){codec, (int)count, levels});
         ops->download(engine->backend, whole.codes, codec->codes,
                       (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
         const int32_t *from = whole.codes;
         for (int b = 0; b < batch; ++b)
@@ -477,6 +480,7 @@ static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int b
             ops->download(engine->backend, pcm + (b * frames + first) * frame_size,
                           codec->pcm + (int64_t)b * count * frame_size,
                           (size_t)count * (size_t)frame_size * sizeof *pcm);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
     }
     whole_close(&whole);
