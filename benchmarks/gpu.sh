@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# gpu.sh STAGE: on a machine with a card and its toolkit, without a network; each stage takes under 8
-# minutes. From the root of the sources:
+# gpu.sh STAGE: on a machine with a card and its toolkit, without a network:
 #   build      the library for this machine's card, and the C tests
 #   ops        every operation on the card against the generic kernels of the CPU
 #   sessions   conversations of the tiny model on the card against the CPU, and in company
