@@ -252,6 +252,7 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
                               &(struct codec_call){codec, 1, levels});
         ops->download(engine->backend, codes, codec->codes,
                       (size_t)codec->batch * (size_t)levels * sizeof *codes);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(engine->model->backend_lock);
     }
     leave(stream);
@@ -277,6 +278,7 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
                               &(struct codec_call){codec, 1, n_codes});
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(engine->model->backend_lock);
         if (!status)
             status = check_sound(engine, pcm, (size_t)codec->batch * (size_t)engine->frame_size);
@@ -440,6 +442,7 @@ static int encode_passes(struct codec *codec, int32_t *room, const float *pcm, i
                               &(struct codec_call){codec, (int)count, levels});
         ops->download(engine->backend, room, codec->codes,
                       (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
         const int32_t *from = room;
         for (int b = 0; b < batch; ++b)
@@ -512,6 +515,7 @@ static int decode_passes(struct codec *codec, int32_t *room, const int32_t *code
             ops->download(engine->backend, pcm + (b * frames + first) * frame_size,
                           codec->pcm + (int64_t)b * count * frame_size,
                           (size_t)count * (size_t)frame_size * sizeof *pcm);
+        if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
     }
     return status;

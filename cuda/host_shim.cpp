@@ -278,6 +278,8 @@ static cudaError_t broken; /* sticky */
 static cudaError_t last_error;
 static int countdowns[SHIM_FAULT_KINDS] = {-1, -1, -1};
 
+static long preparations;
+
 static cudaError_t give(cudaError_t error)
 {
     if (error != cudaSuccess) last_error = error;
@@ -343,6 +345,7 @@ cudaError_t cudaMalloc(void **memory, size_t bytes)
     *memory = NULL;
     initialise();
     if (broken != cudaSuccess) return give(broken);
+    ++preparations;
     if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
     for (auto &block : pieces) {
         if (block.first - at >= wanted) break;
@@ -586,6 +589,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
                                  unsigned long long flags)
 {
     (void)flags;
+    ++preparations;
     *executable = new shim_graph(*graph);
     return give(broken);
 }
@@ -706,4 +710,11 @@ void shim_repair(void)
 
     broken = last_error = cudaSuccess;
     for (int &countdown : countdowns) countdown = -1;
+}
+
+long shim_preparations(void)
+{
+    shim_lock lock(shim_mutex);
+
+    return preparations;
 }

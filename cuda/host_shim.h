@@ -245,6 +245,8 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
 enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_FAULT_KINDS };
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
+/* How often device memory was taken and a graph was made so far. */
+extern "C" __attribute__((visibility("default"))) long shim_preparations(void);
 
 #endif
 #endif

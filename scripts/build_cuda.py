@@ -1,8 +1,8 @@
 """Compiles libmoshi_cuda.so with nvcc, and refuses kernels whose registers spill.
 
-Usage: build_cuda.py OUT [--architectures "80 90a"] [--work FOLDER]. For the last architecture named,
-PTX is kept too, which later cards compile for themselves. "native" is the cards of this machine. A
-table of registers and spills of every kernel stays in FOLDER/registers.txt.
+Usage: build_cuda.py OUT [--architectures "80 90a"] [--work FOLDER]. For the last architecture
+named, PTX is kept too, which later cards compile for themselves. "native" is the cards of this
+machine. A table of registers and spills of every kernel stays in FOLDER/registers.txt.
 """
 
 from __future__ import annotations

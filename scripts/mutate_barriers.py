@@ -1,7 +1,8 @@
 """Removes each barrier of the CUDA kernels in turn: a test of operations must then fail.
 
-Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose removal
-no test sees is either not needed, or not tested; both are defects, and end this with status 1.
+Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose
+removal no test sees is either not needed, or not tested; both are defects, and end this with
+status 1.
 """
 
 from __future__ import annotations

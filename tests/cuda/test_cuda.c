@@ -17,6 +17,7 @@ enum { FAULT_MALLOC, FAULT_LAUNCH, FAULT_DRIVER }; /* as in cuda/host_shim.h */
 
 static void (*inject)(int fault, int countdown);
 static void (*repair)(void);
+static long (*preparations)(void);
 
 static int passed, failed;
 static char why[700];
@@ -189,6 +190,31 @@ static int test_company_changes_no_bit(void)
     return 1;
 }
 
+/* What a frame does is captured with the first ones; then it is only launched. */
+static int test_a_frame_is_captured_once(void)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    struct moshi_session *session;
+    static float pcm[FRAME_SIZE], sound[FRAME_SIZE];
+    struct moshi_frame frame = {.pcm = sound};
+    long before = 0;
+
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+    CHECK(open_engine(model, 1, &engine) == MOSHI_OK);
+    CHECK(open_session(model, engine, SAMPLED, &session) == MOSHI_OK);
+    for (int t = 0; t < 4; ++t) {
+        make_frame(0, t, pcm);
+        if (t == 2) before = preparations(); /* the first output has been decoded */
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+    }
+    CHECK(frame.has_output && before > 0 && preparations() == before);
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
 /* Wherever the memory runs out, the sentence says what was needed and what is free; afterwards all
  * is well. */
 static int test_memory_that_runs_out_is_said(void)
@@ -329,6 +355,7 @@ int main(int argc, char **argv)
     if (library) {
         *(void **)&inject = dlsym(library, "shim_inject");
         *(void **)&repair = dlsym(library, "shim_repair");
+        *(void **)&preparations = dlsym(library, "shim_preparations");
     }
     if (!library) {
         printf("MOSHI_C_CUDA_LIBRARY names no library\n");
@@ -339,6 +366,7 @@ int main(int argc, char **argv)
     run("conversations in bf16 are those of the CPU",
         test_conversations_in_bf16_are_those_of_the_cpu);
     run("company changes no bit", test_company_changes_no_bit);
+    if (inject) run("a frame is captured once", test_a_frame_is_captured_once);
     if (inject) run_faults();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
