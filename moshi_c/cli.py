@@ -178,8 +178,6 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _client(arguments: argparse.Namespace) -> None:
-    if arguments.model is not None:
-        raise ValueError("client talks to the model of its server; expected no --model")
     source = Path(arguments.input) if arguments.input else None
     target = Path(arguments.output) if arguments.output else None
     if target:
@@ -564,6 +562,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
     talk = command(
+        "duet",
+        _duet,
+        "two models that talk to each other, written to a stereo file",
+        "moshi-c duet duet.wav --seconds 60 --first question.wav --seed 7",
+    )
+    talk.add_argument(
+        "output", metavar="OUT", help="a side on each channel: .wav, .flac, .ogg, .opus, .mp3 ..."
+    )
+    talk.add_argument(
+        "--seconds", type=_seconds, default=30.0, metavar="S", help="how long (default: 30)"
+    )
+    talk.add_argument(
+        "--first",
+        nargs="+",
+        default=[],
+        metavar="IN",
+        help="said first in the left one's place; a further file each time both fall silent",
+    )
+
+    chat = command(
         "chat",
         _chat,
         "a conversation by microphone and loudspeaker",
@@ -574,6 +592,7 @@ def _parser() -> argparse.ArgumentParser:
         _client,
         "a call to a server of Moshi's WebSocket protocol",
         "moshi-c client ws://localhost:8998 --in question.wav --out answer.wav --after 3",
+        _common("seed"),  # the server has the model
     )
     call.add_argument("url", metavar="URL", help="ws://, wss://, http:// or https://; /api/chat")
     call.add_argument(
@@ -593,7 +612,7 @@ def _parser() -> argparse.ArgumentParser:
     call.add_argument(
         "--insecure", action="store_true", help="take any certificate, as self-signed ones"
     )
-    for sub in (talk, call):
+    for sub in (chat, call):
         sub.add_argument(
             "--no-echo-gate",
             dest="echo_gate",
@@ -602,26 +621,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--microphone", metavar="D", help="number, or part of the name")
         sub.add_argument("--speaker", metavar="D", help="number, or part of the name")
-
-    duet = command(
-        "duet",
-        _duet,
-        "two models that talk to each other, written to a stereo file",
-        "moshi-c duet duet.wav --seconds 60 --first question.wav --seed 7",
-    )
-    duet.add_argument(
-        "output", metavar="OUT", help="a side on each channel: .wav, .flac, .ogg, .opus, .mp3 ..."
-    )
-    duet.add_argument(
-        "--seconds", type=_seconds, default=30.0, metavar="S", help="how long (default: 30)"
-    )
-    duet.add_argument(
-        "--first",
-        nargs="+",
-        default=[],
-        metavar="IN",
-        help="said first in the left one's place; a further file each time both fall silent",
-    )
 
     encode = command(
         "encode",

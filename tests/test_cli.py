@@ -150,8 +150,8 @@ def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
     assert f"example: moshi-c {command} " in " ".join(text.split())
     common = ("--model", "--device", "--dtype", "--seed", "--threads")
     for option in common:
-        used = command != "quantize" or option in ("--dtype", "--threads")
-        assert (option in text) == used, option
+        some = {"quantize": ("--dtype", "--threads"), "client": ("--seed",)}
+        assert (option in text) == (option in some.get(command, common)), option
 
 
 def test_the_version_is_told(capsys: Capture) -> None:
