@@ -41,6 +41,7 @@ from test_ogg_opus import bad_packets, file_of_libsndfile, garbage
 
 import moshi_c
 from moshi_c import Model, OggOpusReader, OggOpusWriter, Session
+from moshi_c.server import Server
 
 pytestmark = pytest.mark.python
 
@@ -260,19 +261,22 @@ def web_message(data: bytes) -> str:
 async def test_the_messages_of_the_web_pages_make_a_call(model: Model) -> None:
     """Kyutai's page and PersonaPlex's: they wait for the handshake, then send pages of 40 ms."""
     pieces = page_pieces(question())
+
+    async def call(server: Server, query: str) -> None:
+        async with chatting(server, f"?{query}") as caller:
+            await caller.ready()
+            await caller.send(pieces[0])
+            await caller.say(pieces[1:], 0.04)
+            heard = [web_message(data) for _, data in caller.messages]
+            assert heard[0] == "handshake" and heard.count("handshake") == 1
+            assert set(heard) <= {"handshake", "audio", "text", "ping"}
+            assert "audio" in heard
+            # the pages hang up after 10 s without a message
+            times = [at for at, _ in caller.messages]
+            assert max(b - a for a, b in pairwise(times)) < 5
+
     async with serving(model, keepalive_seconds=0.5) as server:
-        for query in (PAGE_QUERY, PLEX_QUERY):
-            async with chatting(server, f"?{query}") as caller:
-                await caller.ready()
-                await caller.send(pieces[0])
-                await caller.say(pieces[1:], 0.04)
-                heard = [web_message(data) for _, data in caller.messages]
-                assert heard[0] == "handshake" and heard.count("handshake") == 1
-                assert set(heard) <= {"handshake", "audio", "text", "ping"}
-                assert "audio" in heard
-                # the pages hang up after 10 s without a message
-                times = [at for at, _ in caller.messages]
-                assert max(b - a for a, b in pairwise(times)) < 5
+        await asyncio.gather(*[call(server, query) for query in (PAGE_QUERY, PLEX_QUERY)])
         assert value(server, "moshi_ignored_messages_total") == 0
 
 
@@ -328,18 +332,21 @@ async def test_livekits_personaplex_client_holds_a_call_in_turns(model: Model) -
 @scenario
 async def test_dtx_is_asked_for_by_url_or_setting(model: Model) -> None:
     pieces = written(sound.silence(1.2))
-    for options, query, quiet in (
-        ({}, "", False),
-        ({}, "?dtx=0", False),
-        ({}, "?dtx=1", True),
-        ({}, "?voice_prompt=NATF2.pt", True),
-        ({"dtx": True}, "", True),
-    ):
+
+    async def call(options: dict[str, Any], query: str, quiet: bool) -> None:
         async with serving(model, **options) as server, chatting(server, query) as caller:
             await caller.ready()
             await caller.say(pieces, 0.08)
-            await eventually(lambda s=server: value(s, "moshi_total_steps_total") >= len(pieces))
+            await eventually(lambda: value(server, "moshi_total_steps_total") >= len(pieces))
             assert bool(caller.kind(1)) != quiet, (options, query)
+
+    await asyncio.gather(
+        call({}, "", False),
+        call({}, "?dtx=0", False),
+        call({}, "?dtx=1", True),
+        call({}, "?voice_prompt=NATF2.pt", True),
+        call({"dtx": True}, "", True),
+    )
 
 
 # ---- the line ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -180,6 +181,10 @@ class Server:
             loop.add_signal_handler(number, asked.put_nowait, number)
         try:
             await self.start()
+            # What is there by now stays: a garbage collection in a call need not look through it,
+            # which would take longer than a step.
+            gc.collect()
+            gc.freeze()
             number = await asked.get()
             stopping = loop.create_task(self.stop(0.0 if number == signal.SIGINT else None))
             while not stopping.done():  # a second one does not wait for the calls
@@ -190,6 +195,7 @@ class Server:
             await stopping
             return number
         finally:
+            gc.unfreeze()
             for number in signals:
                 loop.remove_signal_handler(number)
 
