@@ -603,19 +603,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--microphone", metavar="D", help="number, or part of the name")
         sub.add_argument("--speaker", metavar="D", help="number, or part of the name")
 
-    pair = command(
+    duet = command(
         "duet",
         _duet,
         "two models that talk to each other, written to a stereo file",
         "moshi-c duet duet.wav --seconds 60 --first question.wav --seed 7",
     )
-    pair.add_argument(
+    duet.add_argument(
         "output", metavar="OUT", help="a side on each channel: .wav, .flac, .ogg, .opus, .mp3 ..."
     )
-    pair.add_argument(
+    duet.add_argument(
         "--seconds", type=_seconds, default=30.0, metavar="S", help="how long (default: 30)"
     )
-    pair.add_argument(
+    duet.add_argument(
         "--first",
         nargs="+",
         default=[],

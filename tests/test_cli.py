@@ -163,7 +163,7 @@ def test_the_version_is_told(capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["chat"], ["run"], ["run", "a.wav"], ["run", "a", "b", "--seed", "-1"],
+    [[], ["speak"], ["run"], ["run", "a.wav"], ["run", "a", "b", "--seed", "-1"],
      ["run", "a", "b", "--threads", "0"], ["run", "a", "b", "--after", "-1"],
      ["encode", "a", "b", "--codebooks", "x"], ["info", "a", "b"]],
 )  # fmt: skip
