@@ -76,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (moshi_c.MoshiError, OSError, ValueError) as error:
+        raise SystemExit(f"fact.py: {error}") from None

@@ -59,4 +59,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (moshi_c.MoshiError, OSError) as error:
+        raise SystemExit(f"fork.py: {error}") from None

@@ -68,4 +68,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (moshi_c.MoshiError, OSError) as error:
+        raise SystemExit(f"phone.py: {error}") from None

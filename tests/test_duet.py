@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ import soundfile
 import moshi_c
 from moshi_c.cli import main
 from moshi_c.duet import PAUSE_FRAMES, duet
+
+if TYPE_CHECKING:
+    from conftest import Checkpoints
 
 pytestmark = pytest.mark.python
 
@@ -76,6 +80,16 @@ def test_a_duet_needs_two_sessions_at_the_rate_of_the_model(model: moshi_c.Model
             next(duet(left, right))
         with pytest.raises(ValueError, match="twice"):
             next(duet(left, left))
+
+
+def test_a_model_without_a_voice_has_no_duet(made: Checkpoints) -> None:
+    with (
+        moshi_c.load(made.lm("stt")) as model,
+        moshi_c.Session(model) as left,
+        moshi_c.Session(model) as right,
+        pytest.raises(moshi_c.AudioError, match="has no voice"),
+    ):
+        next(duet(left, right))
 
 
 def test_the_command_writes_both_sides_and_says_who_spoke(

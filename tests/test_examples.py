@@ -146,11 +146,23 @@ def test_batch_gives_each_recording_its_answer_and_timed_words(tmp_path: Path) -
         assert (tmp_path / "one" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "batch.py"), "nosuch"]
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("batch", ["nosuch"], "No such file or directory: 'nosuch'"),
+        ("duet", ["--out", "talk.nosuch"], "talk.nosuch has the suffix '.nosuch'"),
+        ("fact", ["--fact", "日"], "this model's vocabulary has no '日'"),
+        ("fork", ["--model", "nosuch"], "nosuch does not exist"),
+        ("phone", ["nosuch.ulaw"], "No such file or directory: 'nosuch.ulaw'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    name: str, arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("batch.py: ")
-    assert done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.startswith(f"{name}.py: ")
+    assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_two_models_talk(tmp_path: Path) -> None:
