@@ -51,6 +51,8 @@ struct cuda_backend {
     int n_graphs;
     char *scratch; /* counters, then memory of one operation */
     size_t counter_bytes, counters_wanted, scratch_bytes, scratch_wanted;
+    const void **moved; /* rows of matrices that prepare_matrix brought to the card */
+    int n_moved, moved_capacity;
     char *staging; /* pinned: where uploads wait and downloads arrive */
     size_t staged;
     struct cuda_report *report;

@@ -254,7 +254,7 @@ template <class E> static struct product<E> product_of(const struct matrix *weig
 {
     struct product<E> p = blank<struct product<E>>();
 
-    p.weight = weight->packed ? weight->packed : weight->data;
+    p.weight = weight->data;
     p.outputs = weight->rows;
     p.columns = weight->cols;
     p.second = second;
