@@ -32,7 +32,7 @@ help: ## this list
 
 # ---- Python environment ----------------------------------------------------------------------
 
-$(VENV)/.made:
+$(VENV)/.made: scripts/setup_debian.sh
 	scripts/setup_debian.sh build
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "pip>=24" "setuptools>=80" wheel "numpy>=2.0"
@@ -48,8 +48,8 @@ $(VENV)/.dev: $(VENV)/.core
 
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
 $(VENV)/.test: $(VENV)/.core
-	scripts/setup_debian.sh sound
-	$(PIP) "moshi_c[test,parity]"
+	scripts/setup_debian.sh sound browser
+	$(PIP) "moshi_c[test,parity,clients]"
 	$(PIP) --no-deps moshi==0.2.13
 	touch $@
 
@@ -62,11 +62,28 @@ demo: build ## a spoken question; the answer in demo/answer.wav, both sides in d
 	$(PIP) "moshi_c[plot]"
 	$(BIN)/python examples/hello.py --out demo
 
+# Each agent framework in an environment of its own: together they would hold each other's versions
+# back. The core is compiled once for all of them.
+FRAMEWORKS := pipecat livekit fastrtc
+.venv-%/.made: $(VENV)/.core build/release/libmoshi.a
+	scripts/setup_debian.sh sound
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
+	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
+	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations]"
+	touch $@
+
+.PHONY: integrations
+integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
+	@set -e; for framework in $(FRAMEWORKS); do echo "$$framework"; \
+	    .venv-$$framework/bin/pytest -q -p no:cacheprovider \
+	        tests/integrations/test_$$framework.py; done
+
 # ---- C: one library per variant --------------------------------------------------------------
 
 C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
     -Icsrc -DMOSHI_VERSION='"$(VERSION)"'
-LINK := -pthread -lm -ldl
+LINK := -lopus -logg -pthread -lm -ldl
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all
 
 CC_release := cc
@@ -105,7 +122,7 @@ build/$(1)/%.o: %.c
 	@echo "  $(1) $$<"
 	@$$(CC_$(1)) $$(C_FLAGS) $$(FLAGS_$(1)) -MMD -MP -c $$< -o $$@
 
-build/$(1)/libmoshi.a: $$(CORE:%.c=build/$(1)/%.o)
+build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_$(1)),$$(CORE)))
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
@@ -176,6 +193,9 @@ QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu
 QEMU_aarch64 := $(QEMU) max
 # Processors without and with the dot product, and with i8mm, and the kernels that they should have.
 KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
+# Debian has its libraries for one processor at a time; nothing else of the core uses these two.
+LEFT_OUT_aarch64 := csrc/ogg_opus.c
+build/aarch64/%: LINK := -pthread -lm -ldl
 $(eval $(call variant,aarch64))
 
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
@@ -313,12 +333,24 @@ $(VENV)/.bench: $(VENV)/.test
 
 .PHONY: bench
 bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
+	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/mimi.py
+	$(BIN)/python benchmarks/opus.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/open.py
 	$(BIN)/python benchmarks/fork.py
 	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/seven.py
+
+$(VENV)/.docs: $(VENV)/.core
+	@scripts/setup_debian.sh sound
+	$(PIP) "moshi_c[docs]"
+	touch $@
+
+.PHONY: docs
+docs: $(VENV)/.docs ## the documentation's site in build/site, made and read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: fresh
 fresh: $(VENV)/.core ## the README's two commands on a bare Debian, with time and disk; needs root
@@ -339,5 +371,5 @@ format: $(VENV)/.dev ## rewrites the sources as check wants them
 
 .PHONY: clean
 clean: ## removes what was built; .venv too
-	rm -rf $(VENV) build demo dist *.egg-info moshi_c/*.so
+	rm -rf $(VENV) $(FRAMEWORKS:%=.venv-%) build demo dist *.egg-info moshi_c/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,11 +16,13 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # One binary for all versions from 3.11 on. The buffer protocol joined the stable interface there,
 # and builds without the GIL have none yet.
@@ -40,6 +42,11 @@ COMPILE = [
 COMPILE += ["-Werror=implicit-function-declaration"]
 # -Bsymbolic: our calls stay ours when a program links libmoshi, too.
 LINK = ["-pthread", "-lm", "-ldl", "-Wl,-Bsymbolic"]
+LIBRARIES = ["opus", "ogg"]
+NO_HEADERS = (
+    "moshi_c needs libopus and libogg with their headers, which are not here; "
+    "on Debian: apt-get install libopus-dev libogg-dev"
+)
 
 
 def switched_on(name: str) -> bool:
@@ -92,9 +99,19 @@ class BuildExt(build_ext):
                 check=True,
             )
 
+    def check_headers(self) -> None:
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "headers.c"
+            source.write_text("#include <ogg/ogg.h>\n#include <opus/opus.h>\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder)
+            except CompileError as error:
+                raise SystemExit(NO_HEADERS) from error
+
     def build_extension(self, ext: Extension) -> None:
         version = self.distribution.get_version()
         ext.define_macros.append(("MOSHI_VERSION", f'"{version}"'))
+        self.check_headers()
         compile_some = self.compiler.compile
 
         def compile_all(sources: list[str], **kwargs: Any) -> list[str]:
@@ -123,6 +140,7 @@ def core() -> Extension:
         depends=files("h") + ([compiled] if compiled else []),
         define_macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
         py_limited_api=ABI3,
+        libraries=LIBRARIES,
         extra_compile_args=compile_flags,
         extra_link_args=link_flags,
     )

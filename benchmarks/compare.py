@@ -4,9 +4,13 @@
 
 Codec: Mimi at its real size with random weights, one and two threads. Frame by frame (encode, then
 decode) beside upstream's PyTorch and rustymimi; four seconds at once beside upstream's PyTorch and
-transformers, whose decoder does not stream. Language model: the model of step.py, 7B width with 4
+transformers, whose decoder does not stream. Language model: the model of step.py, 7B width with 8
 of 32 layers and the whole depth transformer, in bf16 beside upstream's PyTorch, and ours in q8 and
 q4.
+
+A ggml port, if the command of its own benchmark is given, `--ggml "moshi-sts --bench --threads 2
+--model FOLDER"`: frames a second of the whole model, codec included, in processes of their own. To
+be read beside the times of seven.py.
 
 Peers that read their number of threads once run in a process for each number; within a process the
 sides take turns, block by block. A side whose results differ from upstream's is an error.
@@ -19,6 +23,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -322,6 +328,29 @@ def language(threads: int, blocks: int) -> dict[str, Any]:
     }
 
 
+# ---- a ggml port -------------------------------------------------------------------------------
+
+
+def port(command: str, blocks: int) -> dict[str, Any]:
+    """Frames a second, as the last line that tells any has it, of each of a few runs."""
+    words = shlex.split(command)
+    rates = []
+    for _ in range(blocks):
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=900)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SystemExit(f"--ggml: {error}") from None
+        found = re.findall(r"([\d.]+) *(?:frames/s|fps)", done.stdout + done.stderr)
+        if done.returncode or not found:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise SystemExit(f"--ggml: exit code {done.returncode}, no frames a second: {last}")
+        rates.append(float(found[-1]))
+        if rates[-1] == 0:
+            raise SystemExit("--ggml: 0 frames a second")
+    frame_ms = [round(1e3 / rate, 1) for rate in rates]
+    return {"command": command, "frame_ms": frame_ms, "p50_ms": float(np.median(frame_ms))}
+
+
 # ---- all of it ---------------------------------------------------------------------------------
 
 
@@ -347,6 +376,7 @@ def main() -> None:
     parser = common.arguments(__doc__, "compare")
     parser.add_argument("--part", choices=["codec", "lm"], help="this one alone, as JSON")
     parser.add_argument("--only", choices=["codec", "lm"], help="leave the other out")
+    parser.add_argument("--ggml", metavar="COMMAND", help="the benchmark of a ggml port, too")
     options = parser.parse_args()
     if options.part:
         run = codec if options.part == "codec" else language
@@ -357,6 +387,8 @@ def main() -> None:
         result |= {f"codec_{n}_threads": part("codec", options, n) for n in (1, 2)}
     if options.only != "codec":
         result["language_model"] = part("lm", options, 2)
+    if options.ggml:
+        result["ggml_port"] = port(options.ggml, max(options.blocks // 4, 1))
     common.report("compare", options.out, result)
 
 

@@ -3,8 +3,9 @@
 The language model has the published tensors of the 7B, its matrices as panels of random codes; the
 codec is at its real size. The context is filled by restoring a snapshot that says 3000 frames were
 heard, with keys and values of zeros, instead of stepping them; then the peak is set back and frames
-are stepped, which read all weights, keys and values. Memory mapped from the file is counted apart
-from the process's own: the system may take it back and shares it between processes.
+are stepped, which read all weights, keys and values. Then `moshi-c encode` and `decode` over an
+hour of sound, with the codec alone. Memory mapped from the file is counted apart from the process's
+own: the system may take it back and shares it between processes.
 """
 
 from __future__ import annotations
@@ -96,28 +97,67 @@ def measure(folder: str, codec: str) -> None:
     print(json.dumps(found))
 
 
-def fill(path: Path) -> None:
-    """Panels of random codes with scales as of a trained model; the rest small numbers."""
+def fill(path: Path, dtype: str = "q4") -> None:
+    """Random weights as large as a trained model's: bf16, or panels of random codes and scales."""
     import damage
     import test_open_large
 
-    test_open_large.write_sparse_panels(path, "q4")
+    rng = np.random.default_rng(0)
+    noise = (0.015 * rng.standard_normal(1 << 22)).astype(np.float32)
+    halves = (noise.view(np.uint32) >> 16).astype("<u2").tobytes()
+    if dtype == "bf16":
+        test_open_large.write_sparse(path, test_open_large.published_tensors())
+    else:
+        test_open_large.write_sparse_panels(path, dtype)
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header, _ = damage._split(size.to_bytes(8, "little") + file.read(size))
-    ends = [e["data_offsets"][1] for e in header.values() if e.get("dtype") == "U8"]
-    rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 256, (1 << 16, test_open_large.TILE_BYTES["q4"]), np.uint8)
-    tiles[:, :64] = rng.uniform(0.002, 0.005, (len(tiles), 32)).astype(np.float16).view(np.uint8)
-    pattern = tiles.tobytes()
-    halves = (rng.uniform(0.5, 1, 1 << 22).astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+    panels = max(
+        (e["data_offsets"][1] for e in header.values() if e.get("dtype") == "U8"), default=0
+    )
+    pattern = b""
+    if panels:
+        most = {"q8": 0.0002, "q4": 0.004}[dtype]
+        tiles = rng.integers(0, 256, (1 << 16, test_open_large.TILE_BYTES[dtype]), np.uint8)
+        scales = rng.uniform(most / 2, most, (len(tiles), 32)).astype(np.float16)
+        tiles[:, :64] = scales.view(np.uint8)
+        pattern = tiles.tobytes()
     with path.open("r+b") as file:
         file.seek(8 + size)
-        for left in range(max(ends), 0, -len(pattern)):
+        for left in range(panels, 0, -max(len(pattern), 1)):
             file.write(pattern[:left])
-        rest = path.stat().st_size - file.tell()
-        for left in range(rest, 0, -halves.nbytes):
-            file.write(halves.tobytes()[:left])
+        for left in range(path.stat().st_size - file.tell(), 0, -len(halves)):
+            file.write(halves[:left])
+
+
+def codec_peak(folder: Path, codec: Path, minutes: int) -> dict[str, Any]:
+    """The codec's commands over a long recording: what the process holds at most."""
+    import soundfile
+
+    command = """
+import json, sys
+from moshi_c.cli import main
+assert main(sys.argv[1:]) == 0
+import memory
+print(json.dumps({"peak_gb": memory.memory()["peak_gb"]}))
+"""
+    second = (3000 * np.random.default_rng(0).standard_normal(24000)).astype(np.int16)
+    heard, codes, again = folder / "long.wav", folder / "long.mimi", folder / "again.wav"
+    with soundfile.SoundFile(heard, "w", 24000, 1) as file:
+        for _ in range(60 * minutes):
+            file.write(second)
+    found: dict[str, Any] = {"minutes": minutes}
+    for name, source, target in (("encode", heard, codes), ("decode", codes, again)):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", command, name, source, target, "--model", codec.parent],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        seconds = round(time.perf_counter() - start, 1)
+        found[name] = json.loads(done.stdout) | {"seconds": seconds}
+    return found
 
 
 def main() -> None:
@@ -126,6 +166,7 @@ def main() -> None:
         return
     parser = common.arguments(__doc__, "memory")
     parser.set_defaults(blocks=2)
+    parser.add_argument("--minutes", type=int, default=60, help="of the long recording")
     options = parser.parse_args()
     import checkpoints
 
@@ -133,6 +174,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         codec = checkpoints.make_mimi(folder / "mimi", "full") / checkpoints.MIMI_NAME
+        long = codec_peak(folder, codec, options.minutes)
         lm = folder / "lm"
         lm.mkdir()
         fill(lm / "model.safetensors")
@@ -155,6 +197,7 @@ def main() -> None:
             "load_s": [one["load_s"] for one in found],
             "peak_gb": max(one["stepped"]["peak_gb"] for one in found),
             "runs": found,
+            "long_recording": long,
         },
     )
 

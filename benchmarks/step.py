@@ -1,6 +1,6 @@
-"""One step of a full-width language model cut to 4 layers, bf16, two threads: ours and upstream's.
+"""One step of a full-width language model cut to 8 layers, bf16, two threads: ours and upstream's.
 
-The temporal transformer has the 7B's width and 4 of its 32 layers, the depth transformer is whole.
+The temporal transformer has the 7B's width and 8 of its 32 layers, the depth transformer is whole.
 Weights are random. Before the clock runs, both sides read the same tokens with teacher forcing and
 our logits must be no further from upstream's float32 run than upstream's own bf16 run is.
 """
@@ -25,7 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 import moshi_c  # noqa: E402
 
-LAYERS = 4
+LAYERS = 8
 PARITY_STEPS = 3
 
 

@@ -57,15 +57,31 @@ struct embedding {
 /* Keys and values of all layers of one stack, in pages of page_positions positions. Position p of a
  * lane lies in block (p % ring) / page_positions, ring = pages_per_lane * page_positions; block i of
  * a lane is page table[lane * pages_per_lane + i]. Inside a page:
- * [layer][key 0, value 1][kv_head][page_positions][head_dim]. */
+ * [layer][key 0, value 1][kv_head][page_positions][head_dim]. With MOSHI_INT8 each of these planes of
+ * page_positions rows of codes is followed by as many f32 scales, one a row: what int8_row of quant.h
+ * makes of the row. */
 struct kv_cache {
     void *pages;
     size_t page_bytes;
     const int32_t *table;
     int pages_per_lane, page_positions;
     int layers, kv_heads, head_dim;
-    enum moshi_dtype dtype; /* MOSHI_F32 or MOSHI_BF16 */
+    enum moshi_dtype dtype; /* MOSHI_F32, MOSHI_BF16 or MOSHI_INT8 */
 };
+
+static inline size_t kv_row_bytes(const struct kv_cache *cache)
+{
+    return (size_t)cache->head_dim * (cache->dtype == MOSHI_F32    ? 4
+                                      : cache->dtype == MOSHI_BF16 ? 2
+                                                                   : 1);
+}
+
+/* Of one layer's keys or values of one head. */
+static inline size_t kv_plane_bytes(const struct kv_cache *cache)
+{
+    return (size_t)cache->page_positions *
+           (kv_row_bytes(cache) + (cache->dtype == MOSHI_INT8 ? sizeof(float) : 0));
+}
 
 /* A streaming convolution over channels-last rows. */
 struct conv {
@@ -87,6 +103,10 @@ struct rvq {
     const float *codebooks; /* [levels][bins][dim] */
     const float *half_norms; /* [levels][bins]: |e|^2 / 2 */
 };
+
+/* A stage of `run` whose sizes change from call to call: for a backend that captures stages, one to
+ * execute as it comes. The others are 0 to 3. */
+#define STAGE_GIVEN 4
 
 #define TOKEN_FREE INT32_MIN /* "not forced", in slot_params */
 #define TOKEN_ZERO (-1) /* embeds as zeros */

@@ -27,6 +27,7 @@ struct codec {
 
 struct mimi_stream {
     struct codec codec;
+    int32_t *room; /* of a whole signal: host memory for the codes of a pass; else NULL */
     uint32_t busy;
 };
 
@@ -168,23 +169,40 @@ static int check_codes(const struct moshi_engine *engine, const int32_t *codes, 
 
 /* ---- streams ---------------------------------------------------------------------------- */
 
-int mimi_stream_create(struct moshi_engine *engine, int batch, struct mimi_stream **result)
+static int create_stream(struct moshi_engine *engine, int batch, int whole,
+                         struct mimi_stream **result)
 {
+    const int frames = whole ? WHOLE_FRAMES : 1;
     *result = NULL;
     int status = check_codec(engine, batch);
     if (status) return status;
     struct mimi_stream *stream = calloc(1, sizeof *stream);
-    if (!stream) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a codec stream");
+    if (stream && whole) stream->room = malloc((size_t)frames * MOSHI_MAX_CODEBOOKS * 4);
+    if (!stream || (whole && !stream->room)) {
+        free(stream);
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a codec stream");
+    }
     os_mutex_lock(engine->model->backend_lock);
-    status = codec_open(&stream->codec, engine, batch, 1, 0);
+    status = codec_open(&stream->codec, engine, batch, frames, whole);
     os_mutex_unlock(engine->model->backend_lock);
     if (status) {
+        free(stream->room);
         free(stream);
         return status;
     }
-    __atomic_add_fetch(&engine->streams, 1, __ATOMIC_RELAXED);
+    if (!whole) __atomic_add_fetch(&engine->streams, 1, __ATOMIC_RELAXED);
     *result = stream;
     return MOSHI_OK;
+}
+
+int mimi_stream_create(struct moshi_engine *engine, int batch, struct mimi_stream **stream)
+{
+    return create_stream(engine, batch, 0, stream);
+}
+
+int mimi_stream_create_whole(struct moshi_engine *engine, struct mimi_stream **stream)
+{
+    return create_stream(engine, 1, 1, stream);
 }
 
 void mimi_stream_destroy(struct mimi_stream *stream)
@@ -194,7 +212,8 @@ void mimi_stream_destroy(struct mimi_stream *stream)
     os_mutex_lock(lock);
     codec_release(&stream->codec);
     os_mutex_unlock(lock);
-    __atomic_sub_fetch(&stream->codec.engine->streams, 1, __ATOMIC_RELAXED);
+    if (!stream->room) __atomic_sub_fetch(&stream->codec.engine->streams, 1, __ATOMIC_RELAXED);
+    free(stream->room);
     free(stream);
 }
 
@@ -289,7 +308,8 @@ static void describe(struct mimi_stream *stream, struct snapshot *snapshot)
 {
     const struct codec *codec = &stream->codec;
     const struct moshi_engine *engine = codec->engine;
-    snapshot_init(snapshot, "moshi-c codec stream");
+    snapshot_init(snapshot,
+                  stream->room ? "moshi-c codec stream of a whole signal" : "moshi-c codec stream");
     snapshot_fact(snapshot, "codec", "%016llx",
                   (unsigned long long)engine->model->mimi_fingerprint);
     snapshot_fact(snapshot, "device", "%s", engine->backend->device);
@@ -395,17 +415,17 @@ static int64_t code_index(int b, int k, int64_t t, int levels, int64_t frames)
     return ((int64_t)b * levels + k) * frames + t;
 }
 
-static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
-                        int32_t *codes)
+/* The next samples of each signal, which end it unless they are whole frames. room: for the codes of
+ * a pass. */
+static int encode_passes(struct codec *codec, int32_t *room, const float *pcm, int64_t samples,
+                         int32_t *codes)
 {
+    struct moshi_engine *engine = codec->engine;
     const struct backend_ops *ops = engine->backend->ops;
     struct os_mutex *lock = engine->model->backend_lock;
-    const int levels = engine->model->info.codebooks;
+    const int levels = engine->model->info.codebooks, batch = codec->batch;
     const int64_t frame_size = engine->frame_size, frames = (samples + frame_size - 1) / frame_size;
-    struct whole whole;
-    int status = whole_open(&whole, engine, batch, levels);
-    if (status) return status;
-    struct codec *codec = &whole.codec;
+    int status = MOSHI_OK;
     for (int64_t first = 0, count; first < frames && !status; first += count) {
         count = pass_frames(codec, frames - first);
         int64_t start = first * frame_size, wanted = count * frame_size;
@@ -420,27 +440,43 @@ static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
                               &(struct codec_call){codec, (int)count, levels});
-        ops->download(engine->backend, whole.codes, codec->codes,
+        ops->download(engine->backend, room, codec->codes,
                       (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
         if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
-        const int32_t *from = whole.codes;
+        const int32_t *from = room;
         for (int b = 0; b < batch; ++b)
             for (int t = 0; t < count; ++t)
                 for (int k = 0; k < levels; ++k)
                     codes[code_index(b, k, first + t, levels, frames)] = *from++;
     }
+    return status;
+}
+
+static int encode_batch(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
+                        int32_t *codes)
+{
+    struct whole whole;
+    int status = whole_open(&whole, engine, batch, engine->model->info.codebooks);
+    if (status) return status;
+    status = encode_passes(&whole.codec, whole.codes, pcm, samples, codes);
     whole_close(&whole);
     return status;
+}
+
+static int check_length(int64_t samples)
+{
+    return samples >= 0 && samples <= INT64_MAX / 8192
+               ? MOSHI_OK
+               : moshi_fail(MOSHI_ERROR_AUDIO, "%lld samples given, expected 0 or more",
+                            (long long)samples);
 }
 
 int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, int64_t samples,
                       int32_t *codes)
 {
     int status = check_codec(engine, batch);
-    if (!status && (samples < 0 || samples > INT64_MAX / 8192))
-        status = moshi_fail(MOSHI_ERROR_AUDIO, "%lld samples given, expected 0 or more",
-                            (long long)samples);
+    if (!status) status = check_length(samples);
     if (!status) status = check_samples(pcm, (size_t)batch * (size_t)samples);
     const int64_t frames = (samples + engine->frame_size - 1) / engine->frame_size;
     const int levels = engine->model->info.codebooks;
@@ -451,25 +487,24 @@ int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, int batch, 
     return status;
 }
 
-static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int batch, int n_codes,
-                        int64_t frames, float *pcm)
+static int decode_passes(struct codec *codec, int32_t *room, const int32_t *codes, int n_codes,
+                         int64_t frames, float *pcm)
 {
+    struct moshi_engine *engine = codec->engine;
     const struct backend_ops *ops = engine->backend->ops;
     struct os_mutex *lock = engine->model->backend_lock;
     const int64_t frame_size = engine->frame_size;
-    struct whole whole;
-    int status = whole_open(&whole, engine, batch, n_codes);
-    if (status) return status;
-    struct codec *codec = &whole.codec;
+    const int batch = codec->batch;
+    int status = MOSHI_OK;
     for (int64_t first = 0, count; first < frames && !status; first += count) {
         count = pass_frames(codec, frames - first);
-        int32_t *to = whole.codes;
+        int32_t *to = room;
         for (int b = 0; b < batch; ++b)
             for (int t = 0; t < count; ++t)
                 for (int k = 0; k < n_codes; ++k)
                     *to++ = codes[code_index(b, k, first + t, n_codes, frames)];
         os_mutex_lock(lock);
-        ops->upload(engine->backend, codec->codes, whole.codes,
+        ops->upload(engine->backend, codec->codes, room,
                     (size_t)batch * (size_t)count * (size_t)n_codes * sizeof *codes);
         for (int b = 0; b < batch && !status; ++b)
             status = mimi_decode_grow(&codec->state, b, (int)count);
@@ -483,17 +518,33 @@ static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int b
         if (!status) status = ops->sync(engine->backend);
         os_mutex_unlock(lock);
     }
+    return status;
+}
+
+static int decode_batch(struct moshi_engine *engine, const int32_t *codes, int batch, int n_codes,
+                        int64_t frames, float *pcm)
+{
+    struct whole whole;
+    int status = whole_open(&whole, engine, batch, n_codes);
+    if (status) return status;
+    status = decode_passes(&whole.codec, whole.codes, codes, n_codes, frames, pcm);
     whole_close(&whole);
     return status;
+}
+
+static int check_frames(int64_t frames)
+{
+    return frames >= 0 && frames <= INT64_MAX / ((int64_t)1 << 32)
+               ? MOSHI_OK
+               : moshi_fail(MOSHI_ERROR_AUDIO, "%lld frames given, expected 0 or more",
+                            (long long)frames);
 }
 
 int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch, int n_codes,
                       int64_t frames, float *pcm)
 {
     int status = check_codec(engine, batch);
-    if (!status && (frames < 0 || frames > INT64_MAX / ((int64_t)1 << 32)))
-        status = moshi_fail(MOSHI_ERROR_AUDIO, "%lld frames given, expected 0 or more",
-                            (long long)frames);
+    if (!status) status = check_frames(frames);
     if (!status)
         status = check_codes(engine, codes,
                              n_codes > 0 ? (size_t)batch * (size_t)n_codes * (size_t)frames : 0,
@@ -505,5 +556,43 @@ int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int bat
     if (!status)
         status = check_sound(engine, pcm,
                              (size_t)batch * (size_t)frames * (size_t)engine->frame_size);
+    return status;
+}
+
+/* ---- whole signals in pieces ------------------------------------------------------------ */
+
+static int enter_whole(struct mimi_stream *stream)
+{
+    if (!stream->room)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "the codec stream goes frame by frame, expected one for a whole signal");
+    return enter(stream);
+}
+
+int mimi_stream_encode_piece(struct mimi_stream *stream, const float *pcm, int64_t samples,
+                             int32_t *codes)
+{
+    int status = enter_whole(stream);
+    if (status) return status;
+    status = check_length(samples);
+    if (!status) status = check_samples(pcm, (size_t)samples);
+    if (!status) status = encode_passes(&stream->codec, stream->room, pcm, samples, codes);
+    leave(stream);
+    return status;
+}
+
+int mimi_stream_decode_piece(struct mimi_stream *stream, const int32_t *codes, int n_codes,
+                             int64_t frames, float *pcm)
+{
+    int status = enter_whole(stream);
+    if (status) return status;
+    const struct moshi_engine *engine = stream->codec.engine;
+    status = check_frames(frames);
+    if (!status)
+        status = check_codes(engine, codes, n_codes > 0 ? (size_t)n_codes * (size_t)frames : 0,
+                             n_codes);
+    if (!status) status = decode_passes(&stream->codec, stream->room, codes, n_codes, frames, pcm);
+    if (!status) status = check_sound(engine, pcm, (size_t)frames * (size_t)engine->frame_size);
+    leave(stream);
     return status;
 }

@@ -1,6 +1,7 @@
 /* engine.c: creation of an engine, its thread, and the tick. */
 #include "engine.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,11 +15,40 @@ static void finish_frame(struct moshi_session *session)
     if (session->event) os_event_set(session->event);
 }
 
+/* One pass of a refresh; 0 when none is to be made. Between two ticks, without locks. */
+static int renew_one(struct moshi_engine *engine)
+{
+    int slot = -1;
+    for (int i = 0; i < engine->max_sessions && slot < 0; ++i) {
+        const int at = (engine->next_renewed + i) % engine->max_sessions;
+        if (engine->renewing[at]) slot = at;
+    }
+    if (slot < 0) return 0;
+    engine->renewing[slot] = 0;
+    engine->next_renewed = slot + 1;
+    os_mutex_lock(engine->model->backend_lock);
+    os_mutex_lock(engine->lock);
+    struct moshi_session *session = engine->slots[slot]; /* stays while the backend is ours */
+    os_mutex_unlock(engine->lock);
+    /* What fails here fails again in the tick that needs it, and is reported there. */
+    if (session && session->refresh && session->refresh->state.left)
+        refresh_pass(session->refresh, &engine->lm, slot);
+    os_mutex_unlock(engine->model->backend_lock);
+    return 1;
+}
+
 static void engine_loop(void *arg)
 {
     struct moshi_engine *engine = arg;
+    int renewing = 0; /* passes may be left to make */
     os_mutex_lock(engine->lock);
     while (!engine->stop) {
+        if (engine->pending == 0 && renewing) {
+            os_mutex_unlock(engine->lock);
+            renewing = renew_one(engine);
+            os_mutex_lock(engine->lock);
+            continue;
+        }
         if (engine->pending == 0) {
             os_condition_wait(engine->submitted, engine->lock);
             continue;
@@ -32,15 +62,25 @@ static void engine_loop(void *arg)
             }
         }
         engine->pending = 0;
-        if (n == 0) continue; /* its session was destroyed meanwhile */
+        engine->ticking = n > 0;
+        if (n == 0) { /* its session was destroyed meanwhile */
+            os_condition_wake_all(engine->done);
+            continue;
+        }
         os_mutex_unlock(engine->lock);
         os_mutex_lock(engine->model->backend_lock);
         engine_tick(engine, engine->batch, n);
         os_mutex_unlock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         for (int i = 0; i < n; ++i) finish_frame(engine->batch[i]);
+        engine->ticking = 0;
         os_condition_wake_all(engine->done);
+        /* One pass in any case, so that an engine without a moment's rest gets on with it. */
+        os_mutex_unlock(engine->lock);
+        renewing = renew_one(engine);
+        os_mutex_lock(engine->lock);
     }
+    engine->pending = 0;
     /* Nobody waits for ever: what was submitted too late ends with a reason. */
     for (int slot = 0; slot < engine->max_sessions; ++slot) {
         struct moshi_session *session = engine->slots[slot];
@@ -82,6 +122,9 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     engine->user = calloc(codes, sizeof *engine->user);
     engine->codes = calloc(codes, sizeof *engine->codes);
     engine->output = calloc(n * (MOSHI_MAX_CODEBOOKS + 1), sizeof *engine->output);
+    engine->tokens = calloc(2 * (MOSHI_MAX_CODEBOOKS + 1), sizeof *engine->tokens);
+    engine->renewing = calloc(n, sizeof *engine->renewing);
+    engine->renewed = calloc(n, sizeof *engine->renewed);
     engine->row_lane = backend->ops->allocate(backend, n * 4);
     engine->row_active = backend->ops->allocate(backend, n);
     engine->pcm = backend->ops->allocate(backend, n * (size_t)engine->frame_size * 4);
@@ -90,9 +133,10 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     engine->submitted = os_condition_create();
     engine->done = os_condition_create();
     if (!engine->slots || !engine->batch || !engine->subset || !engine->row_slots ||
-        !engine->guided || !engine->user || !engine->codes || !engine->output ||
-        !engine->row_lane || !engine->row_active || !engine->pcm || !engine->device_codes ||
-        !engine->lock || !engine->submitted || !engine->done)
+        !engine->guided || !engine->user || !engine->codes || !engine->output || !engine->tokens ||
+        !engine->renewing || !engine->renewed || !engine->row_lane || !engine->row_active ||
+        !engine->pcm || !engine->device_codes || !engine->lock || !engine->submitted ||
+        !engine->done)
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine of %d sessions", slots);
     backend->ops->clear(backend, engine->row_active, 1, n);
     return os_thread_start(&engine->thread, engine_loop, engine);
@@ -113,8 +157,8 @@ int moshi_engine_create(struct moshi_model *model, const struct moshi_engine_opt
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "context is %d, expected 1 to %d frames",
                           options->context, 1 << 20);
     if (options->kv_dtype != MOSHI_AUTO && options->kv_dtype != MOSHI_F32 &&
-        options->kv_dtype != MOSHI_BF16)
-        return moshi_fail(MOSHI_ERROR_ARGUMENT, "kv_dtype is %s, expected auto, f32 or bf16",
+        options->kv_dtype != MOSHI_BF16 && options->kv_dtype != MOSHI_INT8)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "kv_dtype is %s, expected auto, f32, bf16 or int8",
                           moshi_dtype_name(options->kv_dtype));
     struct moshi_engine *engine = calloc(1, sizeof *engine);
     if (!engine) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine");
@@ -168,6 +212,9 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     free(engine->user);
     free(engine->codes);
     free(engine->output);
+    free(engine->tokens);
+    free(engine->renewing);
+    free(engine->renewed);
     os_mutex_destroy(engine->lock);
     os_condition_destroy(engine->submitted);
     os_condition_destroy(engine->done);
@@ -206,6 +253,25 @@ int moshi_engine_get_stats(struct moshi_engine *engine, struct moshi_engine_stat
     *stats = engine->stats;
     os_mutex_unlock(engine->lock);
     return MOSHI_OK;
+}
+
+void engine_give_way(struct moshi_engine *engine)
+{
+    os_mutex_lock(engine->lock);
+    const int64_t ticks = engine->stats.ticks;
+    while (!engine->stop && (engine->pending || engine->ticking) && engine->stats.ticks == ticks)
+        os_condition_wait(engine->done, engine->lock);
+    os_mutex_unlock(engine->lock);
+}
+
+int engine_is_shared(struct moshi_engine *engine, const struct moshi_session *session)
+{
+    int shared = __atomic_load_n(&engine->streams, __ATOMIC_RELAXED) > 0;
+    os_mutex_lock(engine->lock);
+    for (int i = 0; i < engine->max_sessions; ++i)
+        shared |= engine->slots[i] && engine->slots[i] != session;
+    os_mutex_unlock(engine->lock);
+    return shared;
 }
 
 /* ---- the tick --------------------------------------------------------------------------- */
@@ -273,20 +339,31 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
     return MOSHI_OK;
 }
 
-/* Without `policy` nothing is forced. */
-static void upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
+void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
 {
     struct slot_params *params = &session->params;
-    params->forced_text = session->next_text;
-    if (params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
+    params->forced_text = policy ? session->next_text[0] : TOKEN_FREE;
+    if (policy && params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
         params->forced_text = session->forced[session->forced_first];
-    memcpy(params->forced_audio, session->next_audio, sizeof params->forced_audio);
-    if (!policy) {
-        params->forced_text = TOKEN_FREE;
-        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) params->forced_audio[k] = TOKEN_FREE;
-    }
+    for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k)
+        params->forced_audio[k] = policy && k < engine->dep_q ? session->next_audio[k] : TOKEN_FREE;
     engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot, params,
                                  sizeof *params);
+}
+
+/* Keeps what the sessions have read that may have to read it again. */
+static void record_tokens(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    int32_t *const tokens[2] = {engine->tokens, engine->tokens + engine->lm.delay.streams};
+    int null_row = n;
+    for (int i = 0; i < n; ++i) {
+        if (batch[i]->refresh) {
+            lm_step_tokens(&engine->lm, i, tokens[0]);
+            if (engine->guided[i]) lm_step_tokens(&engine->lm, null_row, tokens[1]);
+            refresh_record(batch[i]->refresh, 1, (const int32_t *const[2]){tokens[0], tokens[1]});
+        }
+        null_row += engine->guided[i] != 0;
+    }
 }
 
 /* One step of the language model; the output tokens of row i land in engine->output. */
@@ -298,7 +375,7 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
         engine->guided[i] = (uint8_t)session_is_guided(batch[i]);
         memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
                (size_t)engine->user_q * sizeof(int32_t));
-        upload_params(engine, batch[i], policy);
+        engine_upload_params(engine, batch[i], policy);
     }
     const struct lm_step step = {
         .n = n, .slots = engine->row_slots, .guided = engine->guided, .user = engine->user};
@@ -306,6 +383,7 @@ static int language_step(struct moshi_engine *engine, struct moshi_session **bat
     int status = lm_step_prepare(&engine->lm, &step);
     if (!status) status = lm_step_temporal(&engine->lm, &step);
     double middle = os_clock();
+    if (!status) record_tokens(engine, batch, n);
     if (!status) status = lm_step_depth(&engine->lm, &step);
     *temporal_s += middle - start;
     *depth_s += os_clock() - middle;
@@ -336,6 +414,7 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
     struct moshi_frame *frame = session->frame;
     const int32_t *output = engine->output + (size_t)row * (size_t)(1 + engine->dep_q);
     frame->index = session->index;
+    frame->event = MOSHI_EVENT_NONE;
     frame->n_user_codes = engine->user_q;
     memcpy(frame->user_codes, session->user_codes, (size_t)engine->user_q * sizeof(int32_t));
     frame->has_output = output[0] != TOKEN_NONE;
@@ -347,13 +426,6 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
         engine->backend->ops->download(engine->backend, frame->heads[h],
                                        engine->lm.heads + (row * info->heads + h) * info->head_dim,
                                        (size_t)info->head_dim * sizeof(float));
-}
-
-static void end_session(struct moshi_session *session, int status)
-{
-    session->status = status;
-    session->dead = 1;
-    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
 }
 
 /* Decodes the frames of the sessions that have output and want sound. */
@@ -384,7 +456,7 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
         status = ops->sync(engine->backend);
         if (!status && !samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
-            end_session(session, moshi_fail(MOSHI_ERROR_SESSION,
+            session_end(session, moshi_fail(MOSHI_ERROR_SESSION,
                                             "the voice of frame %lld is not finite, expected "
                                             "numbers: the weights of the codec are damaged",
                                             (long long)session->index));
@@ -392,11 +464,70 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
     return status;
 }
 
+/* ---- contexts that are renewed ---------------------------------------------------------- */
+
+#define SPOKEN_DB (-45.0) /* a voice above this level is one */
+
+/* Whether somebody speaks in the frame. */
+static int is_spoken(const struct moshi_engine *engine, const struct moshi_frame *frame)
+{
+    const struct moshi_model_info *info = &engine->model->info;
+    const int32_t text = frame->text_token;
+    if (frame->level_db > SPOKEN_DB) return 1;
+    if (text >= 0 && text != info->text_padding_id && text != info->text_end_padding_id) return 1;
+    double energy = 0;
+    for (int i = 0; frame->pcm && i < engine->frame_size; ++i)
+        energy += (double)frame->pcm[i] * (double)frame->pcm[i];
+    return energy > engine->frame_size * pow(10, SPOKEN_DB / 10);
+}
+
+/* Takes the contexts into use whose time has come. */
+static int end_refreshes(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    int status = MOSHI_OK;
+    for (int i = 0; i < n && !status; ++i) {
+        struct refresh *refresh = batch[i]->refresh;
+        engine->renewed[i] = refresh && refresh->state.left == 1;
+        if (!refresh || !refresh->state.left) continue;
+        if (--refresh->state.left == 0) status = refresh_end(refresh, &engine->lm, batch[i]->slot);
+    }
+    return status;
+}
+
+/* After a frame: what is to be told of the context, and whether a new one is to be read. */
+static void watch_context(struct moshi_engine *engine, struct moshi_session *session, int renewed)
+{
+    struct refresh *refresh = session->refresh;
+    struct moshi_frame *frame = session->frame;
+    const int64_t positions = engine->lm.positions[session->slot];
+    const int64_t range = refresh ? refresh->state.range : session->options.context_range;
+    if (positions == (range * 4 + 4) / 5) frame->event = MOSHI_EVENT_CONTEXT_80;
+    if (renewed) frame->event = MOSHI_EVENT_REFRESH_END;
+    if (!refresh) return;
+    const int begins = refresh_watch(refresh, positions, is_spoken(engine, frame));
+    if (begins && frame->event == MOSHI_EVENT_NONE) {
+        frame->event = MOSHI_EVENT_REFRESH_BEGIN;
+        refresh_begin(refresh);
+    }
+    /* With guidance both lanes are in use until the very step. */
+    engine->renewing[session->slot] = refresh->state.left && refresh->halves == 1;
+}
+
+static void next_step(struct moshi_session *session)
+{
+    const size_t later = (size_t)session->next_steps - 1, dep_q = (size_t)session->engine->dep_q;
+    memmove(session->next_text, session->next_text + 1, later * sizeof *session->next_text);
+    memmove(session->next_audio, session->next_audio + dep_q,
+            later * dep_q * sizeof *session->next_audio);
+    session_free_next(session, session->next_steps - 1);
+}
+
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
     double start = os_clock(), temporal_s = 0, depth_s = 0;
     int status = encode(engine, batch, n);
     double encoded = os_clock();
+    if (!status) status = end_refreshes(engine, batch, n);
 
     /* An offline start steps its first frame twice: the first time fills the slot never seen. */
     int twice = 0;
@@ -414,7 +545,7 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
                                        sizeof failed);
         /* A number that is not finite ends this conversation and no other. */
         if (failed)
-            end_session(
+            session_end(
                 batch[i],
                 moshi_fail(MOSHI_ERROR_SESSION,
                            "a logit of frame %lld is not finite, expected numbers: the weights are "
@@ -430,13 +561,13 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
 
     for (int i = 0; i < n; ++i) {
         struct moshi_session *session = batch[i];
-        if (status) end_session(session, status);
+        if (status) session_end(session, status);
         if (session->dead) continue;
         ++session->index;
-        if (session->next_text == TOKEN_FREE && session->forced_first < session->forced_end)
+        if (session->next_text[0] == TOKEN_FREE && session->forced_first < session->forced_end)
             __atomic_store_n(&session->forced_first, session->forced_first + 1, __ATOMIC_RELAXED);
-        session->next_text = TOKEN_FREE;
-        for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+        next_step(session);
+        watch_context(engine, session, engine->renewed[i]);
         session->frame->step_s = end - session->submitted_s;
     }
     os_mutex_lock(engine->lock);

@@ -8,6 +8,7 @@
 #define MOSHI_ENGINE_H
 
 #include "model.h"
+#include "refresh.h"
 
 enum session_phase { SESSION_IDLE, SESSION_SUBMITTED, SESSION_RUNNING, SESSION_DONE };
 
@@ -34,7 +35,12 @@ struct moshi_session {
     /* policy */
     int32_t *forced; /* queue of text tokens: forced[forced_first .. forced_end-1] */
     int forced_first, forced_end, forced_capacity; /* first: atomic, asked for during a tick */
-    int32_t next_text, next_audio[MOSHI_MAX_CODEBOOKS]; /* teacher forcing, TOKEN_FREE if not */
+    /* Teacher forcing: what the next steps store instead of what they would sample, or TOKEN_FREE. As
+     * many steps as the longest delay has, and at least one. */
+    int next_steps;
+    int32_t *next_text; /* [next_steps] */
+    int32_t *next_audio; /* [next_steps][dep_q] */
+    struct refresh *refresh; /* NULL: the context is a ring */
     float *logits; /* [text_card + dep_q * card], with keep_logits */
     int has_logits;
 };
@@ -46,23 +52,27 @@ struct moshi_engine {
     struct lm_state lm;
     struct mimi_state mimi; /* only with a codec */
     struct moshi_session **slots; /* [max_sessions], NULL: free; under lock */
-    int streams;                  /* of the codec that are open; atomic */
+    int streams; /* of the codec that are open; atomic */
     int frame_size, user_q, dep_q, decode_q;
 
     struct os_mutex *lock;
     struct os_condition *submitted, *done;
     struct os_thread *thread;
     int stop, pending;
+    int ticking; /* a tick runs or waits for the backend */
     struct moshi_engine_stats stats; /* under lock */
 
     /* one tick; host arrays of max_sessions rows, then device arrays */
     struct moshi_session **batch, **subset;
     int32_t *row_slots, *user, *codes, *output;
-    uint8_t *guided;
+    int32_t *tokens; /* [2][streams] that one session has read */
+    uint8_t *guided, *renewed; /* rows of sessions with a null half, with a new context */
+    uint8_t *renewing; /* [max_sessions] slots with a pass of a refresh to make after the tick */
+    int next_renewed; /* slot */
     float *pcm_host;
-    int32_t *row_lane;   /* device, rows of a codec pass */
+    int32_t *row_lane; /* device, rows of a codec pass */
     uint8_t *row_active; /* device, all ones */
-    float *pcm;          /* device, [rows][frame_size] */
+    float *pcm; /* device, [rows][frame_size] */
     int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
 };
 
@@ -87,6 +97,24 @@ int session_enter(struct moshi_session *session);
 void session_leave(struct moshi_session *session);
 /* Room for `count` forced tokens in all. */
 int session_reserve_forced(struct moshi_session *session, int count);
+/* MOSHI_ERROR_ARGUMENT unless the model can say them: as text, in audio stream k. */
+int session_check_text(const struct moshi_session *session, int32_t token);
+int session_check_code(const struct moshi_session *session, int k, int32_t code);
+/* Steps a frame by codes in a session that was entered and stays so. */
+int session_step_entered(struct moshi_session *session, const int32_t *codes,
+                         struct moshi_frame *frame);
+/* Nothing is left to be forced but the queue of text. */
+void session_free_next(struct moshi_session *session, int first_step);
+/* Every later call is refused with the sentence of the failure that was just recorded. */
+void session_end(struct moshi_session *session, int status);
+
+/* Uploads a session's settings; without `policy` nothing is forced. */
+void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy);
+/* For who uses the backend in many short pieces: lets a tick that is due go first. Without the
+ * backend's lock. */
+void engine_give_way(struct moshi_engine *engine);
+/* Whether another session than this one is open. */
+int engine_is_shared(struct moshi_engine *engine, const struct moshi_session *session);
 
 /* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);

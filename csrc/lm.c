@@ -210,6 +210,7 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
     state->backend = backend;
     state->slots = slots;
     state->lanes = lanes;
+    state->rows = larger(lanes, LM_GIVEN_ROWS);
     state->context = context;
     state_init(&state->slot_table, backend, slots);
     state_init(&state->lane_table, backend, lanes);
@@ -236,29 +237,31 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
         status = depth_work_create(&state->depth_work, &lm->depth, backend, lanes);
     if (!status) {
         const size_t n = (size_t)lanes, s = (size_t)slots, width = (size_t)stack->dim;
+        const size_t r = (size_t)state->rows;
         struct {
             void **pointer;
             size_t bytes;
         } const wanted[] = {
             {(void **)&state->delays, (size_t)streams * 4},
             {(void **)&state->params, s * sizeof *state->params},
-            {(void **)&state->tokens, n * (size_t)streams * 4},
-            {(void **)&state->text, n * 4},
-            {(void **)&state->audio, n * (size_t)dep_q * 4},
-            {(void **)&state->output, s * (size_t)(1 + dep_q) * 4},
-            {(void **)&state->user, s * (size_t)user_q * 4},
+            {(void **)&state->tokens, r * (size_t)streams * 4},
+            {(void **)&state->text, r * 4},
+            {(void **)&state->audio, r * (size_t)dep_q * 4},
+            {(void **)&state->output, r * (size_t)(1 + dep_q) * 4},
+            {(void **)&state->user, r * (size_t)user_q * 4},
             {(void **)&state->null_row, s * 4},
-            {(void **)&state->row_lane, n * 4},
+            {(void **)&state->row_lane, r * 4},
+            {(void **)&state->read_lane, 2 * 4},
             {(void **)&state->row_number, n * 4},
             {(void **)&state->row_slot, s * 4},
-            {(void **)&state->row_active, n},
+            {(void **)&state->row_active, r},
             {(void **)&state->failed, s},
-            {(void **)&state->x, n * width * 4},
+            {(void **)&state->x, r * width * 4},
             {(void **)&state->z, n * width * 4},
-            {(void **)&state->query, n * width * 4},
-            {(void **)&state->attended, n * width * 4},
-            {(void **)&state->hidden, n * (size_t)stack->feedforward * 4},
-            {(void **)&state->cos_sin, n * width * 4},
+            {(void **)&state->query, r * width * 4},
+            {(void **)&state->attended, r * width * 4},
+            {(void **)&state->hidden, r * (size_t)stack->feedforward * 4},
+            {(void **)&state->cos_sin, r * width * 4},
             {(void **)&state->text_logits, n * (size_t)config->text_card_out * 4},
             {(void **)&state->audio_logits, n * (size_t)dep_q * (size_t)config->card * 4},
             {(void **)&state->heads, s * (size_t)(2 * config->heads * config->head_dim) * 4},
@@ -269,13 +272,14 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
             failed |= !*wanted[i].pointer;
         }
         state->offset = calloc(s, sizeof *state->offset);
+        state->positions = calloc(s, sizeof *state->positions);
         int32_t *numbers = malloc(n * sizeof *numbers);
-        if (failed || !state->offset || !numbers) {
+        if (failed || !state->offset || !state->positions || !numbers) {
             status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the step of %d sessions", slots);
         } else {
             for (int i = 0; i < lanes; ++i) numbers[i] = i;
             ops->upload(backend, state->row_number, numbers, n * 4);
-            ops->clear(backend, state->row_active, 1, n);
+            ops->clear(backend, state->row_active, 1, r);
             int32_t delays[MOSHI_MAX_CODEBOOKS + 1];
             for (int i = 0; i < streams; ++i) delays[i] = config->delays[i];
             ops->upload(backend, state->delays, delays, (size_t)streams * 4);
@@ -287,7 +291,7 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
         int columns = larger(stack->dim, stack->feedforward);
         columns = larger(columns, larger(config->depth.dim, config->depth.feedforward));
         int keys = larger(larger(context, dep_q), larger(config->card, config->text_card_out));
-        status = ops->reserve(backend, lanes, columns, keys);
+        status = ops->reserve(backend, state->rows, columns, keys);
     }
     if (status) lm_state_destroy(state);
     return status;
@@ -304,6 +308,7 @@ void lm_state_destroy(struct lm_state *state)
         state->backend->ops->release(state->backend, state->blocks[i].memory,
                                      state->blocks[i].bytes);
     free(state->offset);
+    free(state->positions);
     memset(state, 0, sizeof *state);
 }
 
@@ -315,7 +320,7 @@ void lm_state_reset(struct lm_state *state, int slot)
         state_reset_lane(&state->lane_table, lane);
         kv_pages_release(&state->kv, lane);
     }
-    state->offset[slot] = 0;
+    state->offset[slot] = state->positions[slot] = 0;
 }
 
 void lm_state_copy(struct lm_state *state, int from, int to)
@@ -327,17 +332,23 @@ void lm_state_copy(struct lm_state *state, int from, int to)
         kv_pages_share(&state->kv, first + from, first + to);
     }
     state->offset[to] = state->offset[from];
+    state->positions[to] = state->positions[from];
 }
+
+#define POSITIONS "lm.positions" /* in snapshots of slots whose context was renewed */
 
 void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot)
 {
     snapshot_host(snapshot, "lm.frames", TENSOR_I64, 1, &state->offset[slot]);
+    if (state->positions[slot] != state->offset[slot])
+        snapshot_host(snapshot, POSITIONS, TENSOR_I64, 1, &state->positions[slot]);
     snapshot_lane(snapshot, &state->slot_table, slot, "");
     for (int half = 0; half < 1 + guided; ++half) {
         const int lane = half * state->slots + slot;
         const char *suffix = half ? ".null" : "";
         snapshot_lane(snapshot, &state->lane_table, lane, suffix);
-        snapshot_pages(snapshot, &state->kv, lane, state->offset[slot], "lm.keys_values", suffix);
+        snapshot_pages(snapshot, &state->kv, lane, state->positions[slot], "lm.keys_values",
+                       suffix);
     }
 }
 
@@ -366,17 +377,20 @@ static int check_restored(const struct lm_state *state, int slot, int guided)
 {
     const struct backend_ops *ops = state->backend->ops;
     const size_t count = (size_t)state->delay.streams * (size_t)state->delay.columns;
-    const int64_t offset = state->offset[slot];
-    int32_t counters[3] = {0, 0, (int32_t)offset};
-    ops->download(state->backend, &counters[0], state->delay.offset + slot, 4);
-    for (int half = 0; half < 1 + guided; ++half)
-        ops->download(state->backend, &counters[1 + half],
-                      state->position + half * state->slots + slot, 4);
-    for (int i = 0; i < 3; ++i)
-        if (counters[i] != offset)
+    const int64_t offset = state->offset[slot], positions = state->positions[slot];
+    int32_t found;
+    ops->download(state->backend, &found, state->delay.offset + slot, 4);
+    if (found != offset)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "the field lm.offset is %d, expected %lld as lm.frames says", found,
+                          (long long)offset);
+    for (int half = 0; half < 1 + guided; ++half) {
+        ops->download(state->backend, &found, state->position + half * state->slots + slot, 4);
+        if (found != positions)
             return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                              "the field %s is %d, expected %lld as lm.frames says",
-                              i ? "lm.position" : "lm.offset", counters[i], (long long)offset);
+                              "the field lm.position is %d, expected %lld as %s says", found,
+                              (long long)positions, positions == offset ? "lm.frames" : POSITIONS);
+    }
     int32_t *tokens = malloc(count * sizeof *tokens);
     if (!tokens) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %zu tokens", count);
     ops->download(state->backend, tokens, state->delay.tokens + (size_t)slot * count, 4 * count);
@@ -387,12 +401,17 @@ static int check_restored(const struct lm_state *state, int slot, int guided)
 
 int lm_state_make_room(struct lm_state *state, int slot, int guided, struct tensor_file *file)
 {
-    int64_t offset;
+    int64_t offset, positions;
     int status = snapshot_count(file, MAX_FRAMES, &offset, "lm.frames");
+    positions = offset;
+    if (!status && tensor_file_find(file, POSITIONS))
+        status = snapshot_count(file, MAX_FRAMES, &positions, POSITIONS);
     for (int half = 0; half < 1 + guided && !status; ++half)
-        status = snapshot_make_room(&state->kv, half * state->slots + slot, offset);
-    if (!status) state->offset[slot] = offset;
-    return status;
+        status = snapshot_make_room(&state->kv, half * state->slots + slot, positions);
+    if (status) return status;
+    state->offset[slot] = offset;
+    state->positions[slot] = positions;
+    return MOSHI_OK;
 }
 
 int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor_file *file)
@@ -439,13 +458,14 @@ int lm_step_prepare(struct lm_state *state, const struct lm_step *step)
             int row = half ? rows++ : i;
             if (half) null_row = row;
             ops->upload(backend, state->row_lane + row, &lane, sizeof lane);
-            int status = kv_pages_grow(&state->kv, lane, state->offset[slot], 1);
+            int status = kv_pages_grow(&state->kv, lane, state->positions[slot], 1);
             if (status) return status;
         }
         ops->upload(backend, state->row_slot + i, &slot, sizeof slot);
         ops->clear(backend, state->failed + slot, 0, 1);
         ops->upload(backend, state->null_row + i, &null_row, sizeof null_row);
         ++state->offset[slot];
+        ++state->positions[slot];
     }
     ops->upload(backend, state->user, step->user, (size_t)step->n * (size_t)user_q * 4);
     return MOSHI_OK;
@@ -455,6 +475,62 @@ struct stage {
     struct lm_state *state;
     const struct lm_step *step;
 };
+
+/* Embeds the tokens of `steps` frames of each row, and runs the layers over them; frame_lane[n*steps]
+ * are the lanes whose conditions they have. A ring of `capacity` positions. */
+static void read_tokens(struct lm_state *state, struct rows rows, const int32_t *frame_lane,
+                        int steps, int capacity)
+{
+    const struct lm *lm = state->lm;
+    const struct lm_config *config = &lm->config;
+    const struct transformer_config *stack = &config->temporal;
+    struct backend *backend = state->backend;
+    const struct backend_ops *ops = backend->ops;
+    const struct rows frames = {
+        .n = rows.n * steps, .lane = frame_lane, .active = state->row_active};
+    const int streams = config->n_q + 1;
+
+    ops->embed(backend, &(struct op_embed){.name = "audio_embedding",
+                                           .rows = frames,
+                                           .n_streams = config->n_q,
+                                           .token_stride = streams,
+                                           .tokens = state->tokens + 1,
+                                           .tables = lm->audio_embedding,
+                                           .y = state->x});
+    ops->embed(backend, &(struct op_embed){.name = "text_embedding",
+                                           .rows = frames,
+                                           .n_streams = 1,
+                                           .token_stride = streams,
+                                           .tokens = state->tokens,
+                                           .tables = &lm->text_embedding,
+                                           .condition = state->condition,
+                                           .accumulate = 1,
+                                           .y = state->x});
+    if (stack->position == POSITION_ROPE)
+        ops->rope(backend, &(struct op_rope){.name = "temporal.rope",
+                                             .rows = rows,
+                                             .steps = steps,
+                                             .head_dim = stack->dim / stack->heads,
+                                             .max_period = stack->max_period,
+                                             .position = state->position,
+                                             .cos_sin = state->cos_sin});
+    transformer_forward(&lm->temporal, backend,
+                        &(struct transformer_run){
+                            .rows = rows,
+                            .steps = steps,
+                            .context = state->context,
+                            .capacity = capacity,
+                            .x = state->x,
+                            .position = state->position,
+                            .cos_sin = stack->position == POSITION_ROPE ? state->cos_sin : NULL,
+                            .cache = &state->kv.cache,
+                            .query = state->query,
+                            .attended = state->attended,
+                            .hidden = state->hidden});
+    ops->advance(backend,
+                 &(struct op_advance){
+                     .name = "advance", .rows = rows, .steps = steps, .position = state->position});
+}
 
 static void temporal_stage(struct backend *backend, void *arg)
 {
@@ -467,7 +543,6 @@ static void temporal_stage(struct backend *backend, void *arg)
     const struct rows slots = slot_rows(state, step);
     const struct rows rows = {
         .n = count_rows(step), .lane = state->row_lane, .active = state->row_active};
-    const int streams = config->n_q + 1;
 
     ops->delay_input(backend, &(struct op_delay_input){.name = "delay_input",
                                                        .rows = slots,
@@ -476,46 +551,7 @@ static void temporal_stage(struct backend *backend, void *arg)
                                                        .user = state->user,
                                                        .null_row = state->null_row,
                                                        .tokens = state->tokens});
-    ops->embed(backend, &(struct op_embed){.name = "audio_embedding",
-                                           .rows = rows,
-                                           .n_streams = config->n_q,
-                                           .token_stride = streams,
-                                           .tokens = state->tokens + 1,
-                                           .tables = lm->audio_embedding,
-                                           .y = state->x});
-    ops->embed(backend, &(struct op_embed){.name = "text_embedding",
-                                           .rows = rows,
-                                           .n_streams = 1,
-                                           .token_stride = streams,
-                                           .tokens = state->tokens,
-                                           .tables = &lm->text_embedding,
-                                           .condition = state->condition,
-                                           .accumulate = 1,
-                                           .y = state->x});
-    if (stack->position == POSITION_ROPE)
-        ops->rope(backend, &(struct op_rope){.name = "temporal.rope",
-                                             .rows = rows,
-                                             .steps = 1,
-                                             .head_dim = stack->dim / stack->heads,
-                                             .max_period = stack->max_period,
-                                             .position = state->position,
-                                             .cos_sin = state->cos_sin});
-    transformer_forward(&lm->temporal, backend,
-                        &(struct transformer_run){
-                            .rows = rows,
-                            .steps = 1,
-                            .context = state->context,
-                            .capacity = state->context,
-                            .x = state->x,
-                            .position = state->position,
-                            .cos_sin = stack->position == POSITION_ROPE ? state->cos_sin : NULL,
-                            .cache = &state->kv.cache,
-                            .query = state->query,
-                            .attended = state->attended,
-                            .hidden = state->hidden});
-    ops->advance(backend,
-                 &(struct op_advance){
-                     .name = "advance", .rows = rows, .steps = 1, .position = state->position});
+    read_tokens(state, rows, rows.lane, 1, state->context);
     ops->norm(backend, &(struct op_norm){.name = "out_norm",
                                          .n = rows.n,
                                          .width = stack->dim,
@@ -594,4 +630,148 @@ int lm_step_temporal(struct lm_state *state, const struct lm_step *step)
 int lm_step_depth(struct lm_state *state, const struct lm_step *step)
 {
     return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, step});
+}
+
+void lm_step_tokens(const struct lm_state *state, int row, int32_t *tokens)
+{
+    const size_t streams = (size_t)state->delay.streams;
+    state->backend->ops->download(state->backend, tokens, state->tokens + (size_t)row * streams,
+                                  streams * sizeof *tokens);
+}
+
+/* ---- frames that are given -------------------------------------------------------------- */
+
+static int64_t ring_positions(const struct lm_state *state)
+{
+    return (int64_t)state->kv.cache.pages_per_lane * KV_PAGE_POSITIONS;
+}
+
+/* Lane `half` of a slot whose context is renewed is written to. */
+static int renewed_lane(const struct lm_state *state, int slot, int guided, int half)
+{
+    return guided && half == 0 ? slot : state->slots + slot;
+}
+
+/* Uploads the row map of a pass over `frames` frames of each half: where their conditions are, and
+ * where their keys and values go, with room for those. */
+static int prepare_pass(struct lm_state *state, int slot, int halves, const int lanes[2],
+                        int64_t position, int frames)
+{
+    const struct backend_ops *ops = state->backend->ops;
+    for (int half = 0; half < halves; ++half) {
+        const int32_t own = half * state->slots + slot, lane = lanes[half];
+        for (int t = 0; t < frames; ++t)
+            ops->upload(state->backend, state->row_lane + half * frames + t, &own, sizeof own);
+        ops->upload(state->backend, state->read_lane + half, &lane, sizeof lane);
+        int status = kv_pages_grow(&state->kv, lane, position, frames);
+        if (status) return status;
+    }
+    return MOSHI_OK;
+}
+
+struct pass {
+    struct lm_state *state;
+    int halves, frames;
+    int given; /* through the delay cache, whose tokens these frames then read */
+};
+
+static void given_stage(struct backend *backend, void *arg)
+{
+    const struct pass *pass = arg;
+    struct lm_state *state = pass->state;
+    const struct backend_ops *ops = backend->ops;
+    const struct delay_cache *delay = &state->delay;
+    const struct rows slot = {.n = 1, .lane = state->row_slot, .active = state->row_active};
+    const struct rows rows = {
+        .n = pass->halves, .lane = state->read_lane, .active = state->row_active};
+    for (int t = 0; t < pass->frames && pass->given; ++t) {
+        ops->delay_input(backend, &(struct op_delay_input){
+                                      .name = "delay_input",
+                                      .rows = slot,
+                                      .cache = delay,
+                                      .params = state->params,
+                                      .user = state->user + t * (delay->streams - 1 - delay->dep_q),
+                                      .null_row = state->null_row,
+                                      .tokens = state->tokens + t * delay->streams});
+        ops->delay_output(backend,
+                          &(struct op_delay_output){.name = "delay_output",
+                                                    .rows = slot,
+                                                    .cache = delay,
+                                                    .text = state->text + t,
+                                                    .audio = state->audio + t * delay->dep_q,
+                                                    .out = state->output + t * (1 + delay->dep_q)});
+    }
+    read_tokens(state, rows, state->row_lane, pass->frames, (int)ring_positions(state));
+}
+
+int lm_given_room(const struct lm_state *state, int slot, int guided)
+{
+    const int64_t ring = ring_positions(state), unused = ring - state->positions[slot];
+    const int64_t beyond = ring - state->context + 1, rows = state->rows / (1 + guided);
+    const int64_t room = unused > beyond ? unused : beyond;
+    return (int)(room < rows ? room : rows);
+}
+
+int lm_step_given(struct lm_state *state, const struct lm_given *given)
+{
+    struct backend *backend = state->backend;
+    const struct backend_ops *ops = backend->ops;
+    const int frames = given->frames, halves = 1 + given->guided;
+    const int32_t slot = given->slot, null_row = given->guided ? frames : -1;
+    const size_t n = (size_t)frames, dep_q = (size_t)state->delay.dep_q;
+    const size_t streams = (size_t)state->delay.streams, user_q = streams - 1 - dep_q;
+    const int lanes[2] = {slot, state->slots + slot};
+    int status = prepare_pass(state, slot, halves, lanes, state->positions[slot], frames);
+    if (status) return status;
+    ops->upload(backend, state->row_slot, &slot, sizeof slot);
+    ops->upload(backend, state->null_row, &null_row, sizeof null_row);
+    ops->upload(backend, state->text, given->text, n * sizeof *given->text);
+    ops->upload(backend, state->audio, given->audio, n * dep_q * sizeof *given->audio);
+    ops->upload(backend, state->user, given->user, n * user_q * sizeof *given->user);
+    status = ops->run(backend, STAGE_GIVEN, given_stage, &(struct pass){state, halves, frames, 1});
+    if (status) return status;
+    state->offset[slot] += frames;
+    state->positions[slot] += frames;
+    ops->download(backend, given->output, state->output, n * (1 + dep_q) * sizeof *given->output);
+    if (given->read)
+        ops->download(backend, given->read, state->tokens,
+                      (size_t)halves * n * streams * sizeof *given->read);
+    return MOSHI_OK;
+}
+
+void lm_renew_begin(struct lm_state *state, int slot, int guided)
+{
+    const int32_t start = 0;
+    for (int half = 0; half < 1 + guided; ++half) {
+        const int lane = renewed_lane(state, slot, guided, half);
+        kv_pages_reset(&state->kv, lane);
+        state->backend->ops->upload(state->backend, state->position + lane, &start, sizeof start);
+    }
+}
+
+int lm_renew_read(struct lm_state *state, int slot, int guided, int first, int frames,
+                  const int32_t *tokens)
+{
+    const struct backend_ops *ops = state->backend->ops;
+    const int halves = 1 + guided;
+    const int lanes[2] = {renewed_lane(state, slot, guided, 0),
+                          renewed_lane(state, slot, guided, 1)};
+    int status = prepare_pass(state, slot, halves, lanes, first, frames);
+    if (status) return status;
+    ops->upload(state->backend, state->tokens, tokens,
+                (size_t)halves * (size_t)frames * (size_t)state->delay.streams * sizeof *tokens);
+    return ops->run(state->backend, STAGE_GIVEN, given_stage,
+                    &(struct pass){state, halves, frames, 0});
+}
+
+void lm_renew_end(struct lm_state *state, int slot, int guided, int positions)
+{
+    const int32_t position = positions, start = 0;
+    state->positions[slot] = positions;
+    if (guided) return;
+    const int spare = state->slots + slot;
+    kv_pages_share(&state->kv, spare, slot);
+    kv_pages_reset(&state->kv, spare);
+    state->backend->ops->upload(state->backend, state->position + slot, &position, sizeof position);
+    state->backend->ops->upload(state->backend, state->position + spare, &start, sizeof start);
 }

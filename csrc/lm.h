@@ -49,27 +49,30 @@ struct lm_state {
     const struct lm *lm;
     struct backend *backend;
     int slots, lanes; /* lanes = 2 * slots */
+    int rows;         /* that the scratch below has room for: lanes, or LM_GIVEN_ROWS if more */
     int context;
     struct state_table slot_table, lane_table;
     struct kv_pages kv;
     struct delay_cache delay;
     int32_t *delays;             /* device, [streams] */
     int32_t *position;           /* device, [lanes] */
-    int64_t *offset;             /* host, [slots] */
+    int64_t *offset;             /* host, [slots]: frames stepped */
+    int64_t *positions;          /* host, [slots]: of the context; offset unless it was renewed */
     float *condition;            /* device, [lanes][D], NULL without conditions */
     struct slot_params *params;  /* device, [slots] */
     struct depth_work depth_work;
     /* one step, all device memory */
-    int32_t *tokens;   /* [lanes][streams] */
-    int32_t *text;     /* [lanes] */
-    int32_t *audio;    /* [lanes][dep_q] */
-    int32_t *output;   /* [slots][1 + dep_q] */
-    int32_t *user;     /* [slots][user_q] */
+    int32_t *tokens;   /* [rows][streams] */
+    int32_t *text;     /* [rows] */
+    int32_t *audio;    /* [rows][dep_q] */
+    int32_t *output;   /* [rows][1 + dep_q] */
+    int32_t *user;     /* [rows][user_q] */
     int32_t *null_row; /* [slots] */
-    int32_t *row_lane; /* [lanes] temporal rows -> lanes */
+    int32_t *row_lane; /* [rows] temporal rows -> lanes */
+    int32_t *read_lane; /* [2] lanes that given frames go to */
     int32_t *row_number; /* [lanes] the identity, lanes of the depth pass */
     int32_t *row_slot; /* [slots] */
-    uint8_t *row_active; /* [lanes] all ones */
+    uint8_t *row_active; /* [rows] all ones */
     uint8_t *failed;     /* [slots] a logit of this step was not finite */
     float *x, *z, *query, *attended, *hidden, *cos_sin, *text_logits, *audio_logits, *heads;
     struct lm_block {
@@ -106,5 +109,37 @@ int lm_step_prepare(struct lm_state *state, const struct lm_step *step);
 /* The two stages; results in state->output (and text_logits, audio_logits, heads). */
 int lm_step_temporal(struct lm_state *state, const struct lm_step *step);
 int lm_step_depth(struct lm_state *state, const struct lm_step *step);
+/* Copies the tokens that row `row` of the last step has read to host memory, [streams]. */
+void lm_step_tokens(const struct lm_state *state, int row, int32_t *tokens);
+
+/* ---- frames that are given -------------------------------------------------------------- */
+
+#define LM_GIVEN_ROWS 96 /* of one pass; the halves of a guided slot are rows of their own */
+
+/* Frames of one slot of which every token is known, as its steps would store them. Host memory. */
+struct lm_given {
+    int slot, guided, frames;
+    const int32_t *text;   /* [frames] */
+    const int32_t *audio;  /* [frames][dep_q] */
+    const int32_t *user;   /* [frames][user_q] */
+    int32_t *output;       /* [frames][1 + dep_q], as the steps would give it */
+    int32_t *read;         /* [halves][frames][streams] what the steps would read, or NULL */
+};
+
+/* How many frames the next pass may have: what one of them writes must not be what another still
+ * sees, and what a ring keeps beyond the context is little once it is full. */
+int lm_given_room(const struct lm_state *state, int slot, int guided);
+/* Steps them in one pass: the state becomes that of as many steps, bit for bit. No heads, no depth
+ * pass, no sampling. */
+int lm_step_given(struct lm_state *state, const struct lm_given *given);
+
+/* A new context of a slot is read from tokens while the old one is in use: into the lane of the
+ * null half, which only guided slots use; those have to wait, since theirs is read in place. Between
+ * begin and end nothing but steps of the slot. */
+void lm_renew_begin(struct lm_state *state, int slot, int guided);
+/* tokens: host, [halves][frames][streams]; `first` of them were read before. */
+int lm_renew_read(struct lm_state *state, int slot, int guided, int first, int frames,
+                  const int32_t *tokens);
+void lm_renew_end(struct lm_state *state, int slot, int guided, int positions);
 
 #endif

@@ -128,6 +128,8 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
                              level_values, (size_t)bins * (size_t)dim * 4);
         backend->ops->upload(backend, half_norms + (size_t)level * (size_t)bins, half,
                              (size_t)bins * 4);
+        if (loader->copies)
+            tensor_file_forget(loader->file, sum); /* it was not the last one found */
     }
     free(level_values);
     rvq->codebooks = codebooks;
@@ -212,9 +214,19 @@ void mimi_free(struct mimi *mimi)
 
 /* ---- state ------------------------------------------------------------------------------ */
 
-/* Layers of more steps a frame than this take one frame after the other, so that activations stay in
- * the second cache; the others, which have nearly all weights, take all frames of a call at once. */
+/* Of a whole signal, layers of more steps a frame than this take a slice after the other, a step of the
+ * transformers (half a frame) for each thread, so that activations stay in the second cache. The others,
+ * which have nearly all weights, take all frames of a call at once. */
 #define FEW_STEPS 32
+#define SLICE_MOST 16
+
+/* In steps. One frame, as in a stream, is not cut. */
+static int slice_of(const struct mimi_state *state, int frames)
+{
+    const int stride = state->mimi->config.stride, threads = state->backend->threads;
+    const int most = threads < SLICE_MOST ? threads : SLICE_MOST;
+    return frames == 1 ? stride : most < frames * stride ? most : frames * stride;
+}
 
 static int down_stride(const struct mimi_config *config, int j)
 {
@@ -222,7 +234,7 @@ static int down_stride(const struct mimi_config *config, int j)
 }
 
 /* The encoder is n + 1 groups, each a convolution that shortens (the first one does not) and a
- * residual block (the last one: encoder_out). Those before this one go frame by frame. */
+ * residual block (the last one: encoder_out). Those before this one go slice by slice. */
 static int encoder_cut(const struct mimi_config *config)
 {
     int steps = config->frame_size, cut = 0;
@@ -231,7 +243,7 @@ static int encoder_cut(const struct mimi_config *config)
 }
 
 /* The decoder's n + 1 groups: a residual block (the first one: decoder_in), then a convolution that
- * lengthens (the last one: decoder_out). From this one on they go frame by frame. */
+ * lengthens (the last one: decoder_out). From this one on they go slice by slice. */
 static int decoder_cut(const struct mimi_config *config)
 {
     int steps = config->stride, cut = 0;
@@ -354,22 +366,27 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
 
     /* The widest activation: rows x channels of any layer, with a convolution's history. */
     const struct conv *convs[MAX_CONVS];
-    size_t widest = 0, gathered = 0;
+    size_t widest = 0, gathered = 0, slice = (size_t)slice_of(state, frames);
     for (int decoder = 0; decoder < 2; ++decoder) {
         int count = list_convs(mimi, decoder, convs);
         int cut = decoder ? 3 * decoder_cut(config) - 1 : 3 * encoder_cut(config);
         size_t rows = (size_t)(decoder ? config->stride : config->frame_size); /* of a frame */
         for (int i = 0; i < count; ++i) {
             const struct conv *conv = convs[i];
-            size_t at_once = (i < cut) == decoder || i == count - 1 ? (size_t)frames : 1;
+            int sliced = (i < cut) != decoder && i < count - 1;
             if (i == count - 1) rows = (size_t)config->stride; /* down- and upsampling */
             if (i == cut && rows * (size_t)conv->in > gathered) gathered = rows * (size_t)conv->in;
-            size_t in = (at_once * rows + (size_t)conv->kernel) * (size_t)conv->in;
+            size_t at_once = sliced ? rows / (size_t)config->stride * slice : rows * (size_t)frames;
+            size_t in = (at_once + (size_t)conv->kernel) * (size_t)conv->in;
             if (in > widest) widest = in;
-            rows = is_transposed(mimi, conv) ? rows * (size_t)conv->stride
-                                             : rows / (size_t)conv->stride;
-            if (at_once * rows * (size_t)conv->out > widest)
-                widest = at_once * rows * (size_t)conv->out;
+            if (is_transposed(mimi, conv)) {
+                rows *= (size_t)conv->stride;
+                at_once *= (size_t)conv->stride;
+            } else {
+                rows /= (size_t)conv->stride;
+                at_once /= (size_t)conv->stride;
+            }
+            if (at_once * (size_t)conv->out > widest) widest = at_once * (size_t)conv->out;
         }
     }
     size_t n = (size_t)lanes * (size_t)steps;
@@ -655,10 +672,28 @@ static int decode_group(struct mimi_state *state, struct rows rows, int steps, i
     return steps * mimi->decoder_up[group].stride;
 }
 
-/* The rows of one of several frames: a frame alone has them all. */
-static struct rows frame_rows(struct rows rows, int frames, int i)
+/* Steps `first`.. of the signals `rows`, `count` of them; the first signal is number `signal`. */
+struct slice {
+    struct rows rows;
+    int signal, first, count;
+};
+
+/* The next one of a call, in order; 0 after the last. All signals' one frame is one slice. */
+static int next_slice(const struct mimi_state *state, struct rows rows, int frames,
+                      struct slice *slice)
 {
-    return frames == 1 ? rows : (struct rows){1, rows.lane + i, rows.active + i};
+    const int most = slice_of(state, frames), steps = frames * state->mimi->config.stride;
+    slice->first += slice->count;
+    if (slice->first >= steps) {
+        slice->first = 0;
+        slice->signal++;
+    }
+    if (slice->signal >= (frames == 1 ? 1 : rows.n)) return 0;
+    slice->rows = frames == 1
+                      ? rows
+                      : (struct rows){1, rows.lane + slice->signal, rows.active + slice->signal};
+    slice->count = steps - slice->first < most ? steps - slice->first : most;
+    return 1;
 }
 
 void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
@@ -666,25 +701,25 @@ void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const f
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
-    const int cut = encoder_cut(config), turns = frames == 1 ? 1 : rows.n * frames;
+    const int cut = encoder_cut(config), samples = config->frame_size / config->stride;
     float *x = state->buffer[2], *y = state->buffer[0];
     const float *from = pcm;
     int steps = frames * config->frame_size;
-    for (int i = 0; cut > 0 && i < turns; ++i) {
-        const struct rows some = frame_rows(rows, frames, i / frames);
-        const int channels = config->n_filters << (cut - 1);
-        int now = config->frame_size;
-        for (int group = 0; group < cut; ++group) {
-            const float *in = group ? x : pcm + (size_t)i * (size_t)config->frame_size;
-            /* A frame's samples only become fewer: its place is known before its last group. */
-            int left = group ? now / down_stride(config, group - 1) : now;
-            float *out = group < cut - 1
-                             ? x
-                             : state->gathered + (size_t)i * (size_t)left * (size_t)channels;
-            now = encode_group(state, some, now, group, in, out);
-        }
-        steps = frames * now;
+    int width = samples; /* floats of a step, between the groups that are sliced and the others */
+    for (int group = 1; group < cut; ++group) width /= down_stride(config, group - 1);
+    if (cut > 0) {
+        steps = frames * config->stride * width;
+        width *= config->n_filters << (cut - 1);
         from = state->gathered;
+    }
+    for (struct slice slice = {0}; cut > 0 && next_slice(state, rows, frames, &slice);) {
+        const size_t at = (size_t)slice.signal * (size_t)(frames * config->stride) +
+                          (size_t)slice.first;
+        int now = slice.count * samples;
+        for (int group = 0; group < cut; ++group)
+            now = encode_group(state, slice.rows, now, group,
+                               group ? x : pcm + at * (size_t)samples,
+                               group < cut - 1 ? x : state->gathered + at * (size_t)width);
     }
     for (int group = cut; group <= config->n_ratios; ++group, from = x)
         steps = encode_group(state, rows, steps, group, from, x);
@@ -717,7 +752,7 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
-    const int cut = decoder_cut(config), turns = frames == 1 ? 1 : rows.n * frames;
+    const int cut = decoder_cut(config), samples = config->frame_size / config->stride;
     float *x = state->buffer[2], *y = state->buffer[0];
     const struct backend_ops *ops = state->backend->ops;
     ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_first",
@@ -745,14 +780,15 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
                     &state->decoder_kv);
     for (int group = 0; group < cut; ++group)
         steps = decode_group(state, rows, steps, group, x, group < cut - 1 ? x : state->gathered);
-    steps /= frames;
+    steps /= frames * config->stride; /* of a step */
     const size_t width = (size_t)steps * (size_t)mimi->decoder_up[cut - 1].out;
-    for (int i = 0; i < turns; ++i) {
-        const struct rows some = frame_rows(rows, frames, i / frames);
-        int now = steps;
+    for (struct slice slice = {0}; next_slice(state, rows, frames, &slice);) {
+        const size_t at = (size_t)slice.signal * (size_t)(frames * config->stride) +
+                          (size_t)slice.first;
+        int now = slice.count * steps;
         for (int group = cut; group <= config->n_ratios; ++group)
-            now = decode_group(
-                state, some, now, group, group == cut ? state->gathered + (size_t)i * width : x,
-                group < config->n_ratios ? x : pcm + (size_t)i * (size_t)config->frame_size);
+            now = decode_group(state, slice.rows, now, group,
+                               group == cut ? state->gathered + at * width : x,
+                               group < config->n_ratios ? x : pcm + at * (size_t)samples);
     }
 }

@@ -148,6 +148,7 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
                                    .dtype = MOSHI_F32,
                                    .pack = 1,
                                    .lean = lean,
+                                   .copies = 1,
                                    .check_finite = 1}; /* all of it is read now in any case */
     status = mimi_load(&model->mimi, &config, &loader);
     if (status) return status;
@@ -184,6 +185,7 @@ static void fill_info(struct moshi_model *model)
 {
     struct moshi_model_info *info = &model->info;
     info->device = model->backend->device;
+    info->threads = model->backend->threads;
     info->family = "mimi";
     info->dtype = info->mimi_dtype = "";
     info->sample_rate = 24000;
@@ -288,7 +290,7 @@ static int begin_model(const struct moshi_model_options *options, struct moshi_m
         status = moshi_fail(MOSHI_ERROR_ARGUMENT,
                             "the codec's dtype is %s, expected auto, f32, bf16 or int8",
                             moshi_dtype_name(options->mimi_dtype));
-    model->backend_lock = os_mutex_create();
+    model->backend_lock = os_mutex_create_queue();
     if (!status && !model->backend_lock)
         status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a lock");
     if (!status) status = open_backend(model, options);

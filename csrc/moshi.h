@@ -130,6 +130,7 @@ struct moshi_model_info {
     const char *dtype; /* of the LM's matrices: "f32" to "q4"; "" without an LM */
     const char *mimi_dtype; /* of the codec's large matrices: "f32", "bf16", "int8"; "" without */
     const char *lm_path, *mimi_path, *config_path; /* NULL where not used */
+    int threads; /* that its operations use */
     int has_lm, has_mimi;
     int sample_rate; /* Hz */
     int frame_size; /* samples of one frame (1920) */
@@ -189,7 +190,9 @@ struct moshi_engine;
 
 struct moshi_engine_options {
     int max_sessions; /* 0: 8 */
-    enum moshi_dtype kv_dtype; /* MOSHI_AUTO: f32 for f32 weights, else bf16 */
+    /* MOSHI_AUTO: f32 for f32 weights, else bf16. MOSHI_INT8 has one scale for each head and
+     * position, and remembers twice as much in the memory of bf16. */
+    enum moshi_dtype kv_dtype;
     int context; /* frames remembered; 0: the checkpoint's */
 };
 
@@ -233,6 +236,18 @@ enum moshi_start {
     MOSHI_START_OFFLINE = 1
 };
 
+/* What becomes of a call that is longer than what the model remembers. */
+enum moshi_context_policy {
+    /* As upstream: the oldest frame is forgotten, positions go on. */
+    MOSHI_CONTEXT_RING = 0,
+    /* Before the range that the model was trained on ends, the context is read anew from the tokens of
+     * the last frames, as that of a conversation which began there. At a pause, if there is one once
+     * 80 % of the range are used; meanwhile steps go on. Nothing else in the engine has to wait for
+     * it, except with guidance. The frame from which on the new context is used depends on nothing
+     * but this conversation. */
+    MOSHI_CONTEXT_REFRESH = 1
+};
+
 /* Fill by moshi_session_options_init, then change what differs. */
 struct moshi_session_options {
     uint64_t seed;
@@ -247,6 +262,9 @@ struct moshi_session_options {
     int n_null_conditions;
     enum moshi_start start;
     int keep_logits;
+    enum moshi_context_policy context_policy;
+    int context_range; /* frames that the model was trained on; 0: the checkpoint's context */
+    int context_keep; /* frames that a refresh keeps; 0: half of the range or context */
 };
 
 MOSHI_API void moshi_session_options_init(const struct moshi_model *model,
@@ -257,6 +275,13 @@ MOSHI_API int moshi_session_create(struct moshi_engine *engine,
 MOSHI_API void moshi_session_destroy(struct moshi_session *session);
 /* The seed in use. */
 MOSHI_API uint64_t moshi_session_seed(const struct moshi_session *session);
+
+enum moshi_event {
+    MOSHI_EVENT_NONE = 0,
+    MOSHI_EVENT_CONTEXT_80, /* this frame is the one that fills 80 % of the context_range */
+    MOSHI_EVENT_REFRESH_BEGIN, /* after this frame a new context is being read */
+    MOSHI_EVENT_REFRESH_END /* this frame is the first one with it */
+};
 
 /* One frame of output. The caller sets `pcm` (frame_size floats, or NULL for no decoding); the
  * rest is filled in. */
@@ -272,6 +297,7 @@ struct moshi_frame {
     float level_db; /* RMS of the user's frame in dBFS, floor -120; -120 when stepped by codes */
     int n_heads; /* extra heads; each is a softmax over head_dim classes */
     float heads[MOSHI_MAX_HEADS][MOSHI_MAX_HEAD_DIM];
+    enum moshi_event event;
     double step_s; /* from submit to done */
 };
 
@@ -314,6 +340,19 @@ MOSHI_API int moshi_session_forced_left(struct moshi_session *session);
  * or audio == NULL leave that part free. audio: dep_q codes. */
 MOSHI_API int moshi_session_force_next(struct moshi_session *session, int32_t text,
                                        const int32_t *audio);
+/* Steps `frames` frames of which every token is known, many in one pass: the state becomes that of as
+ * many steps by these codes that were forced to say these tokens, without a voice, bit for bit.
+ * text_tokens[frames], codes[dep_q][frames], user_codes[user_q][frames], frame by frame as a recording
+ * has them: what belongs to one moment stands in one column, whatever the model's delays. Of the
+ * streams that are late the last codes are said by the next steps. Tokens of moments from before the
+ * first frame which those streams have still to say are chosen as ever, by steps. The codec hears and
+ * says nothing of it. Where context_range leaves no time to wait for a pause, a refresh is made at the
+ * end, without an event. said[frames] (may be NULL): the text tokens that these steps give out, -1 before
+ * the first output. MOSHI_ERROR_ARGUMENT or _AUDIO when a token is missing or out of range; then
+ * nothing has changed. There are no logits afterwards. */
+MOSHI_API int moshi_session_prefill(struct moshi_session *session, int frames,
+                                    const int32_t *text_tokens, const int32_t *codes,
+                                    const int32_t *user_codes, int32_t *said);
 /* Logits of the last step, after guidance: text[text_card], audio[dep_q][card]. Either may be NULL.
  * Needs keep_logits. */
 MOSHI_API int moshi_session_logits(struct moshi_session *session, float *text, float *audio);
@@ -365,6 +404,69 @@ MOSHI_API int moshi_mimi_encode(struct moshi_engine *engine, const float *pcm, i
 /* codes[batch][n_codes][frames] -> pcm[batch][frames * frame_size] */
 MOSHI_API int moshi_mimi_decode(struct moshi_engine *engine, const int32_t *codes, int batch,
                                 int n_codes, int64_t frames, float *pcm);
+
+/* A stream that takes whole signals in pieces of any length, in memory that does not grow with them:
+ * codes and sound are those of moshi_mimi_encode and moshi_mimi_decode, bit for bit. */
+MOSHI_API int mimi_stream_create_whole(struct moshi_engine *engine, struct mimi_stream **stream);
+/* pcm[samples] -> codes[codebooks][frames]. A piece of whole frames may be followed by another; the
+ * last frame of one that is not is filled with zeros, and ends the signal. */
+MOSHI_API int mimi_stream_encode_piece(struct mimi_stream *stream, const float *pcm,
+                                       int64_t samples, int32_t *codes);
+/* codes[n_codes][frames] -> pcm[frames * frame_size] */
+MOSHI_API int mimi_stream_decode_piece(struct mimi_stream *stream, const int32_t *codes,
+                                       int n_codes, int64_t frames, float *pcm);
+
+/* ---- Opus in Ogg ------------------------------------------------------------------------ */
+
+/* Streams of the voice protocols: mono float samples at 8000, 12000, 16000, 24000 or 48000 Hz on one
+ * side, bytes in pieces of any size on the other. A model is not needed. One thread at a time for each
+ * reader and writer. */
+struct moshi_opus_reader;
+struct moshi_opus_writer;
+
+MOSHI_API int moshi_opus_reader_create(int rate, struct moshi_opus_reader **reader);
+MOSHI_API void moshi_opus_reader_destroy(struct moshi_opus_reader *reader);
+/* Takes bytes of the stream, which moves *data and *bytes on, and gives up to `capacity` samples. To
+ * be repeated until *samples is 0; then *bytes is 0 too, and the reader waits for more.
+ *
+ * Nothing is dropped in front, the pre-skip neither: a packet gives all of its samples at once, so
+ * that frames of a live stream end where packets end. The last page's granule cuts the end.
+ *
+ * What the network does to a stream costs that part of it alone: damaged bytes are skipped up to the
+ * next whole page, a damaged packet is replaced by what the decoder makes up for it, missing pages
+ * too, up to a second. A stream joined in the middle is decoded from its next packet on. Streams may
+ * follow each other. Mono and stereo, which is mixed; samples beyond -1..1 are clipped.
+ *
+ * MOSHI_ERROR_AUDIO ends this reader: more than two channels, or no good packet in the last 128 KiB,
+ * or in the last 50. */
+MOSHI_API int moshi_opus_reader_append(struct moshi_opus_reader *reader, const uint8_t **data,
+                                       size_t *bytes, float *pcm, size_t capacity, size_t *samples);
+/* Samples that a player of the whole stream drops in front; 0 before its OpusHead. */
+MOSHI_API int moshi_opus_reader_pre_skip(const struct moshi_opus_reader *reader);
+
+struct moshi_opus_counts {
+    int64_t packets; /* decoded */
+    int64_t lost; /* pages that never came, by the numbers of those that did */
+    int64_t
+        damaged; /* packets that could not be decoded, and stretches of bytes that are no page */
+};
+MOSHI_API struct moshi_opus_counts moshi_opus_reader_counts(const struct moshi_opus_reader *reader);
+
+/* serial: of the Ogg stream. The first bytes are the pages OpusHead and OpusTags, then comes a page
+ * for each 40 ms, at once, so that a frame of 80 ms leaves nothing behind. */
+MOSHI_API int moshi_opus_writer_create(int rate, uint32_t serial,
+                                       struct moshi_opus_writer **writer);
+MOSHI_API void moshi_opus_writer_destroy(struct moshi_opus_writer *writer);
+/* Takes samples, which moves *pcm and *samples on, and gives up to `capacity` bytes. To be repeated
+ * until *bytes is 0; then *samples is 0 too. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE,
+ * give MOSHI_ERROR_AUDIO before any is taken. */
+MOSHI_API int moshi_opus_writer_append(struct moshi_opus_writer *writer, const float **pcm,
+                                       size_t *samples, uint8_t *data, size_t capacity,
+                                       size_t *bytes);
+/* Ends the stream: the rest, filled up with silence, and a last page whose granule is exact. To be
+ * repeated until *bytes is 0. */
+MOSHI_API int moshi_opus_writer_close(struct moshi_opus_writer *writer, uint8_t *data,
+                                      size_t capacity, size_t *bytes);
 
 #ifdef __cplusplus
 }

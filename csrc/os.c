@@ -62,6 +62,10 @@ struct os_thread {
 
 struct os_mutex {
     pthread_mutex_t handle;
+    /* a queue: held by the ticket that is served, and the handle guards the numbers */
+    int is_queue;
+    uint64_t next, served;
+    pthread_cond_t turn;
 };
 
 struct os_condition {
@@ -236,6 +240,19 @@ void os_decommit(void *memory, size_t bytes)
         /* Locked pages can't be given back, but must still read as zeros. */
         memset((void *)start, 0, end - start);
     }
+}
+
+void os_forget(const void *data, size_t bytes)
+{
+#ifdef __linux__
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = ((uintptr_t)data + page - 1) / page * page;
+    uintptr_t end = ((uintptr_t)data + bytes) / page * page;
+
+    if (end > start) (void)madvise((void *)start, end - start, MADV_DONTNEED);
+#else
+    (void)data, (void)bytes; /* there this may lose what was read */
+#endif
 }
 
 double os_clock(void)
@@ -416,19 +433,37 @@ void os_thread_join(struct os_thread *thread)
     }
 }
 
-struct os_mutex *os_mutex_create(void)
+static struct os_mutex *create_mutex(int is_queue)
 {
-    struct os_mutex *mutex = malloc(sizeof *mutex);
-    if (mutex != NULL && pthread_mutex_init(&mutex->handle, NULL) != 0) {
+    struct os_mutex *mutex = calloc(1, sizeof *mutex);
+    if (mutex == NULL) return NULL;
+    mutex->is_queue = is_queue;
+    if (pthread_mutex_init(&mutex->handle, NULL) != 0) {
+        free(mutex);
+        return NULL;
+    }
+    if (pthread_cond_init(&mutex->turn, NULL) != 0) {
+        pthread_mutex_destroy(&mutex->handle);
         free(mutex);
         return NULL;
     }
     return mutex;
 }
 
+struct os_mutex *os_mutex_create(void)
+{
+    return create_mutex(0);
+}
+
+struct os_mutex *os_mutex_create_queue(void)
+{
+    return create_mutex(1);
+}
+
 void os_mutex_destroy(struct os_mutex *mutex)
 {
     if (mutex != NULL) {
+        pthread_cond_destroy(&mutex->turn);
         pthread_mutex_destroy(&mutex->handle);
         free(mutex);
     }
@@ -437,10 +472,18 @@ void os_mutex_destroy(struct os_mutex *mutex)
 void os_mutex_lock(struct os_mutex *mutex)
 {
     pthread_mutex_lock(&mutex->handle);
+    if (!mutex->is_queue) return;
+    const uint64_t ticket = mutex->next++;
+    while (mutex->served != ticket) pthread_cond_wait(&mutex->turn, &mutex->handle);
+    pthread_mutex_unlock(&mutex->handle);
 }
 
 void os_mutex_unlock(struct os_mutex *mutex)
 {
+    if (mutex->is_queue) {
+        pthread_mutex_lock(&mutex->handle);
+        if (++mutex->served != mutex->next) pthread_cond_broadcast(&mutex->turn);
+    }
     pthread_mutex_unlock(&mutex->handle);
 }
 

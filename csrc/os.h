@@ -28,6 +28,8 @@ void os_release(void *memory, size_t bytes);
 void os_advise_huge(void *memory, size_t bytes);
 /* Gives the pages back; they read as zeros afterwards. Both ends are rounded inward to pages. */
 void os_decommit(void *memory, size_t bytes);
+/* Of a mapped file: what lies here is not needed for now, and is read from the file again if it is. */
+void os_forget(const void *data, size_t bytes);
 
 /* Monotonic seconds. */
 double os_clock(void);
@@ -58,6 +60,9 @@ struct os_condition;
 int os_thread_start(struct os_thread **thread, void (*body)(void *), void *arg);
 void os_thread_join(struct os_thread *thread); /* frees it; NULL is fine */
 struct os_mutex *os_mutex_create(void); /* NULL on failure */
+/* Whoever comes first is served first: a thread that takes it again and again keeps nobody waiting
+ * for more than one turn. Not for conditions. */
+struct os_mutex *os_mutex_create_queue(void);
 void os_mutex_destroy(struct os_mutex *mutex);
 void os_mutex_lock(struct os_mutex *mutex);
 void os_mutex_unlock(struct os_mutex *mutex);

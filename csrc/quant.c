@@ -98,7 +98,12 @@ float int8_row(const float *values, int cols, int8_t *codes)
 
     for (int k = 0; k < cols; k++) most = fmaxf(most, fabsf(values[k]));
     scale = most / 127;
-    for (int k = 0; k < cols; k++) codes[k] = (int8_t)(scale > 0 ? rintf(values[k] / scale) : 0);
+    for (int k = 0; k < cols; k++) {
+        float code = scale > 0 ? rintf(values[k] / scale) : 0;
+
+        /* A scale below the normal range is coarse, and a code may come out larger. */
+        codes[k] = (int8_t)(code > 127 ? 127 : code >= -127 ? code : -127);
+    }
     return scale;
 }
 

@@ -667,6 +667,12 @@ struct tensor *tensor_file_find(struct tensor_file *file, const char *name)
     return entry != NULL ? &entry->tensor : NULL;
 }
 
+void tensor_file_forget(const struct tensor_file *file, const struct tensor *tensor)
+{
+    const struct entry *entry = (const struct entry *)(const void *)tensor;
+    if (file->shards[entry->shard].file.mapped) os_forget(tensor->data, tensor->bytes);
+}
+
 int64_t tensor_file_mapped_bytes(const struct tensor_file *file)
 {
     int64_t bytes = 0;

@@ -55,6 +55,8 @@ int tensor_file_count(const struct tensor_file *file);
 struct tensor *tensor_file_at(struct tensor_file *file, int index);
 /* By binary search; NULL if there is none. */
 struct tensor *tensor_file_find(struct tensor_file *file, const char *name);
+/* Lets the pages of a mapped tensor go; they come back when they are read. */
+void tensor_file_forget(const struct tensor_file *file, const struct tensor *tensor);
 int64_t tensor_file_mapped_bytes(const struct tensor_file *file);
 /* An entry of the header's "__metadata__" (of the first shard), or NULL. */
 const char *tensor_file_metadata(const struct tensor_file *file, const char *key);

@@ -42,6 +42,14 @@ static int check_options(const struct moshi_model *model,
     if (options->cfg_masked_until < -1)
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "cfg_masked_until is %d, expected -1 (off) or more",
                           options->cfg_masked_until);
+    if (options->context_policy != MOSHI_CONTEXT_RING &&
+        options->context_policy != MOSHI_CONTEXT_REFRESH)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT, "context_policy is %d, expected ring or refresh",
+                          (int)options->context_policy);
+    if (options->context_range < 0 || options->context_keep < 0)
+        return moshi_fail(MOSHI_ERROR_ARGUMENT,
+                          "context_range is %d and context_keep %d, expected 0 or more",
+                          options->context_range, options->context_keep);
     if (options->cfg_coef != 1.0f && !model->info.has_conditions && !options->cfg_no_text &&
         options->cfg_masked_until < 0)
         return moshi_fail(MOSHI_ERROR_ARGUMENT,
@@ -58,11 +66,25 @@ static void set_seed(struct moshi_session *session, uint64_t seed)
     session->params.seed[1] = (uint32_t)(seed >> 32);
 }
 
+void session_free_next(struct moshi_session *session, int first_step)
+{
+    const int dep_q = session->engine->dep_q;
+    for (int i = first_step; i < session->next_steps; ++i) session->next_text[i] = TOKEN_FREE;
+    for (int i = first_step * dep_q; i < session->next_steps * dep_q; ++i)
+        session->next_audio[i] = TOKEN_FREE;
+}
+
+void session_end(struct moshi_session *session, int status)
+{
+    session->status = status;
+    session->dead = 1;
+    snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+}
+
 static void clear_forcing(struct moshi_session *session)
 {
     session->forced_first = session->forced_end = 0;
-    session->next_text = TOKEN_FREE;
-    for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k) session->next_audio[k] = TOKEN_FREE;
+    session_free_next(session, 0);
 }
 
 /* Under the backend lock. */
@@ -82,15 +104,37 @@ static void reset_slot(struct moshi_session *session)
     }
     session->index = 0;
     session->has_logits = 0;
+    if (session->refresh) refresh_reset(session->refresh);
     clear_forcing(session);
+}
+
+static int create_refresh(struct moshi_session *session)
+{
+    struct moshi_session_options *options = &session->options;
+    const struct lm_state *lm = &session->engine->lm;
+    if (options->context_policy == MOSHI_CONTEXT_RING) {
+        if (!options->context_range) options->context_range = lm->lm->config.temporal.context;
+        return MOSHI_OK;
+    }
+    int status = refresh_create(&lm->lm->config, lm->context, options->context_range,
+                                options->context_keep, session_is_guided(session),
+                                &session->refresh);
+    if (status) return status;
+    options->context_range = session->refresh->state.range;
+    options->context_keep = session->refresh->state.keep;
+    return MOSHI_OK;
 }
 
 static int create_buffers(struct moshi_session *session, const struct moshi_model *model,
                           const struct moshi_session_options *options)
 {
     const struct moshi_model_info *info = &model->info;
+    session->next_steps = info->max_delay > 1 ? info->max_delay : 1;
     session->pcm = calloc((size_t)info->frame_size, sizeof *session->pcm);
-    int failed = !session->pcm;
+    session->next_text = calloc((size_t)session->next_steps, sizeof *session->next_text);
+    session->next_audio = calloc((size_t)session->next_steps * (size_t)(info->dep_q + 1),
+                                 sizeof *session->next_audio);
+    int failed = !session->pcm || !session->next_text || !session->next_audio;
     if (options->keep_logits) {
         size_t logits = (size_t)info->text_card + (size_t)info->dep_q * (size_t)info->card;
         session->logits = calloc(logits, sizeof *session->logits);
@@ -123,9 +167,12 @@ static int create_buffers(struct moshi_session *session, const struct moshi_mode
 static void free_session(struct moshi_session *session)
 {
     free(session->pcm);
+    free(session->next_text);
+    free(session->next_audio);
     free(session->logits);
     free(session->condition);
     free(session->forced);
+    refresh_destroy(session->refresh);
     os_event_destroy(session->event);
     free(session);
 }
@@ -153,12 +200,13 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
     params->cfg_no_text = options->cfg_no_text;
     params->cfg_masked_until = options->cfg_masked_until;
     set_seed(session, options->seed);
-    clear_forcing(session);
     status = create_buffers(session, engine->model, options);
+    if (!status) status = create_refresh(session);
     if (status) {
         free_session(session);
         return status;
     }
+    clear_forcing(session);
     *result = session;
     return MOSHI_OK;
 }
@@ -376,6 +424,36 @@ int moshi_session_ready(struct moshi_session *session)
     return ready;
 }
 
+/* Until the frame is done, which may be there already. */
+static int await(struct moshi_session *session, int *submitted)
+{
+    struct moshi_engine *engine = session->engine;
+    os_mutex_lock(engine->lock);
+    *submitted = session->phase != SESSION_IDLE;
+    while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
+        os_condition_wait(engine->done, engine->lock);
+    session->phase = SESSION_IDLE;
+    if (session->event) os_event_clear(session->event);
+    int status = session->status;
+    os_mutex_unlock(engine->lock);
+    if (!*submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
+    return status ? moshi_fail(status, "%s", session->sentence) : MOSHI_OK;
+}
+
+int session_step_entered(struct moshi_session *session, const int32_t *codes,
+                         struct moshi_frame *frame)
+{
+    struct moshi_engine *engine = session->engine;
+    int status = take_input(session, NULL, codes, frame);
+    if (status) return status;
+    os_mutex_lock(engine->lock);
+    submit(session, os_clock());
+    os_condition_wake_all(engine->submitted);
+    os_mutex_unlock(engine->lock);
+    int submitted;
+    return await(session, &submitted);
+}
+
 int moshi_session_wait(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
@@ -386,17 +464,9 @@ int moshi_session_wait(struct moshi_session *session)
     }
     int status = model_check_process(engine->model);
     if (status) return status;
-    os_mutex_lock(engine->lock);
-    int submitted = session->phase != SESSION_IDLE;
-    while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
-        os_condition_wait(engine->done, engine->lock);
-    session->phase = SESSION_IDLE;
-    if (session->event) os_event_clear(session->event);
-    status = session->status;
-    os_mutex_unlock(engine->lock);
-    if (!submitted) return moshi_fail(MOSHI_ERROR_SESSION, "nothing was submitted to wait for");
-    if (status) moshi_fail(status, "%s", session->sentence);
-    session_leave(session);
+    int submitted = 0;
+    status = await(session, &submitted);
+    if (submitted) session_leave(session);
     return status;
 }
 
@@ -445,7 +515,7 @@ int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes
 
 #define MAX_FORCED (1 << 20) /* tokens waiting: most of a day */
 
-static int check_text(const struct moshi_session *session, int32_t token)
+int session_check_text(const struct moshi_session *session, int32_t token)
 {
     int card = session->engine->model->info.text_card_in;
     if (token < 0 || token >= card)
@@ -453,7 +523,7 @@ static int check_text(const struct moshi_session *session, int32_t token)
     return MOSHI_OK;
 }
 
-static int check_code(const struct moshi_session *session, int k, int32_t code)
+int session_check_code(const struct moshi_session *session, int k, int32_t code)
 {
     int card = session->engine->model->info.card;
     if (code < 0 || code >= card)
@@ -490,7 +560,7 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
         status = moshi_fail(MOSHI_ERROR_ARGUMENT,
                             "%d tokens given with %d still to come, expected at most %d in all",
                             count, left, MAX_FORCED);
-    for (int i = 0; i < count && !status; ++i) status = check_text(session, tokens[i]);
+    for (int i = 0; i < count && !status; ++i) status = session_check_text(session, tokens[i]);
     if (!status) status = session_reserve_forced(session, left + count);
     if (!status && count) {
         memcpy(session->forced + session->forced_end, tokens, (size_t)count * sizeof *tokens);
@@ -510,11 +580,11 @@ int moshi_session_force_next(struct moshi_session *session, int32_t text, const 
     int status = session_enter(session);
     if (status) return status;
     const struct moshi_model_info *info = &session->engine->model->info;
-    if (text >= 0) status = check_text(session, text);
+    if (text >= 0) status = session_check_text(session, text);
     for (int k = 0; audio && k < info->dep_q && !status; ++k)
-        status = check_code(session, k, audio[k]);
+        status = session_check_code(session, k, audio[k]);
     if (!status) {
-        session->next_text = text >= 0 ? text : TOKEN_FREE;
+        session->next_text[0] = text >= 0 ? text : TOKEN_FREE;
         for (int k = 0; k < info->dep_q; ++k)
             session->next_audio[k] = audio ? audio[k] : TOKEN_FREE;
     }
@@ -532,7 +602,7 @@ int moshi_session_logits(struct moshi_session *session, float *text, float *audi
         status = moshi_fail(MOSHI_ERROR_SESSION,
                             "logits were not kept: create the session with keep_logits");
     else if (!session->has_logits)
-        status = moshi_fail(MOSHI_ERROR_SESSION, "there are no logits before the first step");
+        status = moshi_fail(MOSHI_ERROR_SESSION, "there are no logits before a step has made them");
     if (!status && text) memcpy(text, session->logits, text_card * sizeof *text);
     if (!status && audio)
         memcpy(audio, session->logits + text_card,
@@ -568,12 +638,15 @@ int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
         fork->forced_end = left;
         fork->has_logits = session->has_logits;
         fork->index = session->index;
-        fork->next_text = session->next_text;
-        memcpy(fork->next_audio, session->next_audio, sizeof fork->next_audio);
+        const size_t next = (size_t)session->next_steps;
+        memcpy(fork->next_text, session->next_text, next * sizeof *fork->next_text);
+        memcpy(fork->next_audio, session->next_audio,
+               next * (size_t)info->dep_q * sizeof *fork->next_audio);
         if (new_seed) set_seed(fork, *new_seed);
         os_mutex_lock(engine->model->backend_lock);
         lm_state_copy(&engine->lm, session->slot, fork->slot);
         if (engine->mimi.backend) mimi_state_copy(&engine->mimi, session->slot, fork->slot);
+        if (fork->refresh) refresh_copy(fork->refresh, session->refresh);
         os_mutex_unlock(engine->model->backend_lock);
         *result = fork;
     } else {
@@ -614,14 +687,26 @@ static void list_options(struct saved_options *saved, struct snapshot *snapshot)
     snapshot_host(snapshot, "session.settings", TENSOR_I32, 7, saved->settings);
 }
 
+/* In snapshots of sessions whose context is refreshed. */
+#define REFRESH_FIELD "session.refresh"
+
 static void list_session(struct moshi_session *session, struct snapshot *snapshot)
 {
     const struct moshi_model_info *info = &session->engine->model->info;
-    snapshot_host(snapshot, "session.next_text", TENSOR_I32, 1, &session->next_text);
-    snapshot_host(snapshot, "session.next_audio", TENSOR_I32, info->dep_q, session->next_audio);
+    snapshot_host(snapshot, "session.next_text", TENSOR_I32, session->next_steps,
+                  session->next_text);
+    snapshot_host(snapshot, "session.next_audio", TENSOR_I32,
+                  (int64_t)session->next_steps * info->dep_q, session->next_audio);
     snapshot_host(snapshot, "session.forced", TENSOR_I32,
                   session->forced_end - session->forced_first,
                   session->forced ? session->forced + session->forced_first : NULL);
+    if (session->refresh) {
+        struct refresh *refresh = session->refresh;
+        snapshot_host(snapshot, REFRESH_FIELD, TENSOR_I32, REFRESH_STATE, &refresh->state);
+        snapshot_host(snapshot, "session.history", TENSOR_I32,
+                      (int64_t)refresh->state.rows * refresh->halves * (info->n_q + 1),
+                      refresh->history);
+    }
     if (session->condition)
         snapshot_host(snapshot, "session.condition", TENSOR_F32,
                       2 * (int64_t)session->engine->model->lm.config.temporal.dim,
@@ -674,6 +759,22 @@ int moshi_session_snapshot(struct moshi_session *session, const void *note, size
     return status;
 }
 
+/* What a snapshot has of a refresh; `found` stays 0 for a session without. */
+static int read_refresh(struct tensor_file *file, struct refresh_state *state, int *found)
+{
+    const struct tensor *tensor;
+    *found = tensor_file_find(file, REFRESH_FIELD) != NULL;
+    if (!*found) return MOSHI_OK;
+    int status = snapshot_find(file, REFRESH_FIELD, TENSOR_I32, &tensor);
+    if (status) return status;
+    if (tensor->elements != REFRESH_STATE)
+        return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                          "snapshot: the field " REFRESH_FIELD " has %lld numbers, expected %lld",
+                          (long long)tensor->elements, (long long)REFRESH_STATE);
+    memcpy(state, tensor->data, sizeof *state);
+    return MOSHI_OK;
+}
+
 /* The options that a snapshot claims; MOSHI_ERROR_CHECKPOINT when they cannot be a session's. */
 static int read_options(struct moshi_engine *engine, struct tensor_file *file,
                         struct saved_options *saved, struct moshi_session_options *options)
@@ -703,6 +804,15 @@ static int read_options(struct moshi_engine *engine, struct tensor_file *file,
     options->cfg_no_text = saved->settings[3];
     options->start = saved->settings[4] ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options->keep_logits = saved->settings[5];
+    struct refresh_state refresh;
+    int refreshed;
+    status = read_refresh(file, &refresh, &refreshed);
+    if (status) return status;
+    if (refreshed) {
+        options->context_policy = MOSHI_CONTEXT_REFRESH;
+        options->context_range = refresh.range;
+        options->context_keep = refresh.keep;
+    }
     if (saved->settings[6] && !options->keep_logits)
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "snapshot: the field session.settings has logits and does not keep them");
@@ -722,17 +832,27 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
     if (!status) status = session_reserve_forced(session, (int)forced->elements);
     if (status) return status;
     session->forced_end = (int)forced->elements;
+    if (session->refresh) {
+        int found;
+        status = read_refresh(file, &session->refresh->state, &found);
+        if (!status && session->refresh->state.rows > session->refresh->most_rows)
+            session->refresh->state.rows = session->refresh->most_rows; /* refused as a shape */
+        if (status) return status;
+    }
     struct snapshot items = {0};
     list_session(session, &items);
     status = snapshot_read(&items, file);
     snapshot_free(&items);
     if (status) return status;
-    if (session->next_text != TOKEN_FREE) status = check_text(session, session->next_text);
+    if (session->refresh) status = refresh_check(session->refresh);
+    for (int i = 0; i < session->next_steps && !status; ++i)
+        if (session->next_text[i] != TOKEN_FREE)
+            status = session_check_text(session, session->next_text[i]);
     for (int i = 0; i < session->forced_end && !status; ++i)
-        status = check_text(session, session->forced[i]);
-    for (int k = 0; k < info->dep_q && !status; ++k)
-        if (session->next_audio[k] != TOKEN_FREE)
-            status = check_code(session, k, session->next_audio[k]);
+        status = session_check_text(session, session->forced[i]);
+    for (int i = 0; i < session->next_steps * info->dep_q && !status; ++i)
+        if (session->next_audio[i] != TOKEN_FREE)
+            status = session_check_code(session, i % info->dep_q, session->next_audio[i]);
     return status ? moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot") : MOSHI_OK;
 }
 

@@ -16,6 +16,7 @@ struct snapshot_item {
     size_t bytes;
     /* where it lives: keys and values of a lane, device memory of a backend, or host memory */
     struct kv_pages *kv;
+    enum kv_part part;
     int lane;
     int64_t first;
     struct backend *backend;
@@ -108,14 +109,24 @@ void snapshot_pages(struct snapshot *snapshot, struct kv_pages *kv, int lane, in
 {
     const struct kv_cache *cache = &kv->cache;
     const int64_t count = visible(kv, offset);
-    add(snapshot,
-        (struct snapshot_item){.dtype = cache->dtype == MOSHI_F32 ? TENSOR_F32 : TENSOR_BF16,
-                               .n_dims = 5,
-                               .dims = {cache->layers, 2, cache->kv_heads, count, cache->head_dim},
-                               .kv = kv,
-                               .lane = lane,
-                               .first = offset - count},
-        name, suffix);
+    struct snapshot_item item = {
+        .dtype = cache->dtype == MOSHI_F32    ? TENSOR_F32
+                 : cache->dtype == MOSHI_BF16 ? TENSOR_BF16
+                                              : TENSOR_I8,
+        .n_dims = 5,
+        .dims = {cache->layers, 2, cache->kv_heads, count, cache->head_dim},
+        .kv = kv,
+        .part = KV_VALUES,
+        .lane = lane,
+        .first = offset - count};
+    add(snapshot, item, name, suffix);
+    if (cache->dtype != MOSHI_INT8) return;
+    char scales[80];
+    snprintf(scales, sizeof scales, "%s.scales", name);
+    item.dtype = TENSOR_F32;
+    item.n_dims = 4;
+    item.part = KV_SCALES;
+    add(snapshot, item, scales, suffix);
 }
 
 int snapshot_make_room(struct kv_pages *kv, int lane, int64_t offset)
@@ -157,7 +168,7 @@ int snapshot_write(const struct snapshot *snapshot, void *data, size_t *bytes)
     for (int i = 0; i < snapshot->n_items; ++i) {
         const struct snapshot_item *item = &snapshot->items[i];
         if (item->kv)
-            kv_pages_read(item->kv, item->lane, item->first, (int)item->dims[3], to);
+            kv_pages_read(item->kv, item->part, item->lane, item->first, (int)item->dims[3], to);
         else if (item->backend)
             item->backend->ops->download(item->backend, to, item->memory, item->bytes);
         else if (item->bytes)
@@ -225,7 +236,8 @@ int snapshot_read(const struct snapshot *snapshot, struct tensor_file *file)
                               "%s: the field %s holds NaN or infinity, expected finite numbers",
                               tensor_file_path(file), item->name);
         if (item->kv)
-            kv_pages_write(item->kv, item->lane, item->first, (int)item->dims[3], tensor->data);
+            kv_pages_write(item->kv, item->part, item->lane, item->first, (int)item->dims[3],
+                           tensor->data);
         else if (item->backend)
             item->backend->ops->upload(item->backend, item->memory, tensor->data, item->bytes);
         else if (item->bytes)

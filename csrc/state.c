@@ -109,9 +109,7 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
     cache->kv_heads = config->kv_heads;
     cache->head_dim = config->dim / config->heads;
     cache->dtype = dtype;
-    size_t position_bytes = (size_t)cache->layers * 2 * (size_t)cache->kv_heads *
-                            (size_t)cache->head_dim * (dtype == MOSHI_F32 ? 4 : 2);
-    cache->page_bytes = position_bytes * KV_PAGE_POSITIONS;
+    cache->page_bytes = (size_t)cache->layers * 2 * (size_t)cache->kv_heads * kv_plane_bytes(cache);
     size_t entries = (size_t)lanes * (size_t)cache->pages_per_lane;
     kv->n_pages = (int)entries;
     kv->bytes = entries * cache->page_bytes;
@@ -239,19 +237,20 @@ struct run {
 };
 
 /* The run of `plane` (layer, key or value, head) that begins at position first + done. */
-static struct run find_run(const struct kv_pages *kv, int lane, int64_t first, int count, int done,
-                           size_t plane)
+static struct run find_run(const struct kv_pages *kv, enum kv_part part, int lane, int64_t first,
+                           int count, int done, size_t plane)
 {
     const struct kv_cache *cache = &kv->cache;
-    const size_t row = (size_t)cache->head_dim * (cache->dtype == MOSHI_F32 ? 4 : 2);
+    const size_t row = part == KV_SCALES ? sizeof(float) : kv_row_bytes(cache);
+    const size_t start = part == KV_SCALES ? KV_PAGE_POSITIONS * kv_row_bytes(cache) : 0;
     int64_t ring = (int64_t)cache->pages_per_lane * KV_PAGE_POSITIONS;
     int place = (int)((first + done) % ring), within = place % KV_PAGE_POSITIONS;
     int length = KV_PAGE_POSITIONS - within < count - done ? KV_PAGE_POSITIONS - within
                                                            : count - done;
     int32_t page = kv->host_table[(size_t)lane * (size_t)cache->pages_per_lane +
                                   (size_t)(place / KV_PAGE_POSITIONS)];
-    return (struct run){.device = page_address(kv, page) +
-                                  (plane * KV_PAGE_POSITIONS + (size_t)within) * row,
+    return (struct run){.device = page_address(kv, page) + plane * kv_plane_bytes(cache) + start +
+                                  (size_t)within * row,
                         .host = (plane * (size_t)count + (size_t)done) * row,
                         .bytes = (size_t)length * row};
 }
@@ -266,21 +265,23 @@ static int run_end(int done, int64_t first)
     return done + KV_PAGE_POSITIONS - (int)((first + done) % KV_PAGE_POSITIONS);
 }
 
-void kv_pages_read(const struct kv_pages *kv, int lane, int64_t first, int count, void *values)
+void kv_pages_read(const struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
+                   void *values)
 {
     for (size_t plane = 0; plane < planes(kv); ++plane)
         for (int done = 0; done < count; done = run_end(done, first)) {
-            struct run run = find_run(kv, lane, first, count, done, plane);
+            struct run run = find_run(kv, part, lane, first, count, done, plane);
             kv->backend->ops->download(kv->backend, (char *)values + run.host, run.device,
                                        run.bytes);
         }
 }
 
-void kv_pages_write(struct kv_pages *kv, int lane, int64_t first, int count, const void *values)
+void kv_pages_write(struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
+                    const void *values)
 {
     for (size_t plane = 0; plane < planes(kv); ++plane)
         for (int done = 0; done < count; done = run_end(done, first)) {
-            struct run run = find_run(kv, lane, first, count, done, plane);
+            struct run run = find_run(kv, part, lane, first, count, done, plane);
             kv->backend->ops->upload(kv->backend, run.device, (const char *)values + run.host,
                                      run.bytes);
         }

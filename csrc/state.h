@@ -62,10 +62,14 @@ void kv_pages_destroy(struct kv_pages *kv);
 int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps);
 /* Lane `to` forgets its history and reads that of `from`; no page is copied. */
 void kv_pages_share(struct kv_pages *kv, int from, int to);
+enum kv_part { KV_VALUES, KV_SCALES /* of MOSHI_INT8 */ };
+
 /* Copies positions first .. first+count-1 of a lane, which it has pages for, to or from the host:
- * [layers][2][kv_heads][count][head_dim]. */
-void kv_pages_read(const struct kv_pages *kv, int lane, int64_t first, int count, void *values);
-void kv_pages_write(struct kv_pages *kv, int lane, int64_t first, int count, const void *values);
+ * [layers][2][kv_heads][count][head_dim]; the scales without the last. */
+void kv_pages_read(const struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
+                   void *values);
+void kv_pages_write(struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
+                    const void *values);
 /* Forgets a lane's history. kv_pages_release gives the memory back to the system too. */
 void kv_pages_reset(struct kv_pages *kv, int lane);
 void kv_pages_release(struct kv_pages *kv, int lane);

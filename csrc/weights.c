@@ -62,6 +62,10 @@ static struct tensor *find(struct weight_loader *loader, const char *name)
         tensor->used = 1;
         loader->store->parameters += tensor->elements;
     }
+    if (loader->copies && tensor) {
+        if (loader->last) tensor_file_forget(loader->file, loader->last);
+        loader->last = tensor;
+    }
     return tensor;
 }
 

@@ -60,6 +60,8 @@ struct weight_loader {
     /* Format of the matrices that are read once for a few rows, when it is narrower than f32: bf16,
      * or int8 with f32 activations; the codec's. */
     enum weight_format lean;
+    int copies; /* nothing stays in the map: a tensor's pages go when the next one comes */
+    const struct tensor *last;
     struct weight_plan *plan; /* not NULL: it is filled, and no matrix or vector is made */
     int status; /* the first failure */
 };

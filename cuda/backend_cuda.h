@@ -112,6 +112,16 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
               "a launch");
 }
 
+/* Whether kernels know keys and values of that kind; fails otherwise. */
+static inline bool cuda_reads(struct cuda_backend *cuda, const struct kv_cache *cache)
+{
+    if (cache->dtype == MOSHI_F32 || cache->dtype == MOSHI_BF16) return true;
+    cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+              "the CUDA backend keeps keys and values in f32 and bf16 so far: open the engine with "
+              "one of those, or the model on \"cpu\"");
+    return false;
+}
+
 static inline int ceil_div(int a, int b)
 {
     return (a + b - 1) / b;

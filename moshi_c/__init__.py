@@ -14,6 +14,7 @@ A model is shared by its sessions; a session is one conversation. Errors are chi
 from ._core import __version__
 from .errors import AudioError, CheckpointError, DeviceError, MoshiError, SessionError
 from .model import Device, Mimi, MimiStream, Model, devices, load, load_mimi
+from .ogg_opus import OggOpusReader, OggOpusWriter
 from .recording import Recording, Word
 from .session import Frame, Session, step_many
 
@@ -27,6 +28,8 @@ __all__ = [
     "MimiStream",
     "Model",
     "MoshiError",
+    "OggOpusReader",
+    "OggOpusWriter",
     "Recording",
     "Session",
     "SessionError",

@@ -35,7 +35,9 @@ _BLOCK = 1 << 16
 _MP3_SAMPLES_A_BYTE = 64
 
 
-def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1, most: float = MAX_SAMPLE) -> Pcm:
+def as_pcm(
+    audio: Any, name: str = "pcm", ndim: int = 1, most: float = MAX_SAMPLE, first: int = 0
+) -> Pcm:
     """Samples from any array-like, as contiguous float32.
 
     Floating point samples of any width are taken as they are, int16 is divided by 32768.
@@ -46,6 +48,7 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1, most: float = MAX_SAMPL
         name: what to call it in messages.
         ndim: dimensions of the result; a batch of 1 is added for 2.
         most: the largest magnitude taken.
+        first: number of the first sample, for messages.
 
     Raises:
         AudioError: another type or shape, NaN, infinity, or values far beyond -1..1.
@@ -79,11 +82,12 @@ def as_pcm(audio: Any, name: str = "pcm", ndim: int = 1, most: float = MAX_SAMPL
     if not np.isfinite(samples).all():
         where = int(np.argmin(np.isfinite(samples.reshape(-1))))
         value = samples.reshape(-1)[where]
-        raise AudioError(f"{name} has {value} at sample {where}; expected finite samples")
+        raise AudioError(f"{name} has {value} at sample {first + where}; expected finite samples")
     if samples.size and max(samples.max(), -samples.min()) > most:
         where = int(np.argmax(np.abs(samples)))
+        value = samples.reshape(-1)[where]
         raise AudioError(
-            f"{name} has {samples.reshape(-1)[where]:g} at sample {where}; expected -1 to 1 "
+            f"{name} has {value:g} at sample {first + where}; expected -1 to 1 "
             "(integers of 16 bits go in as int16, or divided by 32768)"
         )
     return np.ascontiguousarray(samples)
@@ -106,7 +110,11 @@ def _with_dimensions(samples: Pcm, name: str, ndim: int) -> Pcm:
 
 def check_rate(rate: int, name: str = "rate") -> int:
     """The rate as an int; AudioError outside MIN_RATE..MAX_RATE."""
-    if isinstance(rate, bool) or int(rate) != rate or not MIN_RATE <= rate <= MAX_RATE:
+    try:
+        good = not isinstance(rate, bool) and int(rate) == rate and MIN_RATE <= rate <= MAX_RATE
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
         raise AudioError(f"{name} is {rate!r}; expected whole Hz from {MIN_RATE} to {MAX_RATE}")
     return int(rate)
 
@@ -246,6 +254,12 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
     Raises:
         AudioError: the file is missing, is no sound file, or holds NaN or infinity.
     """
+    blocks = list(read_blocks(path, rate))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def read_blocks(path: str | os.PathLike[str], rate: int) -> Iterator[Pcm]:
+    """As read_audio, piece by piece, in memory that does not grow with the file (an MP3's does)."""
     import soundfile
 
     path = Path(path)
@@ -260,17 +274,25 @@ def read_audio(path: str | os.PathLike[str], rate: int) -> Pcm:
         raise AudioError(f"{path} is not a file; expected WAV, FLAC, OGG, MP3 or AIFF")
     try:
         with soundfile.SoundFile(path) as file:
-            found = int(file.samplerate)
-            blocks = list(_first_channel(file, path.stat().st_size))
+            yield from _resampled(path, file, rate)
+    except AudioError:
+        raise
     except (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError) as error:
         reason = getattr(error, "error_string", None) or str(error)
         raise AudioError(
             f"{path} could not be read ({reason.strip().rstrip('.')}); "
             "expected WAV, FLAC, OGG, MP3 or AIFF"
         ) from error
-    check_rate(found, f"the rate of {path}")
-    pcm = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    return resample(as_pcm(pcm, str(path)), found, rate)
+
+
+def _resampled(path: Path, file: Any, rate: int) -> Iterator[Pcm]:
+    found = check_rate(int(file.samplerate), f"the rate of {path}")
+    resampler = StreamResampler(found, rate)
+    at = 0
+    for block in _first_channel(file, path.stat().st_size):
+        yield resampler.process(as_pcm(block, str(path), first=at))
+        at += len(block)
+    yield resampler.flush()
 
 
 def _first_channel(file: Any, file_bytes: int) -> Iterator[Pcm]:
@@ -311,10 +333,10 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
 
 
 class AudioWriter:
-    """Writes a mono file piece by piece, 16 bit where the format has it; louder than full scale is
+    """Writes a file piece by piece, 16 bit where the format has it; louder than full scale is
     clipped. The format goes by the suffix. A file that is closed early is whole up to there."""
 
-    def __init__(self, path: str | os.PathLike[str], rate: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], rate: int, channels: int = 1) -> None:
         """Opens `path` for samples at `rate` Hz.
 
         Raises:
@@ -328,7 +350,7 @@ class AudioWriter:
         self._errors = (soundfile.LibsndfileError, RuntimeError, OSError, TypeError, ValueError)
         try:
             self._file = soundfile.SoundFile(
-                self.path, "w", samplerate=rate, channels=1, format=kind, subtype=subtype
+                self.path, "w", samplerate=rate, channels=channels, format=kind, subtype=subtype
             )
         except self._errors as error:
             raise self._error(error) from error
@@ -338,7 +360,7 @@ class AudioWriter:
         return AudioError(f"{self.path} cannot be written: {reason.strip().rstrip('.')}")
 
     def write(self, pcm: Pcm) -> None:
-        """Appends float32[n]."""
+        """Appends float32[n], or float32[n, channels]."""
         try:
             for start in range(0, len(pcm), _BLOCK):
                 self._file.write(pcm[start : start + _BLOCK])

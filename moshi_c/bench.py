@@ -3,6 +3,7 @@ how many conversations go on at once."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -109,17 +110,15 @@ def measure_sessions(model: Model, frames: int, shown: Callable[[int], None]) ->
     found: dict[int, Times] = {}
     for count in SESSIONS:
         shown(count)
-        sessions = [Session(model, seed=seed) for seed in range(count)]
         seconds = []
-        try:
-            for index, pcm in enumerate(_voice(model, frames + WARM_UP)):
+        warm_up = WARM_UP + model.max_delay
+        with contextlib.ExitStack() as stack:
+            sessions = [stack.enter_context(Session(model, seed=seed)) for seed in range(count)]
+            for index, pcm in enumerate(_voice(model, warm_up + frames)):
                 start = time.perf_counter()
                 step_many(sessions, [pcm] * count)
-                if index >= WARM_UP:
+                if index >= warm_up:
                     seconds.append(time.perf_counter() - start)
-        finally:
-            for session in sessions:
-                session.close()
         found[count] = Times.of(seconds)
         if found[count].p50 > 1e3 / model.frame_rate:
             break
@@ -218,6 +217,7 @@ def run(model: Model, *, frames: int, threads: int | None, shown: Callable[[str]
         "model": {
             "source": model._source,
             "dtype": model.dtype,
+            "threads": info["threads"],
             "parameters": info["parameters"],
             "kv_bytes_with_context_full": memory["kv_bytes"],
         },
@@ -246,7 +246,8 @@ def text(report: dict[str, Any]) -> str:
     machine, limits, model = report["machine"], report["limits"], report["model"]
     lines = [
         f"{machine['processor']}, {machine['device']}",
-        f"{model['source']}, {model['dtype']}, {model['parameters'] / 1e6:.1f} M parameters",
+        f"{model['source']}, {model['dtype']}, {model['parameters'] / 1e6:.1f} M parameters, "
+        f"{model['threads']} threads",
         "",
         f"{'threads':<10}{'reads':>12}{'multiplies':>18}",
     ]

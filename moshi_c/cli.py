@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -19,15 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, bench
-from .audio import AudioWriter, check_suffix, read_audio, write_audio
+from . import __version__, bench, client
+from .audio import AudioWriter, check_suffix, read_audio, read_blocks
+from .chat import Chat
 from .codec_file import CodecFile, read_codec_file, write_codec_file
 from .convert import quantize
+from .duet import duet
 from .errors import AudioError, MoshiError
 from .model import Model, devices, load, load_mimi
 from .progress import Bar
 from .recording import Recording
-from .session import Frame, Session
+from .session import SPEAKING_FRAMES, Frame, Session
+from .soundcard import device_of
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -144,6 +148,119 @@ def _report(model: Model, session: Session, recording: Recording) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+def _chat(arguments: argparse.Namespace) -> None:
+    with (
+        _load(arguments) as model,
+        Session(model, seed=arguments.seed) as session,
+        _shown_words() as said,
+    ):
+        chat = Chat(
+            session,
+            said,
+            echo_gate=arguments.echo_gate,
+            microphone=device_of(arguments.microphone),
+            speaker=device_of(arguments.speaker),
+        )
+
+        def listening() -> None:
+            print(f"listening; Ctrl-C ends it (seed {session.seed})", file=sys.stderr)
+
+        try:
+            chat.run(listening)
+        finally:
+            if chat.left_out:
+                seconds = chat.left_out / model.frame_rate
+                print(
+                    f"{seconds:.1f} s of the microphone were left out: a step took "
+                    f"{session.stats.p50_ms:.0f} ms of the {1000 / model.frame_rate:g} there are",
+                    file=sys.stderr,
+                )
+
+
+def _client(arguments: argparse.Namespace) -> None:
+    if arguments.model is not None:
+        raise ValueError("client talks to the model of its server; expected no --model")
+    source = Path(arguments.input) if arguments.input else None
+    target = Path(arguments.output) if arguments.output else None
+    if target:
+        check_suffix(target)
+    if source and target:
+        _check_apart(source, target)
+    call = client.Call(
+        arguments.url,
+        source,
+        target,
+        after=arguments.after,
+        token=arguments.token,
+        seed=arguments.seed,
+        verify=not arguments.insecure,
+        echo_gate=arguments.echo_gate,
+        microphone=device_of(arguments.microphone),
+        speaker=device_of(arguments.speaker),
+    )
+
+    def waiting(place: int) -> None:
+        print(f"waiting; place {place} in the line", file=sys.stderr)
+
+    with _shown_words() as said:
+        counts = client.talk(call, said, waiting)
+    said_seconds, heard_seconds = counts.sent / client.RATE, counts.heard / client.RATE
+    print(f"{said_seconds:.2f} s said, {heard_seconds:.2f} s heard", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _shown_words() -> Iterator[Callable[[str], None]]:
+    """Prints text as it comes, on a line of its own."""
+    line = False
+
+    def said(text: str) -> None:
+        nonlocal line
+        print(text if line else text.lstrip(), end="", flush=True)
+        line = True
+
+    try:
+        yield said
+    finally:
+        if line:
+            print(flush=True)
+
+
+def _duet(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.output)
+    check_suffix(out)
+    for source in arguments.first:
+        _check_apart(Path(source), out)
+    seeds = [arguments.seed, arguments.seed]
+    if arguments.seed is not None:
+        seeds[1] = (arguments.seed + 1) % 2**64
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_load(arguments, max_sessions=2))
+        questions = [read_audio(path, model.sample_rate) for path in arguments.first]
+        left, right = (stack.enter_context(Session(model, seed=seed)) for seed in seeds)
+        talk = duet(left, right, questions)
+        first = next(talk)  # what is wrong with the model is said before there is a file
+        writer = stack.enter_context(AudioWriter(out, model.sample_rate, channels=2))
+        said: list[Frame] = []
+        stack.callback(_end_line, True, said)
+        speaker, until = None, 0
+        frames = round(arguments.seconds * model.frame_rate)
+        for a, b, sound in itertools.islice(itertools.chain([first], talk), frames):
+            writer.write(sound)
+            for name, frame in (("left", a), ("right", b)):
+                if not frame.text:
+                    continue
+                if name != speaker or frame.index > until:
+                    _end_line(True, said)
+                    print(f"{frame.time:6.2f} s  {name:<5} ", end="")
+                print(frame.text, end="", flush=True)
+                said.append(frame)
+                speaker, until = name, frame.index + SPEAKING_FRAMES
+    print(
+        f"{out}: {frames / model.frame_rate:.2f} s, seeds {left.seed} and {right.seed}",
+        file=sys.stderr,
+    )
+
+
 def _encode(arguments: argparse.Namespace) -> None:
     source, out = Path(arguments.input), Path(arguments.output)
     _check_mimi_suffix(out)
@@ -156,13 +273,12 @@ def _encode(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         codebooks=arguments.codebooks,
     ) as mimi:
-        pcm = read_audio(source, mimi.sample_rate)
-        codes = mimi.encode(pcm)
-        file = CodecFile(codes, mimi.codebook_size, len(pcm), mimi.sample_rate, mimi.frame_size)
+        codes, samples = mimi._encode_blocks(read_blocks(source, mimi.sample_rate))
+        file = CodecFile(codes, mimi.codebook_size, samples, mimi.sample_rate, mimi.frame_size)
         write_codec_file(out, file)
     print(
         f"{out}: {codes.shape[1]} frames of {codes.shape[0]} codes, "
-        f"{len(pcm) / file.sample_rate:.2f} s",
+        f"{samples / file.sample_rate:.2f} s",
         file=sys.stderr,
     )
 
@@ -189,14 +305,15 @@ def _decode(arguments: argparse.Namespace) -> None:
                     f"{source} has {found} {what}, the codec has {expected}: "
                     "give the codec that made it with --model"
                 )
-        pcm = mimi.decode(file.codes)[: file.samples]
-        write_audio(out, pcm, mimi.sample_rate)
+        left = file.samples
+        with AudioWriter(out, mimi.sample_rate) as writer:
+            for pcm in mimi._decode_pieces(file.codes):
+                writer.write(pcm[:left])
+                left -= min(len(pcm), left)
     print(f"{out}: {file.samples / file.sample_rate:.2f} s", file=sys.stderr)
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    if arguments.model is not None:
-        raise ValueError("quantize takes its model as SOURCE; expected no --model")
     target = quantize(
         arguments.source,
         arguments.target,
@@ -223,6 +340,29 @@ def _bench(arguments: argparse.Namespace) -> None:
     print(bench.text(report))
     if arguments.json:
         bench.write(report, Path(arguments.json))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        from . import server
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    settings = server.Settings(
+        host=arguments.host,
+        port=arguments.port,
+        queue=arguments.queue,
+        token=arguments.token,
+        tls=tuple(arguments.tls) if arguments.tls else None,
+        insecure=arguments.insecure,
+        origins=tuple(arguments.origin),
+        dtx=arguments.dtx,
+        max_seconds=arguments.max_seconds,
+        idle_seconds=arguments.idle_seconds,
+        drain_seconds=arguments.drain_seconds,
+        per_address=arguments.per_address,
+    )
+    with server.logging_to_stderr(), _load(arguments, max_sessions=arguments.sessions) as model:
+        server.serve(model, settings)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -296,6 +436,8 @@ def _load(arguments: argparse.Namespace, max_sessions: int = 1) -> Model:
 
 
 def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        raise AudioError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
         raise AudioError(f"{path} cannot be written: there is no folder {path.parent}")
 
@@ -334,32 +476,38 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _common() -> argparse.ArgumentParser:
+def _common(*names: str) -> argparse.ArgumentParser:
+    """The options of every command, or these of them."""
+    options: dict[str, dict[str, Any]] = {
+        "model": {
+            "metavar": "M",
+            "help": "folder, weight file or hub id (default: the small model in the package)",
+        },
+        "device": {
+            "default": "auto",
+            "metavar": "D",
+            "help": "auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
+        },
+        "dtype": {
+            "default": "auto",
+            "metavar": "T",
+            "help": "auto (as stored), f32, f16, bf16, int8, q8 or q4",
+        },
+        "seed": {
+            "type": _seed,
+            "metavar": "N",
+            "help": "of what is drawn at random (default: a random one)",
+        },
+        "threads": {
+            "type": _count,
+            "metavar": "N",
+            "help": "default: MOSHI_C_THREADS, or one per core",
+        },
+    }
     common = argparse.ArgumentParser(add_help=False)
-    group = common.add_argument_group("options of every command")
-    group.add_argument(
-        "--model",
-        metavar="M",
-        help="folder, weight file or hub id (default: the small model in the package)",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="D",
-        help="auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        metavar="T",
-        help="auto (as stored), f32, f16, bf16, int8, q8 or q4",
-    )
-    group.add_argument(
-        "--seed", type=_seed, metavar="N", help="of what is drawn at random (default: a random one)"
-    )
-    group.add_argument(
-        "--threads", type=_count, metavar="N", help="default: MOSHI_C_THREADS, or one per core"
-    )
+    group = common.add_argument_group("options of every command" if not names else "options")
+    for name in names or options:
+        group.add_argument(f"--{name}", **options[name])
     return common
 
 
@@ -373,10 +521,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     common = _common()
 
-    def command(name: str, run: Command, summary: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str,
+        run: Command,
+        summary: str,
+        example: str,
+        options: argparse.ArgumentParser = common,
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
-            parents=[common],
+            parents=[options],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example: {example}",
@@ -409,6 +563,66 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--words", metavar="FILE.json", help="write text and timed words too")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    talk = command(
+        "chat",
+        _chat,
+        "a conversation by microphone and loudspeaker",
+        "moshi-c chat --no-echo-gate",
+    )
+    call = command(
+        "client",
+        _client,
+        "a call to a server of Moshi's WebSocket protocol",
+        "moshi-c client ws://localhost:8998 --in question.wav --out answer.wav --after 3",
+    )
+    call.add_argument("url", metavar="URL", help="ws://, wss://, http:// or https://; /api/chat")
+    call.add_argument(
+        "--in", dest="input", metavar="FILE", help="said in real time (default: the microphone)"
+    )
+    call.add_argument(
+        "--out", dest="output", metavar="FILE", help="for the answer (default: the loudspeaker)"
+    )
+    call.add_argument(
+        "--after",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="seconds of silence after the file, for an answer to its end (default: 0)",
+    )
+    call.add_argument("--token", metavar="T", help="what the server wants its callers to know")
+    call.add_argument(
+        "--insecure", action="store_true", help="take any certificate, as self-signed ones"
+    )
+    for sub in (talk, call):
+        sub.add_argument(
+            "--no-echo-gate",
+            dest="echo_gate",
+            action="store_false",
+            help="with headphones: the microphone stays open while the model is heard",
+        )
+        sub.add_argument("--microphone", metavar="D", help="number, or part of the name")
+        sub.add_argument("--speaker", metavar="D", help="number, or part of the name")
+
+    duet = command(
+        "duet",
+        _duet,
+        "two models that talk to each other, written to a stereo file",
+        "moshi-c duet duet.wav --seconds 60 --first question.wav --seed 7",
+    )
+    duet.add_argument(
+        "output", metavar="OUT", help="a side on each channel: .wav, .flac, .ogg, .opus, .mp3 ..."
+    )
+    duet.add_argument(
+        "--seconds", type=_seconds, default=30.0, metavar="S", help="how long (default: 30)"
+    )
+    duet.add_argument(
+        "--first",
+        nargs="+",
+        default=[],
+        metavar="IN",
+        help="said first in the left one's place; a further file each time both fall silent",
+    )
+
     encode = command(
         "encode",
         _encode,
@@ -432,10 +646,64 @@ def _parser() -> argparse.ArgumentParser:
         _quantize,
         "a checkpoint in another weight format, as a folder that opens at once",
         "moshi-c quantize kyutai/moshiko-pytorch-bf16 moshiko-q4 --dtype q4",
+        _common("dtype", "threads"),  # the others would change nothing
     )
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(
         "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+    )
+
+    serve = command(
+        "serve",
+        _serve,
+        "a page to talk to the model at /, and its WebSockets at /api/chat and /ws/pcm",
+        "moshi-c serve --sessions 4",
+    )
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1")
+    serve.add_argument("--port", type=int, default=8998, metavar="N", help="default: 8998")
+    serve.add_argument(
+        "--sessions", type=_count, default=8, metavar="N", help="callers at once (default: 8)"
+    )
+    serve.add_argument(
+        "--queue", type=int, default=8, metavar="N", help="callers who may wait (default: 8)"
+    )
+    serve.add_argument(
+        "--token", metavar="T", help="what callers must know: Authorization: Bearer T, or ?token=T"
+    )
+    serve.add_argument(
+        "--tls", nargs=2, metavar=("CERT", "KEY"), help="two PEM files; for https and wss"
+    )
+    serve.add_argument(
+        "--insecure", action="store_true", help="let others reach it without a token"
+    )
+    serve.add_argument(
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a page of another host that may connect; may be given again",
+    )
+    serve.add_argument(
+        "--dtx", action="store_true", help="send nothing on /api/chat while the model is silent"
+    )
+    for name, seconds, what in (
+        ("max", 3600, "a call lasts at most; 0 for ever"),
+        ("idle", 60, "a call ends after so long without sound from the caller; 0 never"),
+        ("drain", 10, "calls may go on after SIGTERM"),
+    ):
+        serve.add_argument(
+            f"--{name}-seconds",
+            type=_seconds,
+            default=float(seconds),
+            metavar="S",
+            help=f"{what} (default: {seconds})",
+        )
+    serve.add_argument(
+        "--per-address",
+        type=_count,
+        default=16,
+        metavar="N",
+        help="calls from one address at once (default: 16)",
     )
 
     info = command(

@@ -100,8 +100,9 @@ def quantize(
                 if path is None:
                     continue
                 names[key] = name = _free_name(path.name, key, names.values())
-                with path.open("rb") as source_file, (work / name).open("wb") as file:
-                    shutil.copyfileobj(source_file, file)
+                with (work / name).open("wb") as file:
+                    for block in _blocks(path):
+                        file.write(block)
                     _keep(file)
                 bar.update(path.stat().st_size / 1e9)
             with (work / hub.DEFAULT_LM).open("wb") as file:
@@ -117,6 +118,16 @@ def quantize(
     finally:
         conversion.close()
     return folder
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file. What goes wrong here is the source's fault, not the target's."""
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                yield block
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror or error}") from error
 
 
 def _free_name(name: str, key: str, taken: Iterable[str]) -> str:

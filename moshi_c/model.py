@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, hub
-from .audio import Pcm, as_pcm, read_audio
+from .audio import Pcm, as_pcm, read_blocks
 from .errors import AudioError, CheckpointError, DeviceError
 from .fields import Fields
 from .tokenizer import Tokenizer
@@ -20,8 +22,12 @@ from .tokenizer import Tokenizer
 #: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
 #: "q8" and "q4" have one for 32 weights.
 Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
-#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16.
-KvDtype = Literal["auto", "f32", "bf16"]
+#: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one
+#: scale for each head and frame.
+KvDtype = Literal["auto", "f32", "bf16", "int8"]
+
+#: Of a signal that is not held whole, frames at a time: enough for long passes, 2 MB of sound.
+_PIECE_FRAMES = 240
 
 
 class _Closable(Protocol):
@@ -111,7 +117,8 @@ def load(
             or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
             norms stay as stored. The panels of `moshi-c quantize` open in their own format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
-            "f32", "bf16".
+            "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
+            benchmarks/quality.py measures.
         context: frames remembered; None for the checkpoint's.
         max_sessions: how many sessions may be open at once.
         threads: of the CPU; None for MOSHI_C_THREADS, else one per core.
@@ -164,7 +171,7 @@ def load(
         context=context or 0,
         max_sessions=max_sessions,
     )
-    return Model(core, checkpoint)
+    return Model(core, checkpoint, max_sessions)
 
 
 def load_mimi(
@@ -247,12 +254,15 @@ class Model:
     """Weights on one device, with their codec and tokenizer. Made by `load`, shared by all its
     sessions and by threads. A context manager: leaving it closes the sessions, then the model."""
 
-    def __init__(self, core: _core.Model, checkpoint: hub.Checkpoint) -> None:
+    def __init__(
+        self, core: _core.Model, checkpoint: hub.Checkpoint, max_sessions: int = 8
+    ) -> None:
         """For `load`."""
         self._core = core
         self._info = info = core.info
         self._source = checkpoint.source
         self._config = checkpoint.config
+        self._max_sessions = max_sessions
         self._delays = core.delays
         self._open: weakref.WeakSet[_Closable] = weakref.WeakSet()
         self._mimi = Mimi(core, owned=False, opened=self._open) if info["has_mimi"] else None
@@ -308,6 +318,11 @@ class Model:
     def max_delay(self) -> int:
         """Frames stepped before the first output."""
         return int(self._info["max_delay"])
+
+    @property
+    def max_sessions(self) -> int:
+        """How many sessions may be open at once."""
+        return self._max_sessions
 
     @property
     def memory(self) -> Memory:
@@ -430,7 +445,7 @@ class Mimi:
             AudioError: the file or the samples are not usable.
         """
         if isinstance(audio, (str, os.PathLike)):
-            audio = read_audio(audio, self.sample_rate)
+            return self._encode_blocks(read_blocks(audio, self.sample_rate))[0]
         batched = np.ndim(audio) == 2
         pcm = as_pcm(audio, "audio", ndim=2)
         if pcm.size == 0:
@@ -463,6 +478,31 @@ class Mimi:
         else:
             pcm = self._core.decode(batch)
         return pcm if array.ndim == 3 else pcm[0]
+
+    def _encode_blocks(self, blocks: Iterable[Pcm]) -> tuple[NDArray[np.int32], int]:
+        """Codes of one signal that comes in blocks, and its samples; the sound is not kept."""
+        codes = [np.zeros((self.codebooks, 0), np.int32)]
+        held: list[Pcm] = []
+        samples = waiting = 0
+        with contextlib.closing(_core.MimiStream(self._core, whole=True)) as stream:
+            for block in blocks:
+                samples += len(block)
+                waiting += len(block)
+                held.append(block)
+                if waiting >= _PIECE_FRAMES * self.frame_size:
+                    pcm = np.concatenate(held)
+                    whole = waiting // self.frame_size * self.frame_size
+                    codes.append(stream.encode_piece(pcm[:whole]))
+                    held, waiting = [pcm[whole:].copy()], waiting - whole
+            if waiting:
+                codes.append(stream.encode_piece(np.concatenate(held)))
+        return np.concatenate(codes, axis=1), samples
+
+    def _decode_pieces(self, codes: NDArray[np.int32]) -> Iterator[Pcm]:
+        """The signal of `[K, T]`, piece by piece."""
+        with contextlib.closing(_core.MimiStream(self._core, whole=True)) as stream:
+            for first in range(0, codes.shape[1], _PIECE_FRAMES):
+                yield stream.decode_piece(codes[:, first : first + _PIECE_FRAMES])
 
     def stream(self, batch: int = 1) -> MimiStream:
         """A codec that goes frame by frame, `batch` signals at once."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,9 @@ class Frame:
         its last 3 frames is above -45 dBFS.
     level: of the user's frame, in dBFS, -120 at least; -120 when stepped by codes.
     heads: float32[heads, classes], probabilities of the extra heads; None without heads.
-    event: None, or a word for something that happened in this step.
+    event: None, or of the context: "context_80" in the frame that fills 80 % of what the model was
+        trained on; "refresh_begin" when a new context begins to be read, and "refresh_end" in the
+        first frame with it, if the session has that policy.
     """
 
     pcm: Pcm | None
@@ -251,6 +253,9 @@ class Session:
         sample_rate: int = 24000,
         output_sample_rate: int = 24000,
         keep_logits: bool = False,
+        context_policy: Literal["ring", "refresh"] = "ring",
+        context_range: int | None = None,
+        context_keep: int | None = None,
     ) -> None:
         """Takes a slot of the model.
 
@@ -269,6 +274,13 @@ class Session:
             sample_rate: of what goes in, Hz. A frame is 80 ms at that rate.
             output_sample_rate: of Frame.pcm, Hz.
             keep_logits: makes `logits` available.
+            context_policy: what becomes of a call that is longer than the model's memory. "ring",
+                as upstream: it forgets frame by frame. "refresh": before the range ends that the
+                model was trained on, what it remembers is made anew from the tokens of the last
+                frames, as that of a conversation which began there; in a pause, if one comes once
+                80 % of the range are used. Steps go on meanwhile.
+            context_range: that range, in frames; None for the checkpoint's context.
+            context_keep: frames that a refresh keeps; None for half of the range.
 
         Raises:
             SessionError: the model is closed or has no free slot.
@@ -299,6 +311,9 @@ class Session:
                 conditions=conditions,
                 null_conditions=null_conditions,
                 keep_logits=keep_logits,
+                context_policy=context_policy,
+                context_range=context_range or 0,
+                context_keep=context_keep or 0,
             )
         )
 
@@ -501,6 +516,55 @@ class Session:
         with self._busy():
             return self._frame(self._core.step_codes(np.asarray(codes), decode))
 
+    def prefill(self, text_tokens: Any = None, codes: Any = None, user_codes: Any = None) -> None:
+        """Takes frames that are known already, many at once: a prompt, or a call that is taken up
+        again. The session goes on as if it had stepped `user_codes` and had been made to say the
+        rest, bit for bit, and `Frame.index` counts these frames.
+
+        What belongs to one moment stands in one column, as in a Recording or from `Mimi.encode`,
+        whatever the model's delays; the last codes of its late streams are said by the next steps.
+        Every token of a frame is needed, so what is left out is taken for silence. `say` goes on
+        where it was. The codec takes no part: it hears the next frame as the first of a recording,
+        and its voice begins with the next frame that comes out.
+
+        Args:
+            text_tokens: integers `[T]`; None for padding, the token of not speaking.
+            codes: integers `[K, T]`, the model's voice; None for silence as the codec encodes it.
+            user_codes: integers `[K, T]`, the user's; None for silence.
+
+        Raises:
+            AudioError: another shape, or a code out of range; nothing has changed.
+            CheckpointError: silence is asked for, and the model was loaded without a codec.
+            ValueError: nothing is given, or a token out of the vocabulary; nothing has changed.
+            SessionError: closed, or in use by another thread.
+        """
+        given = [
+            None if value is None else np.array(value) for value in (text_tokens, codes, user_codes)
+        ]
+        counts = [value.shape[-1] for value in given if value is not None and value.ndim]
+        if not counts:
+            raise ValueError("prefill got no frames; expected text_tokens, codes or user_codes")
+        text, said, heard = given
+        info, frames = self._model._info, counts[0]
+        if text is None:
+            text = np.full(frames, info["text_padding_id"], np.int32)
+        with self._busy():
+            came_out = self._core.prefill(
+                text,
+                self._silence(info["dep_q"], frames) if said is None else said,
+                self._silence(info["user_q"], frames) if heard is None else heard,
+            )
+            for token in came_out.tolist():
+                self._note_output(token, None)
+
+    def _silence(self, streams: int, frames: int) -> NDArray[np.int32]:
+        """Codes int32[streams, frames]."""
+        if not streams:
+            return np.zeros((0, frames), np.int32)
+        return self._model.mimi.encode(np.zeros(frames * self._model.frame_size, np.float32))[
+            :streams
+        ]
+
     def push(self, pcm: Any) -> list[Frame]:
         """Takes any number of samples and steps the whole frames among them.
 
@@ -558,14 +622,9 @@ class Session:
 
     def _frame(self, raw: _core.FrameTuple, resampled: bool = True) -> Frame:
         """The frame of a step of the core."""
-        index, pcm, token, codes, user_codes, level, heads, seconds = raw
+        index, pcm, token, codes, user_codes, level, heads, seconds, event = raw
         self._clock.add(seconds)
-        text = ""
-        if self._detokenizer and token >= 0:
-            text = self._detokenizer.push(token)
-        self._since_word = 0 if text else self._since_word + 1
-        with np.errstate(over="ignore"):  # a voice of damaged weights
-            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        text = self._note_output(token, pcm)
         loud = sum(self._power) / len(self._power) > 10.0 ** (SPEAKING_LEVEL / 10.0)
         if pcm is not None and resampled and self._output_rate != self._model.sample_rate:
             waiting = np.concatenate([self._output_waiting, self._output.process(pcm)])
@@ -581,7 +640,18 @@ class Session:
             speaking=self._since_word < SPEAKING_FRAMES or loud,
             level=level,
             heads=heads,
+            event=event,
         )
+
+    def _note_output(self, token: int, pcm: Pcm | None) -> str:
+        """The text of a frame's token; keeps what `Frame.speaking` goes by."""
+        text = ""
+        if self._detokenizer and token >= 0:
+            text = self._detokenizer.push(token)
+        self._since_word = 0 if text else self._since_word + 1
+        with np.errstate(over="ignore"):  # a voice of damaged weights
+            self._power.append(float(np.dot(pcm, pcm)) / len(pcm) if pcm is not None else 0.0)
+        return text
 
     def run(self, audio: Any, *, after: float = 0.0, progress: bool = False) -> Recording:
         """Listens to a whole recording: `push`, then `flush`.

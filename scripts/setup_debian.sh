@@ -1,6 +1,6 @@
 #!/bin/sh
 # setup_debian.sh WHAT...: installs with apt-get what is missing for building, sound, clang,
-# the other processor, the bare machine.
+# the browser of the page's tests, the other processor, the bare machine.
 # Where that cannot be done it says in one sentence what is missing, and fails.
 set -eu
 
@@ -32,6 +32,8 @@ for what in "$@"; do
     build)
         need gcc command -v cc
         need libc6-dev has_header stdio.h
+        need libopus-dev has_header opus/opus.h
+        need libogg-dev has_header ogg/ogg.h
         need python3 command -v "$python"
         need python3-venv "$python" -c 'import ensurepip, venv'
         need python3-dev has_python_header
@@ -45,6 +47,7 @@ for what in "$@"; do
         need libclang-rt-dev has_fuzzer
         ;;
     clang) need clang command -v clang ;;
+    browser) need chromium command -v chromium ;;
     aarch64)
         need gcc-aarch64-linux-gnu command -v aarch64-linux-gnu-gcc
         need libc6-dev-arm64-cross test -f /usr/aarch64-linux-gnu/include/stdio.h
@@ -55,7 +58,7 @@ for what in "$@"; do
         need git command -v git
         ;;
     *)
-        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, fuzzer, aarch64, fresh" >&2
+        echo "setup_debian.sh: unknown '$what'; expected build, sound, clang, fuzzer, browser, aarch64, fresh" >&2
         exit 2
         ;;
     esac

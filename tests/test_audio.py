@@ -117,7 +117,9 @@ def test_the_shortage_is_never_exceeded(rate: int, up: bool) -> None:
         assert made + allowed >= call * n_out
 
 
-@pytest.mark.parametrize("rate", [0, -1, 999, 1_000_000, 24000.5, True])
+@pytest.mark.parametrize(
+    "rate", [0, -1, 999, 1_000_000, 24000.5, True, "16k", None, float("nan"), float("inf")]
+)
 def test_rates_out_of_range_are_refused(rate: Any) -> None:
     with pytest.raises(AudioError, match="expected whole Hz"):
         StreamResampler(rate, 24000)

@@ -209,6 +209,12 @@ def test_the_command_writes_a_folder_that_talks(
     assert capsys.readouterr().err.startswith(f"moshi-c: {target} is there already")
 
 
+def test_a_source_that_cannot_be_read_is_not_called_a_target(tmp_path: Path) -> None:
+    for gone in (tmp_path / "gone", tmp_path):
+        with pytest.raises(CheckpointError, match=f"{gone.name} could not be read: "):
+            list(convert._blocks(gone))
+
+
 # ---- damaged files -----------------------------------------------------------------------------
 
 

@@ -1,7 +1,11 @@
-"""The examples hold the same conversation from Python and from C."""
+"""The examples do what they say; Python's and C's hold the same conversation."""
 
 from __future__ import annotations
 
+import datetime
+import importlib.util
+import io
+import json
 import shutil
 import subprocess
 import sys
@@ -27,7 +31,8 @@ def session_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core = sorted((ROOT / "csrc").glob("*.c")) + sorted((ROOT / "csrc" / "cpu").glob("*.c"))
     flags = ["-std=gnu11", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
     sources = [str(ROOT / "examples" / "session.c"), *map(str, core)]
-    subprocess.run([compiler, *flags, *sources, "-o", str(program), "-pthread", "-lm"], check=True)
+    libraries = ["-lopus", "-logg", "-pthread", "-lm"]
+    subprocess.run([compiler, *flags, *sources, "-o", str(program), *libraries], check=True)
     return program
 
 
@@ -114,3 +119,112 @@ def test_hello_says_what_is_wrong_in_one_line(
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
+
+
+def example(name: str, *arguments: str, cwd: Path) -> str:
+    """What an example prints."""
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+    assert not done.stderr
+    return done.stdout
+
+
+def test_batch_gives_each_recording_its_answer_and_timed_words(tmp_path: Path) -> None:
+    printed = example("batch", cwd=tmp_path)
+    assert "say-the-numbers-seven-twelve.wav: seven@" in printed and "5 answers" in printed
+    answers = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("answers/*.json")}
+    assert len(answers) == 5
+    assert answers["what-is-the-opposite-of-hot"]["text"] == "the opposite of hot is cold"
+    for stem, answer in answers.items():
+        times = [time for word in answer["words"] for time in (word["start"], word["end"])]
+        assert times and times == sorted(times) and times[-1] < answer["duration"]
+        voice, _ = soundfile.read(tmp_path / "answers" / f"{stem}.wav")
+        assert len(voice) == round(answer["duration"] * 24000) and np.abs(voice).max() > 0.05
+    # One after the other, from a folder: the same bytes.
+    example("batch", "answers/questions", "--out", "one", "--at-once", "1", cwd=tmp_path)
+    for path in sorted(tmp_path.glob("answers/*.wav")):
+        assert (tmp_path / "one" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "batch.py"), "nosuch"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("batch.py: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_two_models_talk(tmp_path: Path) -> None:
+    printed = example("duet", "--seconds", "12", cwd=tmp_path)
+    turns = [line.split(maxsplit=3)[2:] for line in printed.splitlines() if " s  " in line]
+    assert turns[0] == ["right", "my name is moshi"]
+    assert {name for name, _ in turns} == {"left", "right"}
+    sides, _ = soundfile.read(tmp_path / "duet.wav")
+    assert sides.shape == (12 * 24000, 2) and min(np.abs(sides).max(axis=0)) > 0.05
+
+
+def test_a_fact_is_said_in_place_of_an_answer(tmp_path: Path) -> None:
+    fact = "it is about ten past four"
+    by_itself, told_at, told, _ = example("fact", "--fact", fact, cwd=tmp_path).splitlines()
+    assert by_itself == "by itself: it is time to talk"
+    assert 1.0 < float(told_at.split(" s:")[0]) < 2.5
+    assert told == f"told:      {fact}"
+    call, _ = soundfile.read(tmp_path / "fact.wav")
+    assert np.abs(call[round(2.5 * 24000) :]).max() > 0.05  # the fact is heard
+
+
+@pytest.mark.parametrize(
+    ("clock", "words"),
+    [
+        ((12, 0), "it is about twelve"),
+        ((16, 11), "it is about ten past four"),
+        ((16, 31), "it is about half past four"),
+        ((16, 44), "it is about a quarter to five"),
+        ((23, 59), "it is about twelve"),
+    ],
+)
+def test_the_fact_is_the_time(clock: tuple[int, int], words: str) -> None:
+    spec = importlib.util.spec_from_file_location("fact", ROOT / "examples" / "fact.py")
+    assert spec and spec.loader
+    fact = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        spec.loader.exec_module(fact)
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    assert fact.time_in_words(datetime.time(*clock)) == words
+
+
+def test_a_call_forks_three_ways(tmp_path: Path) -> None:
+    lines = example("fork", cwd=tmp_path).splitlines()
+    said = [line.removeprefix("   -> ") for line in lines if line.startswith("   -> ")]
+    expected = [
+        "i am fine thank you",
+        "the opposite of early is late",
+        "your book is blue",
+        "four nine",
+    ]
+    assert said == expected
+    voices = [soundfile.read(tmp_path / "futures" / f"{i}.wav")[0] for i in (1, 2, 3)]
+    past = 50 * 1920
+    for voice in voices[1:]:
+        np.testing.assert_array_equal(voice[:past], voices[0][:past])
+        assert np.abs(voice[past:] - voices[0][past:]).max() > 0.05
+    # A future is what it would have been alone.
+    example("fork", "my book is blue", "--out", "alone", cwd=tmp_path)
+    assert (tmp_path / "alone" / "1.wav").read_bytes() == (tmp_path / "futures/2.wav").read_bytes()
+
+
+def test_a_phone_call_is_mu_law_both_ways(tmp_path: Path) -> None:
+    printed = example("phone", cwd=tmp_path)
+    words = [line.split()[-1] for line in printed.splitlines()[:-1]]
+    assert " ".join(words) == "yes i can hear you"
+    caller, answer = ((tmp_path / name).read_bytes() for name in ("caller.ulaw", "answer.ulaw"))
+    assert len(answer) % 640 == 0 and len(caller) - 1280 < len(answer) <= len(caller)
+    heard, _ = soundfile.read(
+        io.BytesIO(answer), samplerate=8000, channels=1, format="RAW", subtype="ULAW"
+    )
+    assert np.abs(heard).max() > 0.05 and np.abs(heard[:4000]).max() < 0.01
+    # The same call from the file.
+    again = example("phone", "caller.ulaw", "--out", "again.ulaw", cwd=tmp_path)
+    assert again.splitlines()[:-1] == printed.splitlines()[:-1]
+    assert (tmp_path / "again.ulaw").read_bytes() == answer

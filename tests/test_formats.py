@@ -71,6 +71,13 @@ def test_fewer_bits_follow_less_closely(followed: dict[str, tuple[float, float]]
     assert 0 < q8 < int8 < q4 / 10
 
 
+def test_int8_keys_and_values_follow_float32_past_a_ring_wrap(made: Checkpoints) -> None:
+    folder = made.lm("moshi")
+    kl, same = worst(forced(folder, kv_dtype="int8"), forced(folder))
+    assert 0 < kl <= bound("kl_random_kv_int8")
+    assert same >= bound("top1_random_kv_int8")
+
+
 @pytest.fixture(scope="module")
 def talk() -> tuple[Codes, tuple[Codes, Codes], Played]:
     """The package's model in a conversation longer than its memory, and its float32 logits."""
@@ -98,6 +105,50 @@ def test_the_small_model_follows_its_float32_run_past_a_ring_wrap(
     kl, same = worst(ours, theirs)
     assert kl <= bound(f"kl_tiny_{dtype}")
     assert same >= bound(f"top1_tiny_{dtype}")
+
+
+def test_int8_keys_and_values_of_the_small_model_follow_float32(
+    talk: tuple[Codes, tuple[Codes, Codes], Played],
+) -> None:
+    user, said, theirs = talk
+    with moshi_c.load(dtype="f32", kv_dtype="int8", max_sessions=1) as model:
+        kl, same = worst(play_with(model, user, model.config["dep_q"], forced=said), theirs)
+    assert 0 < kl <= bound("kl_tiny_kv_int8")
+    assert same >= bound("top1_tiny_kv_int8")
+
+
+def test_int8_keys_and_values_take_a_byte_each_and_their_scales() -> None:
+    used = {}
+    for kv_dtype in ("bf16", "int8"):
+        with (
+            moshi_c.load(kv_dtype=kv_dtype, max_sessions=1) as model,  # type: ignore[arg-type]
+            moshi_c.Session(model, seed=1) as session,
+        ):
+            before = model.memory.used
+            session.step_codes(np.zeros(8, np.int32), decode=False)
+            used[kv_dtype] = model.memory.used - before
+    heads, width, page = 4, 64, 64  # of the package's model, which has 4 layers
+    assert used["bf16"] == 4 * 2 * heads * page * 2 * width
+    assert used["int8"] == 4 * 2 * heads * page * (width + 4)
+
+
+def test_snapshots_and_forks_keep_int8_keys_and_values(made: Checkpoints) -> None:
+    with moshi_c.load(made.lm("moshi"), kv_dtype="int8", progress=False) as model:
+        user, _ = streams(140)
+
+        def go_on(session: moshi_c.Session) -> list[list[bytes]]:
+            out = []
+            for codes in user[110:]:
+                session.step_codes(codes.astype(np.int32), decode=False)
+                out.append([logits.tobytes() for logits in session.logits])
+            return out
+
+        with moshi_c.Session(model, seed=1, keep_logits=True) as session:
+            for codes in user[:110]:
+                session.step_codes(codes.astype(np.int32), decode=False)
+            data = session.snapshot()
+            with session.fork() as fork, moshi_c.Session.from_snapshot(model, data) as restored:
+                assert go_on(session) == go_on(fork) == go_on(restored)
 
 
 # ---- the published int8 layout -----------------------------------------------------------------

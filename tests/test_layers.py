@@ -21,6 +21,7 @@ PACKAGE = ROOT / "moshi_c"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("moshi",),
     ("hash", "status"),
+    ("ogg_opus",),
     ("os",),
     ("json", "quant"),
     ("config", "safetensors"),
@@ -29,9 +30,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("snapshot", "transformer"),
     ("depth",),
     ("lm", "mimi"),
-    ("model",),
+    ("model", "refresh"),
     ("convert", "engine"),
-    ("codec", "session"),
+    ("codec", "prefill", "session"),
 )
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row}
 
@@ -161,6 +162,15 @@ def test_the_command_line_is_on_top() -> None:
     for path in PYTHON_FILES:
         for other in imports_of(path) & IMPORTED_BY.keys():
             assert path.stem in IMPORTED_BY[other], f"{name_of(path)} imports {other}"
+
+
+def test_only_the_command_line_knows_the_server() -> None:
+    for path in PYTHON_FILES:
+        if path.stem not in ("cli", "__main__"):
+            assert "server" not in imports_of(path), name_of(path)
+    for path in PACKAGE.glob("server/*.py"):
+        text = path.read_text()
+        assert not re.search(r"from \.\.(?:cli|server)\b|from \.\. import (?!__version__)", text)
 
 
 def test_imports_have_no_circles() -> None:

@@ -143,3 +143,31 @@ def test_a_7b_folder_opens_at_once_and_stays_in_the_map(tmp_path: Path, mimi_ful
     assert measured["model_mb"] - measured["codec_mb"] < 300, measured
     # The bound on time is generous to a busy machine; benchmarks/open.py has the figure.
     assert measured["seconds"] < 20, measured
+
+
+PEAK = textwrap.dedent(
+    """
+    import json, sys
+    import moshi_c
+
+    def kb(name):
+        lines = open("/proc/self/status").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    before = kb("VmRSS")
+    codec = moshi_c.load_mimi(sys.argv[1])
+    print(json.dumps({"peak": kb("VmHWM") - before, "kept": kb("VmRSS") - before}))
+    """
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_the_codec_and_its_file_are_never_both_in_memory(mimi_full: Path) -> None:
+    path = mimi_full / "mimi.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    # A third of the file is a tensor as it lies there, as floats, and in the kernels' layout.
+    assert 1024 * (found["peak"] - found["kept"]) < path.stat().st_size / 3, found

@@ -60,6 +60,12 @@ TABLE: dict[str, Bound] = {
     "top1_tiny_int8": Bound(0.96, "the agreement in that conversation; 0.99 measured."),
     "top1_tiny_q8": Bound(0.96, "the same; 0.98 measured."),
     "top1_tiny_q4": Bound(0.87, "the same; 0.94 measured."),
+    "kl_random_kv_int8": Bound(
+        0.0017, "the same of float32 weights with int8 keys and values; 0.0008 measured."
+    ),
+    "top1_random_kv_int8": Bound(0.92, "the agreement there; 0.96 measured."),
+    "kl_tiny_kv_int8": Bound(5e-5, "the same of the package's model; 2.3e-5 measured."),
+    "top1_tiny_kv_int8": Bound(0.98, "the agreement there; 1 measured."),
     "mimi_tie": Bound(
         1e-4,
         "two codes are as good as each other when their distances to the residual differ by less"

@@ -211,6 +211,7 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
     struct cpu_backend *cpu = cpu_backend(backend);
     size_t threads = (size_t)backend->threads;
     void *activations = cpu->activations, *scores = cpu->scores, *nearest = cpu->nearest;
+    void *fresh = cpu->fresh;
     int status;
 
     /* embed needs two rows; attend puts the query beside the scores, and a query is no wider than
@@ -218,13 +219,17 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
     status = grow(&activations, &cpu->activation_floats, ((size_t)rows + 1) * padded(columns),
                   sizeof(float));
     cpu->activations = activations;
+    if (status == MOSHI_OK)
+        status = grow(&fresh, &cpu->fresh_floats, 2 * (size_t)rows * padded(columns),
+                      sizeof(float));
+    cpu->fresh = fresh;
     if (status == MOSHI_OK) {
-        size_t capacity = cpu->keys * threads;
+        size_t queries = ATTEND_STEPS * threads, capacity = cpu->keys * queries;
 
-        status = grow(&scores, &capacity, (padded(keys) + padded(columns)) * threads,
+        status = grow(&scores, &capacity, (padded(keys + ATTEND_STEPS) + padded(columns)) * queries,
                       sizeof(float));
         cpu->scores = scores;
-        cpu->keys = capacity / threads;
+        cpu->keys = capacity / queries;
     }
     if (status == MOSHI_OK) {
         size_t capacity = cpu->rows * threads;
@@ -266,7 +271,8 @@ static void cpu_destroy(struct backend *backend)
     threads = (size_t)backend->threads;
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
-    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * sizeof(float));
+    if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
     free(cpu);
 }

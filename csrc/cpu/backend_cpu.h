@@ -9,6 +9,9 @@
 /* Jobs of fewer multiply-adds than this are not worth waking a thread for. */
 #define PARALLEL_WORK 16384
 
+/* Queries of one head that read the cache together. */
+#define ATTEND_STEPS 6
+
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -16,7 +19,9 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
-    float *scores; /* [threads][keys]: a query, then its scores */
+    float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
+    size_t fresh_floats;
+    float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
     size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;
@@ -44,16 +49,19 @@ static inline void cpu_parallel(struct cpu_backend *cpu, pool_function *function
  * a range of outputs, and stores what becomes of them. */
 struct product {
     const struct matrix *weight;
-    int n, steps;           /* rows of the call, and rows of A for each of them */
-    const uint8_t *active;  /* [n] or NULL: all; other rows are skipped */
-    const float *a;         /* row (i, t) begins at a + i * row_stride + t * step_stride */
+    int n, steps; /* rows of the call, and rows of A for each of them */
+    const uint8_t *active; /* [n] or NULL: all; other rows are skipped */
+    const float *a; /* row (i, t) begins at a + i * row_stride + t * step_stride */
     size_t row_stride, step_stride;
     const struct norm *norm; /* applied to the rows of A first, or NULL */
-    int halves;              /* 2: finish gets output o and output o + W.rows/2 together */
+    int halves; /* 2: finish gets output o and output o + W.rows/2 together */
     /* sums[count] of outputs first.. of A's row (i, t), row = i * steps + t; other: of the second
      * half. Both may be written to. */
     void (*finish)(const struct product *product, int row, int first, int count, float *sums,
                    const float *other);
+    /* Or, of a whole matrix, the same for rows row.. that lie `stride` apart. */
+    void (*finish_rows)(const struct product *product, int row, int rows, int first, int count,
+                        const float *sums, size_t stride);
     const void *op;
     struct cpu_backend *cpu;
 };
@@ -90,12 +98,19 @@ static inline char *kv_address(const struct kv_cache *cache, int lane, int layer
     int64_t block = position % ((int64_t)cache->pages_per_lane * cache->page_positions);
     int page = cache->table[(size_t)lane * (size_t)cache->pages_per_lane +
                             (size_t)(block / cache->page_positions)];
-    size_t row = (((size_t)layer * 2 + (size_t)value) * (size_t)cache->kv_heads + (size_t)head) *
-                     (size_t)cache->page_positions +
-                 (size_t)(block % cache->page_positions);
+    size_t plane = ((size_t)layer * 2 + (size_t)value) * (size_t)cache->kv_heads + (size_t)head;
 
-    return (char *)cache->pages + (size_t)page * cache->page_bytes +
-           row * (size_t)cache->head_dim * (cache->dtype == MOSHI_BF16 ? 2 : 4);
+    return (char *)cache->pages + (size_t)page * cache->page_bytes + plane * kv_plane_bytes(cache) +
+           (size_t)(block % cache->page_positions) * kv_row_bytes(cache);
+}
+
+/* The scale of the row at such an address, of MOSHI_INT8. */
+static inline float *kv_scale(const struct kv_cache *cache, char *row, int64_t position)
+{
+    size_t within = (size_t)(position % cache->page_positions);
+    char *scales = row + ((size_t)cache->page_positions - within) * kv_row_bytes(cache);
+
+    return (float *)(void *)scales + within;
 }
 
 #endif

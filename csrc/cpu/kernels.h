@@ -71,12 +71,14 @@ struct cpu_kernels {
     void (*gate)(const float *g, const float *v, size_t n, float *y); /* silu(g) * v */
     void (*add)(const float *u, size_t n, float *y);                  /* y += u */
     void (*add_scaled)(const float *u, const float *scale, size_t n, float *y); /* y += scale*u */
-    /* y = (u + bias) + residual; bias and residual may be NULL. */
-    void (*finish)(const float *u, const float *bias, const float *residual, size_t n, float *y);
+    /* y[r] = (u[r] + bias) + residual[r] for rows of n numbers; rows of u are u_stride apart, the
+     * others' y_stride. bias and residual may be NULL. */
+    void (*finish)(const float *u, size_t u_stride, const float *bias, const float *residual,
+                   int rows, size_t n, float *y, size_t y_stride);
 
     /* x = softmax(scale * x), in place; n >= 1 */
     void (*softmax)(float *x, int n, float scale);
-    /* y[width] += sum over j of p[j] * values[j][width]; f32 and bf16 only */
+    /* y[width] += sum over j of p[j] * values[j][width]; f32, bf16 and codes of int8 */
     void (*mix[WEIGHT_FORMATS])(const float *p, const void *values, int n, int width, float *y);
 };
 

@@ -851,8 +851,7 @@ void add_avx2(const float *u, size_t n, float *y)
     for (; i < n; i++) y[i] += u[i];
 }
 
-static void finish_avx2(const float *u, const float *bias, const float *residual, size_t n,
-                        float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -864,6 +863,15 @@ static void finish_avx2(const float *u, const float *bias, const float *residual
         _mm256_storeu_ps(y + i, v);
     }
     for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
+static void finish_avx2(const float *u, size_t u_stride, const float *bias, const float *residual,
+                        int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
 }
 
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y)
@@ -965,6 +973,9 @@ void softmax_avx2(float *x, int n, float scale)
 
 INLINE __m256 load_values(enum weight_format format, const char *from)
 {
+    if (format == WEIGHT_INT8)
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)from)));
     return format == WEIGHT_F32 ? _mm256_loadu_ps((const float *)(const void *)from)
                                 : widen_bf16((const uint16_t *)(const void *)from);
 }
@@ -998,7 +1009,9 @@ INLINE void mix_rows(enum weight_format format, int J, const float *p, const cha
         for (int j = 0; j < J; j++) {
             const char *at = values + (size_t)j * row_bytes + (size_t)d * bytes;
             float value = format == WEIGHT_F32 ? *(const float *)(const void *)at
-                                               : bf16_to_f32(*(const uint16_t *)(const void *)at);
+                          : format == WEIGHT_INT8
+                              ? *(const int8_t *)at
+                              : bf16_to_f32(*(const uint16_t *)(const void *)at);
 
             y[d] = fmaf(p[j], value, y[d]);
         }
@@ -1016,14 +1029,19 @@ INLINE void mix(enum weight_format format, const float *p, const void *values, i
     for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
 }
 
-void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_F32, p, values, n, width, y);
 }
 
-void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
+static void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y)
 {
     mix(WEIGHT_BF16, p, values, n, width, y);
+}
+
+static void mix_int8_avx2(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
 }
 
 const struct cpu_kernels kernels_avx2 = {
@@ -1044,7 +1062,7 @@ const struct cpu_kernels kernels_avx2 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx2,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
+    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2, mix_int8_avx2},
 };
 
 #if defined(__clang__)

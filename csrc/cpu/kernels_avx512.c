@@ -72,6 +72,17 @@ INLINE __m256 fold8(const __m512 *s)
     return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x88), _mm256_shuffle_ps(ab, cd, 0xdd));
 }
 
+/* Four of them, likewise. */
+INLINE __m128 fold4(const __m512 *s)
+{
+    __m256 ab = fold_pair(s[0], s[1]), cd = fold_pair(s[2], s[3]);
+    __m256 four = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    __m128 ac = _mm256_castps256_ps128(four), bd = _mm256_extractf128_ps(four, 1);
+
+    ac = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xdd));
+    return _mm_shuffle_ps(ac, ac, 0xd8);
+}
+
 /* ---- rows of weights times rows of activations ------------------------------------------ */
 
 static void arrange_bf16_avx512(const float *x, int columns, float *y)
@@ -179,9 +190,10 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
     for (int r = 0; r < R; r++) {
         if (O == 8) {
             _mm256_storeu_ps(y + (size_t)r * stride, fold8(s[r]));
+        } else if (O == 4) {
+            _mm_storeu_ps(y + (size_t)r * stride, fold4(s[r]));
         } else {
-            UNROLL
-            for (int o = 0; o < O; o++) y[(size_t)r * stride + (size_t)o] = fold(s[r][o]);
+            y[(size_t)r * stride] = fold(s[r][0]);
         }
     }
 }
@@ -260,38 +272,51 @@ static void dot_int8_avx512(const void *w, int columns, int outputs, const float
 
 /* ---- panels of floats ------------------------------------------------------------------- */
 
+/* What a tile of four panels brings nearer while others wait for it, `step` bytes further at each
+ * column. */
+struct stream {
+    const char *from;
+    size_t step;
+};
+
 /* Columns begin..end-1 of R rows and P panels, which lie `columns` * PANEL floats apart. The sums go
- * on from y, except at the first column. */
-INLINE void panel_tile(int R, int P, const float *w, int columns, int begin, int end,
-                       const float *const *x, int fetch, float *y, size_t stride)
+ * on from y, except at the first column. ahead: fetches its panels AHEAD of their use. */
+INLINE void panel_tile(int R, int P, const float *w, size_t columns, size_t begin, size_t end,
+                       const float *const *x, int ahead, struct stream next, float *y,
+                       size_t stride)
 {
-    size_t panel = (size_t)columns * PANEL;
-    int wrap = columns - AHEAD / (4 * PANEL);
+    size_t panel = columns * PANEL,
+           wrap = columns < AHEAD / (4 * PANEL) ? 0 : columns - AHEAD / (4 * PANEL);
+    const float *rows[12];
     __m512 sums[12][4];
 
     UNROLL
     for (int r = 0; r < R; r++) {
+        rows[r] = x[r];
         UNROLL
         for (int p = 0; p < P; p++)
             sums[r][p] = begin ? _mm512_loadu_ps(y + (size_t)r * stride + PANEL * p)
                                : _mm512_setzero_ps();
     }
-    w += (size_t)begin * PANEL;
-    for (int k = begin; k < end; k++, w += PANEL) {
+    w += begin * PANEL;
+    for (size_t k = begin; k < end; k++, w += PANEL) {
         __m512 weights[4];
 
-        if (fetch) {
-            size_t ahead = AHEAD / 4 + (k >= wrap ? (size_t)(P - 1) * panel : 0);
+        if (ahead) {
+            size_t far = AHEAD / 4 + (k >= wrap ? (size_t)(P - 1) * panel : 0);
 
             UNROLL
             for (int p = 0; p < P; p++)
-                _mm_prefetch((const char *)(w + (size_t)p * panel + ahead), _MM_HINT_T0);
+                _mm_prefetch((const char *)(w + (size_t)p * panel + far), _MM_HINT_T0);
+        } else if (P == 4) {
+            _mm_prefetch(next.from, _MM_HINT_T1);
+            next.from += next.step;
         }
         UNROLL
         for (int p = 0; p < P; p++) weights[p] = _mm512_loadu_ps(w + (size_t)p * panel);
         UNROLL
         for (int r = 0; r < R; r++) {
-            __m512 a = _mm512_set1_ps(x[r][k]);
+            __m512 a = _mm512_set1_ps(rows[r][k]);
 
             UNROLL
             for (int p = 0; p < P; p++) sums[r][p] = _mm512_fmadd_ps(a, weights[p], sums[r][p]);
@@ -305,79 +330,113 @@ INLINE void panel_tile(int R, int P, const float *w, int columns, int begin, int
     }
 }
 
-#define PANEL_CASE(R, P)                                                                           \
+static const struct stream no_stream = {NULL, 0};
+
+#define PANEL_CASE(R, P, ahead, next)                                                              \
     case R:                                                                                        \
-        panel_tile(R, P, w, columns, begin, end, x, fetch, y, stride);                             \
+        panel_tile(R, P, w, columns, begin, end, x, ahead, next, y, stride);                       \
         break;
 
-static void panel_tiles_4(int R, const float *w, int columns, int begin, int end,
-                          const float *const *x, int fetch, float *y, size_t stride)
+/* All columns of up to six rows. */
+static void panels_alone_4(int R, const float *w, size_t columns, const float *const *x, float *y,
+                           size_t stride)
 {
+    const size_t begin = 0, end = columns;
+
     switch (R) {
-        PANEL_CASE(1, 4)
-        PANEL_CASE(2, 4)
-        PANEL_CASE(3, 4)
-        PANEL_CASE(4, 4)
-        PANEL_CASE(5, 4)
-        PANEL_CASE(6, 4)
+        PANEL_CASE(1, 4, 1, no_stream)
+        PANEL_CASE(2, 4, 1, no_stream)
+        PANEL_CASE(3, 4, 1, no_stream)
+        PANEL_CASE(4, 4, 1, no_stream)
+        PANEL_CASE(5, 4, 1, no_stream)
+        PANEL_CASE(6, 4, 1, no_stream)
     }
 }
 
-static void panel_tiles_1(int R, const float *w, int columns, int begin, int end,
-                          const float *const *x, int fetch, float *y, size_t stride)
+/* One of several tiles, which have three rows or more. */
+static void panels_shared_4(int R, const float *w, size_t columns, size_t begin, size_t end,
+                            const float *const *x, struct stream next, float *y, size_t stride)
 {
     switch (R) {
-        PANEL_CASE(1, 1)
-        PANEL_CASE(2, 1)
-        PANEL_CASE(3, 1)
-        PANEL_CASE(4, 1)
-        PANEL_CASE(5, 1)
-        PANEL_CASE(6, 1)
-        PANEL_CASE(7, 1)
-        PANEL_CASE(8, 1)
-        PANEL_CASE(9, 1)
-        PANEL_CASE(10, 1)
-        PANEL_CASE(11, 1)
-        PANEL_CASE(12, 1)
+        PANEL_CASE(3, 4, 0, next)
+        PANEL_CASE(4, 4, 0, next)
+        PANEL_CASE(5, 4, 0, next)
+        PANEL_CASE(6, 4, 0, next)
     }
 }
 
-static void panel_tiles_2(int R, const float *w, int columns, int begin, int end,
-                          const float *const *x, int fetch, float *y, size_t stride)
+static void panel_tiles_1(int R, const float *w, size_t columns, size_t begin, size_t end,
+                          const float *const *x, int ahead, float *y, size_t stride)
 {
     switch (R) {
-        PANEL_CASE(1, 2)
-        PANEL_CASE(2, 2)
-        PANEL_CASE(3, 2)
-        PANEL_CASE(4, 2)
-        PANEL_CASE(5, 2)
-        PANEL_CASE(6, 2)
-        PANEL_CASE(7, 2)
-        PANEL_CASE(8, 2)
-        PANEL_CASE(9, 2)
-        PANEL_CASE(10, 2)
-        PANEL_CASE(11, 2)
-        PANEL_CASE(12, 2)
+        PANEL_CASE(1, 1, ahead, no_stream)
+        PANEL_CASE(2, 1, ahead, no_stream)
+        PANEL_CASE(3, 1, ahead, no_stream)
+        PANEL_CASE(4, 1, ahead, no_stream)
+        PANEL_CASE(5, 1, ahead, no_stream)
+        PANEL_CASE(6, 1, ahead, no_stream)
+        PANEL_CASE(7, 1, ahead, no_stream)
+        PANEL_CASE(8, 1, ahead, no_stream)
+        PANEL_CASE(9, 1, ahead, no_stream)
+        PANEL_CASE(10, 1, ahead, no_stream)
+        PANEL_CASE(11, 1, ahead, no_stream)
+        PANEL_CASE(12, 1, ahead, no_stream)
     }
+}
+
+static void panel_tiles_2(int R, const float *w, size_t columns, size_t begin, size_t end,
+                          const float *const *x, int ahead, float *y, size_t stride)
+{
+    switch (R) {
+        PANEL_CASE(1, 2, ahead, no_stream)
+        PANEL_CASE(2, 2, ahead, no_stream)
+        PANEL_CASE(3, 2, ahead, no_stream)
+        PANEL_CASE(4, 2, ahead, no_stream)
+        PANEL_CASE(5, 2, ahead, no_stream)
+        PANEL_CASE(6, 2, ahead, no_stream)
+        PANEL_CASE(7, 2, ahead, no_stream)
+        PANEL_CASE(8, 2, ahead, no_stream)
+        PANEL_CASE(9, 2, ahead, no_stream)
+        PANEL_CASE(10, 2, ahead, no_stream)
+        PANEL_CASE(11, 2, ahead, no_stream)
+        PANEL_CASE(12, 2, ahead, no_stream)
+    }
+}
+
+/* What tile t of `tiles` fetches during columns begin..end-1: of the next span of four panels, which
+ * begins at column 0 of the four after these when the columns end, a panel's or, of more than four
+ * tiles, half a panel's. */
+static struct stream next_span(const float *w, size_t columns, size_t begin, size_t end, int t,
+                               int tiles)
+{
+    size_t half = t & 4 ? (end - begin) / 2 : 0;
+    size_t column = (size_t)(t & 3) * columns + (end < columns ? end : 4 * columns) + half;
+
+    return (struct stream){(const char *)(w + column * PANEL), tiles > 4 ? 32 : 64};
 }
 
 /* All rows with P panels: the columns in spans, so that a span of the panels stays in the first cache
  * while the rows pass. */
-static void panel_group(int P, const float *w, int columns, const float *const *x, int rows,
+static void panel_group(int P, const float *w, size_t columns, const float *const *x, int rows,
                         float *y, size_t stride)
 {
     int most = P == 4 ? 6 : 12, tiles = (rows + most - 1) / most;
-    int span = tiles > 1 ? SPAN / P : columns;
+    size_t span = tiles > 1 ? SPAN / (size_t)P : columns;
 
-    for (int begin = 0; begin < columns; begin += span) {
-        int end = columns - begin < span ? columns : begin + span;
+    if (P == 4 && tiles == 1) {
+        panels_alone_4(rows, w, columns, x, y, stride);
+        return;
+    }
+    for (size_t begin = 0; begin < columns; begin += span) {
+        size_t end = columns - begin < span ? columns : begin + span;
 
         for (int t = 0; t < tiles; t++) {
             int r = tile_start(rows, tiles, t), height = tile_start(rows, tiles, t + 1) - r;
             float *to = y + (size_t)r * stride;
 
             if (P == 4)
-                panel_tiles_4(height, w, columns, begin, end, x + r, t == 0, to, stride);
+                panels_shared_4(height, w, columns, begin, end, x + r,
+                                next_span(w, columns, begin, end, t, tiles), to, stride);
             else if (P == 2)
                 panel_tiles_2(height, w, columns, begin, end, x + r, t == 0, to, stride);
             else
@@ -392,8 +451,8 @@ static void panels_f32_avx512(const void *w, int columns, int panels, const floa
 {
     for (int p = 0, P; p < panels; p += P) {
         P = panels - p >= 4 ? 4 : panels - p >= 2 ? 2 : 1;
-        panel_group(P, (const float *)w + (size_t)p * (size_t)columns * PANEL, columns, x, rows,
-                    y + p * PANEL, stride);
+        panel_group(P, (const float *)w + (size_t)p * (size_t)columns * PANEL, (size_t)columns, x,
+                    rows, y + p * PANEL, stride);
     }
 }
 
@@ -572,8 +631,7 @@ static void elu_avx512(const float *x, size_t n, float *y)
     }
 }
 
-static void finish_avx512(const float *u, const float *bias, const float *residual, size_t n,
-                          float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     for (size_t i = 0; i < n; i += 16) {
         __mmask16 some = n - i < 16 ? lanes((int)(n - i)) : (__mmask16)0xffff;
@@ -583,6 +641,75 @@ static void finish_avx512(const float *u, const float *bias, const float *residu
         if (residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, residual + i));
         _mm512_mask_storeu_ps(y + i, some, v);
     }
+}
+
+static void finish_avx512(const float *u, size_t u_stride, const float *bias, const float *residual,
+                          int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
+}
+
+/* ---- attention -------------------------------------------------------------------------- */
+
+/* y += the sum of J rows; as in kernels_avx2.c, bit for bit. */
+INLINE void mix_rows(enum weight_format format, int J, const float *p, const char *values,
+                     int width, float *y)
+{
+    size_t bytes = weight_bytes(format), row_bytes = (size_t)width * bytes;
+    __m512 weights[8];
+
+    UNROLL
+    for (int j = 0; j < J; j++) weights[j] = _mm512_set1_ps(p[j]);
+    for (int d = 0; d < width; d += 16) {
+        __mmask16 some = lanes(width - d);
+        __m512 sum = _mm512_maskz_loadu_ps(some, y + d);
+
+        UNROLL
+        for (int j = 0; j < J; j++) {
+            const char *at = values + (size_t)j * row_bytes + (size_t)d * bytes;
+            __m512 value;
+
+            if (d % (64 / (int)bytes) == 0) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+            if (format == WEIGHT_F32)
+                value = _mm512_maskz_loadu_ps(some, at);
+            else if (format == WEIGHT_INT8)
+                value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, at)));
+            else
+                value = _mm512_castsi512_ps(_mm512_slli_epi32(
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, at)), 16));
+            sum = _mm512_fmadd_ps(weights[j], value, sum);
+        }
+        _mm512_mask_storeu_ps(y + d, some, sum);
+    }
+}
+
+INLINE void mix(enum weight_format format, const float *p, const void *values, int n, int width,
+                float *y)
+{
+    size_t row_bytes = (size_t)width * weight_bytes(format);
+    const char *from = values;
+    int j = 0;
+
+    for (; j + 8 <= n; j += 8) mix_rows(format, 8, p + j, from + (size_t)j * row_bytes, width, y);
+    for (; j < n; j++) mix_rows(format, 1, p + j, from + (size_t)j * row_bytes, width, y);
+}
+
+static void mix_f32_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_F32, p, values, n, width, y);
+}
+
+static void mix_bf16_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_BF16, p, values, n, width, y);
+}
+
+static void mix_int8_avx512(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
 }
 
 const struct cpu_kernels kernels_avx512 = {
@@ -604,7 +731,7 @@ const struct cpu_kernels kernels_avx512 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx512,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2},
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx512},
 };
 
 #if defined(__clang__)

@@ -261,11 +261,14 @@ static void add_scaled_generic(const float *u, const float *scale, size_t n, flo
     for (size_t i = 0; i < n; i++) y[i] += scale[i] * u[i];
 }
 
-static void finish_generic(const float *u, const float *bias, const float *residual, size_t n,
-                           float *y)
+static void finish_generic(const float *u, size_t u_stride, const float *bias,
+                           const float *residual, int rows, size_t n, float *y, size_t y_stride)
 {
-    for (size_t i = 0; i < n; i++)
-        y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        for (size_t i = 0; i < n; i++)
+            y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+        if (residual) residual += y_stride;
+    }
 }
 
 static void softmax_generic(float *x, int n, float scale)
@@ -296,6 +299,14 @@ static void mix_bf16_generic(const float *p, const void *values, int n, int widt
         for (int d = 0; d < width; d++) y[d] += p[j] * bf16_to_f32(v[d]);
 }
 
+static void mix_int8_generic(const float *p, const void *values, int n, int width, float *y)
+{
+    const int8_t *v = values;
+
+    for (int j = 0; j < n; j++, v += width)
+        for (int d = 0; d < width; d++) y[d] += p[j] * v[d];
+}
+
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
     .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_codes_generic,
@@ -315,5 +326,5 @@ const struct cpu_kernels kernels_generic = {
     .add_scaled = add_scaled_generic,
     .finish = finish_generic,
     .softmax = softmax_generic,
-    .mix = {mix_f32_generic, NULL, mix_bf16_generic},
+    .mix = {mix_f32_generic, NULL, mix_bf16_generic, mix_int8_generic},
 };

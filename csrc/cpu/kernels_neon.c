@@ -493,8 +493,7 @@ static void add_scaled_neon(const float *u, const float *scale, size_t n, float 
     for (; i < n; i++) y[i] = fmaf(scale[i], u[i], y[i]);
 }
 
-static void finish_neon(const float *u, const float *bias, const float *residual, size_t n,
-                        float *y)
+INLINE void finish_row(const float *u, const float *bias, const float *residual, size_t n, float *y)
 {
     size_t i = 0;
 
@@ -506,6 +505,15 @@ static void finish_neon(const float *u, const float *bias, const float *residual
         vst1q_f32(y + i, v);
     }
     for (; i < n; i++) y[i] = (u[i] + (bias ? bias[i] : 0)) + (residual ? residual[i] : 0);
+}
+
+static void finish_neon(const float *u, size_t u_stride, const float *bias, const float *residual,
+                        int rows, size_t n, float *y, size_t y_stride)
+{
+    for (; rows > 0; rows--, u += u_stride, y += y_stride) {
+        finish_row(u, bias, residual, n, y);
+        if (residual) residual += y_stride;
+    }
 }
 
 /* ---- reductions over one row ------------------------------------------------------------ */
@@ -641,6 +649,11 @@ static void mix_bf16_neon(const float *p, const void *values, int n, int width, 
     mix(WEIGHT_BF16, p, values, n, width, y);
 }
 
+static void mix_int8_neon(const float *p, const void *values, int n, int width, float *y)
+{
+    mix(WEIGHT_INT8, p, values, n, width, y);
+}
+
 #define TABLE(isa)                                                                                 \
     const struct cpu_kernels kernels_##isa = {                                                     \
         .name = #isa,                                                                              \
@@ -661,7 +674,7 @@ static void mix_bf16_neon(const float *p, const void *values, int n, int width, 
         .add_scaled = add_scaled_neon,                                                             \
         .finish = finish_neon,                                                                     \
         .softmax = softmax_neon,                                                                   \
-        .mix = {mix_f32_neon, NULL, mix_bf16_neon},                                                \
+        .mix = {mix_f32_neon, NULL, mix_bf16_neon, mix_int8_neon},                                 \
     }
 TABLE(neon);
 TABLE(neon_dot);

@@ -9,6 +9,7 @@
 #define MOSHI_CPU_KERNELS_NEON_H
 
 #include <arm_neon.h>
+#include <string.h>
 
 #include "kernels.h"
 #include "shared.h"
@@ -36,6 +37,12 @@ INLINE float32x4_t load_four(enum weight_format format, const char *from)
 {
     const uint16_t *h = (const uint16_t *)(const void *)from;
 
+    if (format == WEIGHT_INT8) {
+        int8_t codes[8] = {0};
+
+        memcpy(codes, from, 4);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(codes)))));
+    }
     if (format == WEIGHT_F32) return vld1q_f32((const float *)(const void *)from);
     if (format == WEIGHT_F16) return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(h)));
     return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(h)), 16));

@@ -18,8 +18,6 @@ void gate_avx2(const float *g, const float *v, size_t n, float *y);
 void add_avx2(const float *u, size_t n, float *y);
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y);
 void softmax_avx2(float *x, int n, float scale);
-void mix_f32_avx2(const float *p, const void *values, int n, int width, float *y);
-void mix_bf16_avx2(const float *p, const void *values, int n, int width, float *y);
 
 #endif
 #endif

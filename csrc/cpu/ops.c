@@ -176,52 +176,101 @@ static void visible(const struct op_attend *op, int i, int t, int64_t *begin, in
     }
 }
 
-/* One query of one head: scores of all keys, softmax, weighted sum of the values; position by
- * position within the runs that lie together in a page. */
-static void attend_one(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
-                       int head, float *scratch)
+/* Positions that lie together in a page. */
+struct run {
+    char *at;
+    const float *scales; /* of MOSHI_INT8, else NULL */
+    int count;
+};
+
+static struct run next_run(const struct op_attend *op, int lane, int value, int head, int64_t first,
+                           int64_t end)
+{
+    int page = op->cache->page_positions, count = page - (int)(first % page);
+    char *at = kv_address(op->cache, lane, op->layer, value, head, first);
+
+    return (struct run){at, op->cache->dtype == MOSHI_INT8 ? kv_scale(op->cache, at, first) : NULL,
+                        end - first < count ? (int)(end - first) : count};
+}
+
+static void scale_some(float *x, const float *scales, int n)
+{
+    for (int i = 0; i < n; i++) x[i] *= scales[i];
+}
+
+/* Queries t..t+n-1 of one head: scores of all keys that one of them sees, each one's softmax, weighted
+ * sums of the values. Run by run, so that what is read of the cache serves all of them. */
+static void attend_some(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
+                        int n, int head, float *scratch)
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
-    enum weight_format format = cache->dtype == MOSHI_BF16 ? WEIGHT_BF16 : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i];
+    enum weight_format format = cache->dtype == MOSHI_BF16   ? WEIGHT_BF16
+                                : cache->dtype == MOSHI_INT8 ? WEIGHT_INT8
+                                                             : WEIGHT_F32;
+    int dim = cache->head_dim, lane = op->rows.lane[i], coded = format == WEIGHT_INT8;
     int kv_head = head / (op->heads / cache->kv_heads);
-    size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * (size_t)op->heads + (size_t)head;
-    float *y = op->y + row * (size_t)dim, *scores = scratch + padded(dim);
-    const float *query = scratch;
-    int64_t begin, end;
+    size_t step = (size_t)op->heads * (size_t)dim;
+    size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * step + (size_t)head * (size_t)dim;
+    float *y = op->y + row, *scores = scratch + padded(dim);
+    const float *queries[ATTEND_STEPS];
+    int64_t begin[ATTEND_STEPS] = {0}, end[ATTEND_STEPS] = {0};
+    struct run run;
 
-    memset(y, 0, (size_t)dim * sizeof *y);
-    visible(op, i, t, &begin, &end);
-    if (begin >= end) return;
-    kernels->arrange[format](op->q + row * (size_t)dim, dim, scratch);
-    for (int value = 0; value < 2; value++) {
-        for (int64_t j = begin; j < end;) {
-            int run = cache->page_positions - (int)(j % cache->page_positions);
-            const char *at = kv_address(cache, lane, op->layer, value, kv_head, j);
-
-            if (run > end - j) run = (int)(end - j);
-            if (!value)
-                kernels->dot[format](at, dim, run, &query, 1, scores + (j - begin), 0);
-            else
-                kernels->mix[format](scores + (j - begin), at, run, dim, y);
-            j += run;
-        }
-        if (!value) kernels->softmax(scores, (int)(end - begin), 1.0f / sqrtf((float)dim));
+    for (int q = 0; q < n; q++) {
+        queries[q] = scratch + (size_t)q * cpu->keys;
+        kernels->arrange[coded ? WEIGHT_F32 : format](op->q + row + (size_t)q * step, dim,
+                                                      scratch + (size_t)q * cpu->keys);
+        memset(y + (size_t)q * step, 0, (size_t)dim * sizeof *y);
+        visible(op, i, t + q, &begin[q], &end[q]);
     }
+    /* The first one sees the oldest key, the last one the newest. */
+    for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
+        run = next_run(op, lane, 0, kv_head, j, end[n - 1]);
+        kernels->dot[format](run.at, dim, run.count, queries, n, scores + (j - begin[0]),
+                             cpu->keys);
+        for (int q = 0; run.scales && q < n; q++)
+            scale_some(scores + (size_t)q * cpu->keys + (j - begin[0]), run.scales, run.count);
+    }
+    for (int q = 0; q < n; q++)
+        if (begin[q] < end[q])
+            kernels->softmax(scores + (size_t)q * cpu->keys + (begin[q] - begin[0]),
+                             (int)(end[q] - begin[q]), 1.0f / sqrtf((float)dim));
+    for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
+        run = next_run(op, lane, 1, kv_head, j, end[n - 1]);
+        for (int q = 0; q < n; q++) {
+            int64_t from = begin[q] > j ? begin[q] : j;
+            int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+
+            float *weights = scores + (size_t)q * cpu->keys + (from - begin[0]);
+            size_t first = (size_t)(from - j);
+
+            if (from >= to) continue;
+            if (run.scales) scale_some(weights, run.scales + first, (int)(to - from));
+            kernels->mix[format](weights, run.at + first * kv_row_bytes(cache), (int)(to - from),
+                                 dim, y + (size_t)q * step);
+        }
+    }
+}
+
+static int attend_tiles(const struct op_attend *op)
+{
+    return (op->steps + ATTEND_STEPS - 1) / ATTEND_STEPS;
 }
 
 static void attend_task(void *arg, int part, int first, int last)
 {
     const struct row_job *job = arg;
     const struct op_attend *op = job->op;
-    float *scratch = job->cpu->scores + (size_t)part * job->cpu->keys;
+    float *scratch = job->cpu->scores + (size_t)part * ATTEND_STEPS * job->cpu->keys;
+    int tiles = attend_tiles(op);
 
     for (int task = first; task < last; task++) {
-        int head = task % op->heads, t = task / op->heads % op->steps;
-        int i = task / op->heads / op->steps;
+        int head = task % op->heads, t = task / op->heads % tiles * ATTEND_STEPS;
+        int i = task / op->heads / tiles;
+        int n = op->steps - t < ATTEND_STEPS ? op->steps - t : ATTEND_STEPS;
 
-        if (op->rows.active[i]) attend_one(job->cpu, op, i, t, head, scratch);
+        if (op->rows.active[i]) attend_some(job->cpu, op, i, t, n, head, scratch);
     }
 }
 
@@ -237,7 +286,8 @@ void cpu_attend(struct backend *backend, const struct op_attend *op)
         if (!op->rows.active[i]) continue;
         for (int t = 0; t < op->steps; t++) {
             visible(op, i, t, &begin, &end);
-            if (end - begin + (int64_t)padded(op->cache->head_dim) > (int64_t)job.cpu->keys) {
+            if (end - begin + ATTEND_STEPS + (int64_t)padded(op->cache->head_dim) >
+                (int64_t)job.cpu->keys) {
                 backend_fail(backend, MOSHI_ERROR_INTERNAL,
                              "%s: %lld keys exceed the reserved scratch", op->name,
                              (long long)(end - begin));
@@ -246,7 +296,7 @@ void cpu_attend(struct backend *backend, const struct op_attend *op)
             keys += (double)(end - begin);
         }
     }
-    cpu_parallel(job.cpu, attend_task, &job, op->rows.n * op->steps * op->heads,
+    cpu_parallel(job.cpu, attend_task, &job, op->rows.n * attend_tiles(op) * op->heads,
                  keys * op->heads * op->cache->head_dim * 2);
 }
 

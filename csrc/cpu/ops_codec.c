@@ -83,15 +83,15 @@ static void keep_history(const struct fill *f, float *history)
                    f->work + (size_t)i * (past + new) + new, past * sizeof *history);
 }
 
-static void finish_conv(const struct product *p, int row, int first, int count, float *sums,
-                        const float *other)
+static void finish_conv(const struct product *p, int row, int rows, int first, int count,
+                        const float *sums, size_t stride)
 {
     const struct op_conv *op = p->op;
-    size_t at = (size_t)row * (size_t)op->conv->out + (size_t)first;
+    size_t out = (size_t)op->conv->out, at = (size_t)row * out + (size_t)first;
 
-    (void)other;
-    p->cpu->kernels->finish(sums, op->conv->bias ? op->conv->bias + first : NULL,
-                            op->residual ? op->residual + at : NULL, (size_t)count, op->y + at);
+    p->cpu->kernels->finish(sums, stride, op->conv->bias ? op->conv->bias + first : NULL,
+                            op->residual ? op->residual + at : NULL, rows, (size_t)count,
+                            op->y + at, out);
 }
 
 void cpu_conv(struct backend *backend, const struct op_conv *op)
@@ -115,7 +115,7 @@ void cpu_conv(struct backend *backend, const struct op_conv *op)
                         .a = op->work,
                         .row_stride = (size_t)(fill.past + op->steps) * width,
                         .step_stride = (size_t)conv->stride * width,
-                        .finish = finish_conv,
+                        .finish_rows = finish_conv,
                         .op = op};
 
     assert(op->steps % conv->stride == 0 && conv->weight.cols == conv->kernel * conv->in &&
@@ -144,8 +144,8 @@ static void finish_transposed(const struct product *p, int row, int first, int c
         int channel = (first + done) % out;
         int n = out - channel < count - done ? out - channel : count - done;
 
-        p->cpu->kernels->finish(sums + done, op->conv->bias ? op->conv->bias + channel : NULL, NULL,
-                                (size_t)n, y + done);
+        p->cpu->kernels->finish(sums + done, 0, op->conv->bias ? op->conv->bias + channel : NULL,
+                                NULL, 1, (size_t)n, y + done, 0);
         done += n;
     }
 }

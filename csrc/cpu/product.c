@@ -54,10 +54,15 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
     int index[ROWS_MAX], n = 0;
     struct block block, other;
 
-    for (; row < row_end; row++) {
-        if (!active(p, row)) continue;
-        rows[n] = row_of(p, row);
-        index[n++] = row;
+    for (int i = row / p->steps, t = row % p->steps; row < row_end; row++) {
+        if (!p->active || p->active[i]) {
+            rows[n] = p->a + (size_t)i * p->row_stride + (size_t)t * p->step_stride;
+            index[n++] = row;
+        }
+        if (++t == p->steps) {
+            t = 0;
+            i++;
+        }
     }
     if (n == 0) return;
     for (int o = first; o < end; o += BLOCK_OUTPUTS) {
@@ -66,9 +71,17 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
 
         if (p->halves == 2)
             second = multiply(p->cpu->kernels, w, o + w->rows / 2, count, rows, n, &other);
-        for (int r = 0; r < n; r++)
-            p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
-                      second ? second + r * BLOCK_STRIDE : NULL);
+        for (int r = 0, end_of_run; r < n; r = end_of_run) {
+            end_of_run = r + 1;
+            if (!p->finish_rows) {
+                p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
+                          second ? second + r * BLOCK_STRIDE : NULL);
+                continue;
+            }
+            while (end_of_run < n && index[end_of_run] == index[end_of_run - 1] + 1) end_of_run++;
+            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * BLOCK_STRIDE,
+                           BLOCK_STRIDE);
+        }
     }
 }
 
@@ -288,6 +301,9 @@ static void finish_qkv(const struct product *p, int row, int first, int count, f
             rotate(sums, from, n, op->cos_sin + (size_t)row * (size_t)dim);
         if (first < queries) {
             memcpy(op->q + (size_t)row * (size_t)queries + first, sums, (size_t)n * sizeof *sums);
+        } else if (cache->dtype == MOSHI_INT8) { /* other threads have the rest of the head */
+            memcpy(p->cpu->fresh + (size_t)row * 2 * (size_t)keys + first - queries, sums,
+                   (size_t)n * sizeof *sums);
         } else {
             int head = (first - queries - is_value * keys) / dim;
             char *to = kv_address(cache, lane, op->layer, is_value, head, position);
@@ -303,9 +319,38 @@ static void finish_qkv(const struct product *p, int row, int first, int count, f
     }
 }
 
+struct code_job {
+    struct cpu_backend *cpu;
+    const struct op_qkv *op;
+};
+
+/* Codes of the keys and values that finish_qkv has put aside; a task is one head of one row. */
+static void code_task(void *arg, int part, int first, int last)
+{
+    const struct code_job *job = arg;
+    const struct op_qkv *op = job->op;
+    const struct kv_cache *cache = op->cache;
+    int heads = cache->kv_heads, dim = cache->head_dim;
+
+    (void)part;
+    for (int task = first; task < last; task++) {
+        int head = task % heads, value = task / heads % 2, row = task / heads / 2;
+        int lane = op->rows.lane[row / op->steps];
+        int64_t position = (int64_t)op->position[lane] + row % op->steps;
+        char *to;
+
+        if (!op->rows.active[row / op->steps]) continue;
+        to = kv_address(cache, lane, op->layer, value, head, position);
+        *kv_scale(cache, to, position) = int8_row(job->cpu->fresh + (size_t)task * (size_t)dim, dim,
+                                                  (int8_t *)to);
+    }
+}
+
 void cpu_qkv(struct backend *backend, const struct op_qkv *op)
 {
     size_t width = (size_t)op->weight.cols;
+    struct code_job job = {cpu_backend(backend), op};
+    int rows = op->rows.n * op->steps, tasks = rows * 2 * op->cache->kv_heads;
     struct product p = {.weight = &op->weight,
                         .n = op->rows.n,
                         .steps = op->steps,
@@ -319,5 +364,13 @@ void cpu_qkv(struct backend *backend, const struct op_qkv *op)
 
     assert(op->weight.rows == (op->heads + 2 * op->cache->kv_heads) * op->cache->head_dim);
     assert(!op->cos_sin || op->cache->head_dim % 2 == 0);
-    product_run(cpu_backend(backend), &p);
+    if (op->cache->dtype == MOSHI_INT8 &&
+        (size_t)tasks * (size_t)op->cache->head_dim > job.cpu->fresh_floats) {
+        backend_fail(backend, MOSHI_ERROR_INTERNAL,
+                     "%s: keys and values of %d rows exceed the reserved scratch", op->name, rows);
+        return;
+    }
+    product_run(job.cpu, &p);
+    if (op->cache->dtype == MOSHI_INT8)
+        cpu_parallel(job.cpu, code_task, &job, tasks, 8.0 * tasks * op->cache->head_dim);
 }

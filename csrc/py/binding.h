@@ -96,6 +96,7 @@ struct moshi_engine *model_attach(struct model_object *self, const struct module
 void model_detach(struct model_object *self);
 
 extern PyType_Spec model_spec, session_spec, stream_spec, conversion_spec;
+extern PyType_Spec opus_reader_spec, opus_writer_spec;
 
 /* step_many(sessions, pcms, decode=True), a function of the module. */
 PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs);

@@ -317,8 +317,7 @@ void input_shape_text(const struct input *in, char text[96])
     PyOS_snprintf(text + used, 96 - used, in->ndim == 1 ? ",)" : ")");
 }
 
-/* The length when all dimensions but the last are 1, else -1. */
-static Py_ssize_t row_length(const struct input *in)
+Py_ssize_t input_row_length(const struct input *in)
 {
     for (int d = 0; d < in->ndim - 1; d++)
         if (in->shape[d] != 1) return -1;
@@ -328,7 +327,7 @@ static Py_ssize_t row_length(const struct input *in)
 int input_expect_row(const struct input *in, const struct module_state *state, Py_ssize_t n,
                      const char *what)
 {
-    if (row_length(in) == n) return 0;
+    if (input_row_length(in) == n) return 0;
     char shape[96];
     input_shape_text(in, shape);
     PyErr_Format(state->audio_error, "%s has shape %s; expected (%zd,), %s", in->name, shape, n,
@@ -339,7 +338,7 @@ int input_expect_row(const struct input *in, const struct module_state *state, P
 int input_expect_frame(const struct input *in, const struct module_state *state, int frame_size,
                        int sample_rate)
 {
-    Py_ssize_t length = row_length(in);
+    Py_ssize_t length = input_row_length(in);
     if (length == frame_size) return 0;
     if (length < 0) {
         char shape[96];

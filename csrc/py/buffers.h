@@ -27,6 +27,8 @@ int input_pcm(struct input *in, const struct module_state *state, PyObject *obje
 /* Integers of any width as int32_t. */
 int input_codes(struct input *in, const struct module_state *state, PyObject *object,
                 const char *name);
+/* n of the shape [n], or [1, n]; -1 for another shape. */
+Py_ssize_t input_row_length(const struct input *in);
 /* AudioError and -1 unless the shape is [n], or [1, n]. */
 int input_expect_row(const struct input *in, const struct module_state *state, Py_ssize_t n,
                      const char *what);

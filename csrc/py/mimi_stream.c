@@ -1,4 +1,5 @@
-/* mimi_stream.c: the type MimiStream: the codec alone, frame by frame, for a batch of signals. */
+/* mimi_stream.c: the type MimiStream: the codec alone, frame by frame, for a batch of signals, or for
+ * a whole signal in pieces. */
 #include "buffers.h"
 
 #include <limits.h>
@@ -8,7 +9,7 @@ struct stream_object {
     struct model_object *model; /* strong; attached */
     struct mimi_stream *stream;
     struct guard guard;
-    int batch;
+    int batch, whole;
     int frame_size, codebooks; /* from the model's info */
 };
 
@@ -30,7 +31,8 @@ static int stream_open(struct stream_object *self, const struct module_state *st
     self->codebooks = info->codebooks;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = mimi_stream_create(engine, self->batch, &self->stream);
+    status = self->whole ? mimi_stream_create_whole(engine, &self->stream)
+                         : mimi_stream_create(engine, self->batch, &self->stream);
     Py_END_ALLOW_THREADS
     if (status != MOSHI_OK) return raise_status(state, status);
     atomic_store(&self->guard.closed, 0);
@@ -39,17 +41,18 @@ static int stream_open(struct stream_object *self, const struct module_state *st
 
 static PyObject *stream_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"model", "batch", NULL};
+    static char *names[] = {"model", "batch", "whole", NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *model;
-    int batch = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|i:MimiStream", names, state->model_type,
-                                     &model, &batch))
+    int batch = 1, whole = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|ip:MimiStream", names, state->model_type,
+                                     &model, &batch, &whole))
         return NULL;
     struct stream_object *self = (struct stream_object *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
     guard_init(&self->guard);
-    self->batch = batch;
+    self->batch = whole ? 1 : batch;
+    self->whole = whole;
     if (stream_open(self, state, (struct model_object *)model) < 0) Py_CLEAR(self);
     return (PyObject *)self;
 }
@@ -196,6 +199,85 @@ static PyObject *stream_decode(PyObject *object, PyObject *args, PyObject *kwarg
     return pcm;
 }
 
+static PyObject *encode_samples(struct stream_object *self, const struct module_state *state,
+                                const struct input *pcm)
+{
+    if (pcm->ndim != 1) {
+        PyErr_SetString(state->audio_error, "pcm has several dimensions; expected [samples]");
+        return NULL;
+    }
+    const Py_ssize_t samples = pcm->shape[0], frame = self->frame_size;
+    npy_intp shape[2] = {self->codebooks, samples / frame + (samples % frame != 0)};
+    PyObject *codes = array_int32(2, shape);
+    if (!codes || guard_enter(&self->guard, state, THIS_STREAM) < 0) {
+        Py_XDECREF(codes);
+        return NULL;
+    }
+    int32_t *out = PyArray_DATA((PyArrayObject *)codes);
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mimi_stream_encode_piece(self->stream, pcm->data, samples, out);
+    Py_END_ALLOW_THREADS
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        raise_status(state, status);
+        Py_CLEAR(codes);
+    }
+    return codes;
+}
+
+static PyObject *stream_encode_piece(PyObject *object, PyObject *arg)
+{
+    struct stream_object *self = stream_of(object);
+    const struct module_state *state = state_of(object);
+    struct input pcm;
+    if (guard_check_open(&self->guard, state, THIS_STREAM) < 0) return NULL;
+    if (input_pcm(&pcm, state, arg, "pcm", NULL) < 0) return NULL;
+    PyObject *codes = encode_samples(self, state, &pcm);
+    input_release(&pcm);
+    return codes;
+}
+
+static PyObject *decode_codes(struct stream_object *self, const struct module_state *state,
+                              const struct input *codes)
+{
+    if (codes->ndim != 2 || codes->shape[0] > INT_MAX ||
+        codes->shape[1] > PY_SSIZE_T_MAX / self->frame_size / 4) {
+        PyErr_SetString(state->audio_error, "codes are not [codebooks, frames]");
+        return NULL;
+    }
+    const Py_ssize_t frames = codes->shape[1];
+    npy_intp shape[1] = {frames * self->frame_size};
+    PyObject *pcm = array_float32(1, shape);
+    if (!pcm || guard_enter(&self->guard, state, THIS_STREAM) < 0) {
+        Py_XDECREF(pcm);
+        return NULL;
+    }
+    float *out = PyArray_DATA((PyArrayObject *)pcm);
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = mimi_stream_decode_piece(self->stream, codes->data, (int)codes->shape[0], frames, out);
+    Py_END_ALLOW_THREADS
+    guard_leave(&self->guard);
+    if (status != MOSHI_OK) {
+        raise_status(state, status);
+        Py_CLEAR(pcm);
+    }
+    return pcm;
+}
+
+static PyObject *stream_decode_piece(PyObject *object, PyObject *arg)
+{
+    struct stream_object *self = stream_of(object);
+    const struct module_state *state = state_of(object);
+    struct input codes;
+    if (guard_check_open(&self->guard, state, THIS_STREAM) < 0) return NULL;
+    if (input_codes(&codes, state, arg, "codes") < 0) return NULL;
+    PyObject *pcm = decode_codes(self, state, &codes);
+    input_release(&codes);
+    return pcm;
+}
+
 static PyObject *stream_reset(PyObject *object, PyObject *Py_UNUSED(ignored))
 {
     struct stream_object *self = stream_of(object);
@@ -270,6 +352,12 @@ static PyMethodDef stream_methods[] = {
      PyDoc_STR("encode($self, pcm)\n--\n\nfloat32[batch, frame_size] -> int32[batch, K].")},
     {"decode", KEYWORDS(stream_decode),
      PyDoc_STR("decode($self, codes)\n--\n\nint32[batch, K] -> float32[batch, frame_size].")},
+    {"encode_piece", stream_encode_piece, METH_O,
+     PyDoc_STR("encode_piece($self, pcm, /)\n--\n\n"
+               "Of a whole signal: float32[samples] -> int32[K, frames].")},
+    {"decode_piece", stream_decode_piece, METH_O,
+     PyDoc_STR("decode_piece($self, codes, /)\n--\n\n"
+               "Of a whole signal: int32[K, frames] -> float32[frames * frame_size].")},
     {"reset", stream_reset, METH_NOARGS,
      PyDoc_STR("reset($self, /)\n--\n\nForgets what came before, both ways.")},
     {"snapshot", stream_snapshot, METH_NOARGS,

@@ -245,6 +245,7 @@ static const struct field info_fields[] = {
     INFO(TEXT, lm_path),
     INFO(TEXT, mimi_path),
     INFO(TEXT, config_path),
+    INFO(INT, threads),
     INFO(BOOL, has_lm),
     INFO(BOOL, has_mimi),
     INFO(INT, sample_rate),

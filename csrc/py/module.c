@@ -223,7 +223,7 @@ static PyMethodDef core_methods[] = {
      PyDoc_STR("measure(threads, seconds, /)\n--\n\n"
                "The best rates of reading and multiplying that the machine reached.")},
     {"step_many", KEYWORDS(sessions_step_many),
-     PyDoc_STR("step_many(sessions, pcms, decode=True)\n--\n\n"
+     PyDoc_STR("step_many(sessions, pcms, decode=True, codes=False)\n--\n\n"
                "One batched step of many sessions of one model: all of them step, or none.")},
     {NULL, NULL, 0, NULL},
 };
@@ -262,9 +262,12 @@ static int core_exec(PyObject *module)
     state->session_type = add_type(module, &session_spec);
     state->stream_type = add_type(module, &stream_spec);
     if (!state->model_type || !state->session_type || !state->stream_type) return -1;
-    PyTypeObject *conversion_type = add_type(module, &conversion_spec);
-    if (!conversion_type) return -1;
-    Py_DECREF((PyObject *)conversion_type); /* the module has its own */
+    PyType_Spec *others[] = {&conversion_spec, &opus_reader_spec, &opus_writer_spec};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        PyTypeObject *type = add_type(module, others[i]);
+        if (!type) return -1;
+        Py_DECREF((PyObject *)type); /* the module has its own */
+    }
     return PyModule_AddStringConstant(module, "__version__", moshi_version());
 }
 

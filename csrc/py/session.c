@@ -149,22 +149,43 @@ static int session_create(struct session_object *self, const struct module_state
 
 static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {
-        "model",           "seed",          "text_temperature", "text_top_k",  "audio_temperature",
-        "audio_top_k",     "cfg_coef",      "cfg_masked_until", "cfg_no_text", "conditions",
-        "null_conditions", "offline_start", "keep_logits",      NULL};
+    static char *names[] = {"model",
+                            "seed",
+                            "text_temperature",
+                            "text_top_k",
+                            "audio_temperature",
+                            "audio_top_k",
+                            "cfg_coef",
+                            "cfg_masked_until",
+                            "cfg_no_text",
+                            "conditions",
+                            "null_conditions",
+                            "offline_start",
+                            "keep_logits",
+                            "context_policy",
+                            "context_range",
+                            "context_keep",
+                            NULL};
     const struct module_state *state = PyType_GetModuleState(type);
     PyObject *model, *seed = NULL, *conditions = NULL, *null_conditions = NULL;
     PyObject *text_temperature = NULL, *text_top_k = NULL;
     PyObject *audio_temperature = NULL, *audio_top_k = NULL;
     float cfg_coef = 1.0f;
     int cfg_masked_until = -1, cfg_no_text = 0, offline_start = 0, keep_logits = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOpp:Session", names,
+    int context_range = 0, context_keep = 0;
+    const char *context_policy = "ring";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!|$OOOOOfipOOppsii:Session", names,
                                      state->model_type, &model, &seed, &text_temperature,
                                      &text_top_k, &audio_temperature, &audio_top_k, &cfg_coef,
                                      &cfg_masked_until, &cfg_no_text, &conditions, &null_conditions,
-                                     &offline_start, &keep_logits))
+                                     &offline_start, &keep_logits, &context_policy, &context_range,
+                                     &context_keep))
         return NULL;
+    if (strcmp(context_policy, "ring") != 0 && strcmp(context_policy, "refresh") != 0) {
+        PyErr_Format(PyExc_ValueError, "context_policy is '%s'; expected 'ring' or 'refresh'",
+                     context_policy);
+        return NULL;
+    }
     if (!seed) {
         PyErr_SetString(PyExc_TypeError, "Session() needs the keyword argument seed");
         return NULL;
@@ -193,6 +214,10 @@ static PyObject *session_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     options.n_null_conditions = null_list.count;
     options.start = offline_start ? MOSHI_START_OFFLINE : MOSHI_START_LIVE;
     options.keep_logits = keep_logits;
+    options.context_policy = strcmp(context_policy, "refresh") == 0 ? MOSHI_CONTEXT_REFRESH
+                                                                    : MOSHI_CONTEXT_RING;
+    options.context_range = context_range;
+    options.context_keep = context_keep;
 
     self = session_of(session_alloc(type));
     if (self && session_create(self, state, model_self, &options) < 0) Py_CLEAR(self);
@@ -276,6 +301,11 @@ static PyObject *none(void)
     Py_RETURN_NONE;
 }
 
+static const char *const events[] = {[MOSHI_EVENT_NONE] = NULL,
+                                     [MOSHI_EVENT_CONTEXT_80] = "context_80",
+                                     [MOSHI_EVENT_REFRESH_BEGIN] = "refresh_begin",
+                                     [MOSHI_EVENT_REFRESH_END] = "refresh_end"};
+
 /* The tuple of _core.pyi. Takes the reference to pcm, which may be NULL. */
 static PyObject *frame_tuple(const struct session_object *self, const struct moshi_frame *frame,
                              PyObject *pcm)
@@ -283,9 +313,9 @@ static PyObject *frame_tuple(const struct session_object *self, const struct mos
     PyObject *codes = frame->n_codes > 0 ? int32_row(frame->codes, frame->n_codes) : none();
     PyObject *user_codes = int32_row(frame->user_codes, frame->n_user_codes);
     PyObject *heads = frame->n_heads > 0 ? heads_array(frame, self->head_dim) : none();
-    return Py_BuildValue("(LNiNNdNd)", (long long)frame->index, pcm ? pcm : none(),
+    return Py_BuildValue("(LNiNNdNdz)", (long long)frame->index, pcm ? pcm : none(),
                          (int)frame->text_token, codes, user_codes, (double)frame->level_db, heads,
-                         frame->step_s);
+                         frame->step_s, events[frame->event]);
 }
 
 /* Room for the sound of one frame; NULL with an exception, or NULL without when there is none. */
@@ -360,6 +390,61 @@ static PyObject *session_step_codes(PyObject *object, PyObject *args, PyObject *
         result = step_with(self, state, NULL, codes.data, decode);
     input_release(&codes);
     return result;
+}
+
+static int expect_frames(const struct input *in, const struct module_state *state, int rows,
+                         Py_ssize_t frames)
+{
+    if (in->ndim == 2 && in->shape[0] == rows && in->shape[1] == frames) return 0;
+    char shape[96];
+    input_shape_text(in, shape);
+    PyErr_Format(state->audio_error,
+                 "%s has shape %s; expected (%d, %zd), as many frames as text "
+                 "tokens",
+                 in->name, shape, rows, frames);
+    return -1;
+}
+
+static PyObject *session_prefill(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"text_tokens", "codes", "user_codes", NULL};
+    struct session_object *self = session_of(object);
+    const struct module_state *state = state_of(object);
+    PyObject *text_arg, *codes_arg, *user_arg, *said = NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:prefill", names, &text_arg, &codes_arg,
+                                     &user_arg))
+        return NULL;
+    if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return NULL;
+    struct input text, codes, user;
+    if (input_codes(&text, state, text_arg, "text_tokens") < 0) return NULL;
+    if (input_codes(&codes, state, codes_arg, "codes") < 0) goto text_done;
+    if (input_codes(&user, state, user_arg, "user_codes") < 0) goto codes_done;
+    npy_intp frames = text.shape[text.ndim - 1];
+    if (frames > INT_MAX) frames = INT_MAX; /* which no array of codes below has */
+    if (input_expect_row(&text, state, frames, "one token a frame") < 0 ||
+        expect_frames(&codes, state, self->dep_q, frames) < 0 ||
+        expect_frames(&user, state, self->user_q, frames) < 0)
+        goto done;
+    said = array_int32(1, &frames);
+    if (said && guard_enter(&self->guard, state, THIS_SESSION) == 0) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = moshi_session_prefill(self->session, (int)frames, text.data, codes.data, user.data,
+                                       PyArray_DATA((PyArrayObject *)said));
+        Py_END_ALLOW_THREADS
+        guard_leave(&self->guard);
+        if (status == MOSHI_OK) goto done;
+        raise_status(state, status);
+    }
+    Py_CLEAR(said);
+
+done:
+    input_release(&user);
+codes_done:
+    input_release(&codes);
+text_done:
+    input_release(&text);
+    return said;
 }
 
 /* ---- submit and finish ------------------------------------------------------------------- */
@@ -542,19 +627,25 @@ static PyObject *session_fork(PyObject *object, PyObject *args, PyObject *kwargs
 /* What one session of a batch needs. */
 struct lane {
     struct session_object *session; /* borrowed from the tuple of sessions */
-    struct input pcm;
-    int has_pcm, entered;
+    struct input given; /* samples or codes */
+    int has_input, entered;
     PyObject *room;
 };
 
 static int lane_prepare(struct lane *lane, struct moshi_frame *frame,
-                        const struct module_state *state, PyObject *pcm, int decode)
+                        const struct module_state *state, PyObject *given, int decode, int by_codes)
 {
     struct session_object *self = lane->session;
     if (guard_check_open(&self->guard, state, THIS_SESSION) < 0) return -1;
-    if (input_pcm(&lane->pcm, state, pcm, "pcm", NULL) < 0) return -1;
-    lane->has_pcm = 1;
-    if (input_expect_frame(&lane->pcm, state, self->frame_size, self->sample_rate) < 0) return -1;
+    if ((by_codes ? input_codes(&lane->given, state, given, "codes")
+                  : input_pcm(&lane->given, state, given, "pcm", NULL)) < 0)
+        return -1;
+    lane->has_input = 1;
+    if ((by_codes
+             ? input_expect_row(&lane->given, state, self->user_q,
+                                "one code of each stream of the user")
+             : input_expect_frame(&lane->given, state, self->frame_size, self->sample_rate)) < 0)
+        return -1;
     lane->room = pcm_room(self, decode, frame);
     return PyErr_Occurred() ? -1 : 0;
 }
@@ -596,7 +687,7 @@ static PyObject *lanes_result(struct lane *lanes, const struct moshi_frame *fram
     return list;
 }
 
-static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
+static PyObject *lanes_step(PyObject *sessions, PyObject *given, int decode, int by_codes,
                             const struct module_state *state)
 {
     Py_ssize_t count = PyTuple_Size(sessions);
@@ -605,22 +696,28 @@ static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
     struct lane *lanes = PyMem_Calloc(n, sizeof *lanes);
     struct moshi_frame *frames = PyMem_Calloc(n, sizeof *frames);
     struct moshi_session **handles = PyMem_Calloc(n, sizeof(struct moshi_session *));
-    const float **data = PyMem_Calloc(n, sizeof(const float *));
-    if (!lanes || !frames || !handles || !data) {
+    const float **pcms = PyMem_Calloc(n, sizeof *pcms);
+    const int32_t **codes = PyMem_Calloc(n, sizeof *codes);
+    if (!lanes || !frames || !handles || !pcms || !codes) {
         PyErr_NoMemory();
         goto done;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         lanes[i].session = session_of(PyTuple_GetItem(sessions, i));
-        if (lane_prepare(&lanes[i], &frames[i], state, PyTuple_GetItem(pcms, i), decode) < 0)
+        if (lane_prepare(&lanes[i], &frames[i], state, PyTuple_GetItem(given, i), decode,
+                         by_codes) < 0)
             goto done;
-        data[i] = lanes[i].pcm.data;
+        if (by_codes)
+            codes[i] = lanes[i].given.data;
+        else
+            pcms[i] = lanes[i].given.data;
     }
     if (lanes_enter(lanes, count, state) < 0) goto done;
     for (Py_ssize_t i = 0; i < count; i++) handles[i] = lanes[i].session->session;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = moshi_sessions_step(handles, (int)count, data, NULL, frames);
+    status = moshi_sessions_step(handles, (int)count, by_codes ? NULL : pcms,
+                                 by_codes ? codes : NULL, frames);
     Py_END_ALLOW_THREADS
     lanes_leave(lanes, count);
     if (status == MOSHI_OK)
@@ -631,24 +728,25 @@ static PyObject *lanes_step(PyObject *sessions, PyObject *pcms, int decode,
 done:
     if (lanes) lanes_leave(lanes, count);
     for (Py_ssize_t i = 0; lanes && i < count; i++) {
-        if (lanes[i].has_pcm) input_release(&lanes[i].pcm);
+        if (lanes[i].has_input) input_release(&lanes[i].given);
         Py_XDECREF(lanes[i].room);
     }
     PyMem_Free(lanes);
     PyMem_Free(frames);
     PyMem_Free(handles);
-    PyMem_Free(data);
+    PyMem_Free(pcms);
+    PyMem_Free(codes);
     return result;
 }
 
 PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"sessions", "pcms", "decode", NULL};
+    static char *names[] = {"sessions", "pcms", "decode", "codes", NULL};
     const struct module_state *state = PyModule_GetState(module);
     PyObject *sessions_arg, *pcms_arg, *result = NULL;
-    int decode = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|p:step_many", names, &sessions_arg,
-                                     &pcms_arg, &decode))
+    int decode = 1, by_codes = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|pp:step_many", names, &sessions_arg,
+                                     &pcms_arg, &decode, &by_codes))
         return NULL;
     PyObject *sessions = PySequence_Tuple(sessions_arg), *pcms = NULL;
     if (sessions) pcms = PySequence_Tuple(pcms_arg);
@@ -664,7 +762,7 @@ PyObject *sessions_step_many(PyObject *module, PyObject *args, PyObject *kwargs)
             PyErr_Format(PyExc_TypeError, "step_many: element %zd of sessions is no Session", i);
             goto done;
         }
-    result = count ? lanes_step(sessions, pcms, decode, state) : PyList_New(0);
+    result = count ? lanes_step(sessions, pcms, decode, by_codes, state) : PyList_New(0);
 
 done:
     Py_XDECREF(sessions);
@@ -822,6 +920,9 @@ static PyMethodDef session_methods[] = {
     {"step_codes", KEYWORDS(session_step_codes),
      PyDoc_STR("step_codes($self, codes, decode=True)\n--\n\n"
                "As step, from the codes of the user's frame.")},
+    {"prefill", KEYWORDS(session_prefill),
+     PyDoc_STR("prefill($self, text_tokens, codes, user_codes)\n--\n\n"
+               "Frames of which all is known; the text tokens that come out meanwhile.")},
     {"force_text", KEYWORDS(session_force_text),
      PyDoc_STR("force_text($self, tokens)\n--\n\nThe model's next text tokens, one a frame.")},
     {"force_next", KEYWORDS(session_force_next),

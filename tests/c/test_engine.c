@@ -96,6 +96,18 @@ static int open_session(uint64_t seed, struct moshi_session **session)
     return moshi_session_create(engine, &options, session);
 }
 
+/* Its context is read anew every few frames. */
+static int open_refreshed(uint64_t seed, struct moshi_session **session)
+{
+    struct moshi_session_options options;
+    moshi_session_options_init(model, &options);
+    options.seed = seed;
+    options.context_policy = MOSHI_CONTEXT_REFRESH;
+    options.context_range = 20;
+    options.context_keep = 8;
+    return moshi_session_create(engine, &options, session);
+}
+
 static int talk(struct moshi_session *session, int who, struct call *call)
 {
     float pcm[FRAME_SIZE];
@@ -212,6 +224,36 @@ static int test_sessions_in_threads_are_independent(void)
     return 1;
 }
 
+/* Passes of refreshes run between the ticks of all, while sessions end and begin anew. */
+static int test_refreshes_in_threads_are_independent(void)
+{
+    static struct caller callers[CALLERS];
+    static struct call expected[CALLERS];
+    pthread_t threads[CALLERS];
+    struct moshi_session *session;
+    for (int who = 0; who < CALLERS; ++who) {
+        CHECK(open_refreshed(100 + (uint64_t)who, &session) == MOSHI_OK);
+        CHECK(talk(session, who, &expected[who]) == MOSHI_OK);
+        moshi_session_destroy(session);
+    }
+    for (int round = 0; round < 3; ++round) {
+        for (int who = 0; who < CALLERS; ++who) {
+            callers[who].who = who;
+            CHECK(open_refreshed(100 + (uint64_t)who, &callers[who].session) == MOSHI_OK);
+        }
+        for (int who = 0; who < CALLERS; ++who)
+            CHECK(pthread_create(&threads[who], NULL, caller_thread, &callers[who]) == 0);
+        for (int who = 0; who < CALLERS; ++who) pthread_join(threads[who], NULL);
+        for (int who = 0; who < CALLERS; ++who) {
+            if (round == 1) CHECK(moshi_session_reset(callers[who].session, NULL) == MOSHI_OK);
+            moshi_session_destroy(callers[who].session);
+            CHECK(callers[who].status == MOSHI_OK);
+            CHECK(same(&expected[who], &callers[who].call));
+        }
+    }
+    return 1;
+}
+
 static int test_a_second_caller_is_refused_at_once(void)
 {
     struct moshi_session *session;
@@ -261,14 +303,21 @@ static int test_a_step_calls_no_allocator(void)
     struct moshi_session *session;
     static float pcm[FRAME_SIZE], out[FRAME_SIZE];
     struct moshi_frame frame = {.pcm = out};
-    CHECK(open_session(5, &session) == MOSHI_OK);
+    int refreshed = 0;
     make_frame(0, 0, pcm);
-    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
-    long before = __atomic_load_n(&allocations, __ATOMIC_RELAXED);
-    for (int t = 0; t < 200; ++t) CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
-    CHECK(__atomic_load_n(&allocations, __ATOMIC_RELAXED) == before);
-    CHECK(before > 0);
-    moshi_session_destroy(session);
+    for (int refresh = 0; refresh < 2; ++refresh) {
+        CHECK((refresh ? open_refreshed(5, &session) : open_session(5, &session)) == MOSHI_OK);
+        CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+        long before = __atomic_load_n(&allocations, __ATOMIC_RELAXED);
+        for (int t = 0; t < 200; ++t) {
+            CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+            refreshed += frame.event == MOSHI_EVENT_REFRESH_END;
+        }
+        CHECK(__atomic_load_n(&allocations, __ATOMIC_RELAXED) == before);
+        CHECK(before > 0);
+        moshi_session_destroy(session);
+    }
+    CHECK(refreshed > 10);
 #endif
     return 1;
 }
@@ -343,6 +392,42 @@ static int test_whole_files_and_streams_agree_on_the_first_seconds(void)
     }
     one[0] = -1;
     CHECK(mimi_stream_decode(stream, one, levels, streamed) == MOSHI_ERROR_AUDIO);
+    mimi_stream_destroy(stream);
+    return 1;
+}
+
+static int test_a_whole_signal_may_come_in_pieces(void)
+{
+    enum { T = 61, SAMPLES = T * FRAME_SIZE - 700 };
+    static const int pieces[] = {1, 25, 0, 3, T};
+    static float pcm[T * FRAME_SIZE], sound[T * FRAME_SIZE], part[T * FRAME_SIZE];
+    static int32_t codes[MOSHI_MAX_CODEBOOKS * T], some[MOSHI_MAX_CODEBOOKS * T];
+    int levels = moshi_model_get_info(model)->codebooks;
+    struct mimi_stream *stream, *frames;
+    for (int t = 0; t < T; ++t) make_frame(1, t, pcm + t * FRAME_SIZE);
+    CHECK(moshi_mimi_encode(engine, pcm, 1, SAMPLES, codes) == MOSHI_OK);
+    CHECK(moshi_mimi_decode(engine, codes, 1, levels, T, sound) == MOSHI_OK);
+    CHECK(mimi_stream_create_whole(engine, &stream) == MOSHI_OK);
+    for (int round = 0; round < 2; ++round) {
+        for (int i = 0, first = 0; first < T; first += pieces[i++]) {
+            int n = pieces[i] < T - first ? pieces[i] : T - first, end = first + n;
+            int samples = (end == T ? SAMPLES : end * FRAME_SIZE) - first * FRAME_SIZE;
+            CHECK(mimi_stream_encode_piece(stream, pcm + first * FRAME_SIZE, samples, some) ==
+                  MOSHI_OK);
+            for (int k = 0; k < levels; ++k)
+                CHECK(memcmp(some + k * n, codes + k * T + first, (size_t)n * 4) == 0);
+            CHECK(mimi_stream_decode_piece(stream, some, levels, n, part) == MOSHI_OK);
+            CHECK(memcmp(part, sound + first * FRAME_SIZE, (size_t)n * FRAME_SIZE * 4) == 0);
+        }
+        CHECK(mimi_stream_reset(stream) == MOSHI_OK);
+    }
+    some[0] = -1;
+    CHECK(mimi_stream_decode_piece(stream, some, levels, 1, part) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_decode_piece(stream, codes, levels, -1, part) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_encode_piece(stream, pcm, -1, some) == MOSHI_ERROR_AUDIO);
+    CHECK(mimi_stream_create(engine, 1, &frames) == MOSHI_OK);
+    CHECK(mimi_stream_encode_piece(frames, pcm, FRAME_SIZE, some) == MOSHI_ERROR_ARGUMENT);
+    mimi_stream_destroy(frames);
     mimi_stream_destroy(stream);
     return 1;
 }
@@ -615,6 +700,7 @@ int main(int argc, char **argv)
     RUN(test_reset_equals_fresh);
     RUN(test_a_batched_step_equals_lone_steps);
     RUN(test_sessions_in_threads_are_independent);
+    RUN(test_refreshes_in_threads_are_independent);
     RUN(test_a_second_caller_is_refused_at_once);
     RUN(test_bad_samples_change_nothing);
     RUN(test_a_step_calls_no_allocator);
@@ -630,6 +716,7 @@ int main(int argc, char **argv)
     RUN(test_a_descriptor_tells_of_a_finished_frame);
     RUN(test_a_withdrawn_frame_was_never_stepped);
     RUN(test_whole_files_and_streams_agree_on_the_first_seconds);
+    RUN(test_a_whole_signal_may_come_in_pieces);
     moshi_engine_destroy(engine);
     moshi_model_close(model);
     printf("%d passed, %d failed\n", passed, failed);

@@ -41,6 +41,7 @@ static const struct bound {
     {"rope", 2e-6, 0},         /* the same libm calls on every instruction set */
     {"attend", 1e-5, 1e-5},    /* two sums around an exponential */
     {"attend_bf16", 2e-2, 2e-2}, /* a key may round to the other neighbour: 2^-8 each */
+    {"attend_int8", 4e-2, 4e-2}, /* a code may be the other neighbour: 2^-7 of the largest each */
     {"conv", 5e-6, 5e-6},        {"transposed", 5e-6, 5e-6},
     {"rvq_encode", 0, 0},      /* codes; the seeds have no near ties */
     {"rvq_decode", 5e-6, 5e-6},  {"softmax", 2e-6, 2e-6},
@@ -628,7 +629,7 @@ static struct attention take_attention(const struct shape *s)
 {
     struct attention a = {.dim = s->in, .heads = s->out, .total = s->steps * s->calls};
     int lanes = lanes_of(s->n), pages = lanes * PAGES;
-    size_t element = s->kv == MOSHI_BF16 ? 2 : 4, elements;
+    size_t element = s->kv == MOSHI_BF16 ? 2 : s->kv == MOSHI_INT8 ? 1 : 4, elements;
 
     a.kv_heads = s->variant & 4 ? a.heads / 2 : a.heads;
     a.queries = (size_t)(a.heads * a.dim);
@@ -647,22 +648,32 @@ static struct attention take_attention(const struct shape *s)
         a.table[other] = page;
     }
     for (int l = 0; l < lanes; l++) a.position[l] = 2 * l, a.key_count[l] = 3 + l % RING;
-    a.cache = (struct kv_cache){.page_bytes = 2 * 2 * a.keys * PAGE * element + 64,
-                                .table = a.table,
+    a.cache = (struct kv_cache){.table = a.table,
                                 .pages_per_lane = PAGES,
                                 .page_positions = PAGE,
                                 .layers = 2,
                                 .kv_heads = a.kv_heads,
                                 .head_dim = a.dim,
                                 .dtype = s->kv};
+    a.cache.page_bytes = 2 * 2 * (size_t)a.kv_heads * kv_plane_bytes(&a.cache) + 64;
     elements = a.cache.page_bytes * (size_t)pages / element;
     a.cache.pages = take(elements * element);
     for (size_t i = 0; i < elements; i++) {
         if (s->kv == MOSHI_BF16)
             ((uint16_t *)a.cache.pages)[i] = f32_to_bf16(uniform());
+        else if (s->kv == MOSHI_INT8)
+            ((int8_t *)a.cache.pages)[i] = (int8_t)(127 * uniform());
         else
             ((float *)a.cache.pages)[i] = uniform();
     }
+    for (int page = 0; page < pages && s->kv == MOSHI_INT8; page++)
+        for (int plane = 0; plane < 4 * a.kv_heads; plane++) {
+            char *start = (char *)a.cache.pages + (size_t)page * a.cache.page_bytes +
+                          (size_t)plane * kv_plane_bytes(&a.cache);
+            float *scales = (float *)(void *)(start + PAGE * kv_row_bytes(&a.cache));
+
+            for (int i = 0; i < PAGE; i++) scales[i] = (1 + uniform()) / 127;
+        }
     return a;
 }
 
@@ -693,13 +704,17 @@ static void naive_rotate(double *x, int dim, int position)
 static double old_element(const struct attention *a, int lane, int position, int value, int head,
                           int d)
 {
-    const char *page = (const char *)a->cache.pages +
-                       (size_t)a->table[lane * PAGES + position % RING / PAGE] *
-                           a->cache.page_bytes;
-    int at = (((LAYER * 2 + value) * a->kv_heads + head) * PAGE + position % PAGE) * a->dim + d;
+    const char *plane =
+        (const char *)a->cache.pages +
+        (size_t)a->table[lane * PAGES + position % RING / PAGE] * a->cache.page_bytes +
+        (size_t)((LAYER * 2 + value) * a->kv_heads + head) * kv_plane_bytes(&a->cache);
+    int row = position % PAGE, at = row * a->dim + d;
 
-    return a->cache.dtype == MOSHI_BF16 ? bf16_to_f32(((const uint16_t *)(const void *)page)[at])
-                                        : ((const float *)(const void *)page)[at];
+    if (a->cache.dtype == MOSHI_INT8)
+        return ((const float *)(const void *)(plane + PAGE * a->dim))[row] *
+               (double)((const int8_t *)plane)[at];
+    return a->cache.dtype == MOSHI_BF16 ? bf16_to_f32(((const uint16_t *)(const void *)plane)[at])
+                                        : ((const float *)(const void *)plane)[at];
 }
 
 /* rows first.. of W norm(x), turned if they should be */
@@ -712,6 +727,17 @@ static double *naive_head(const struct attention *a, const struct shape *s, int 
     for (int d = 0; d < a->dim; d++) y[d] = naive_dot(&a->weight, first + d, normed);
     if (turned && !(s->variant & 1)) naive_rotate(y, a->dim, position);
     return y;
+}
+
+/* The row as its codes stand for it. */
+static void naive_coded_row(double *row, int dim)
+{
+    float *values = take((size_t)dim * sizeof *values), scale;
+    int8_t *codes = take((size_t)dim);
+
+    for (int d = 0; d < dim; d++) values[d] = (float)row[d];
+    scale = int8_row(values, dim, codes);
+    for (int d = 0; d < dim; d++) row[d] = scale * (double)codes[d];
 }
 
 /* One query over the keys and values first..last of its head, by position. */
@@ -756,6 +782,10 @@ static void naive_attention(const struct attention *a, const struct shape *s, in
             for (int d = 0; d < a->dim && s->kv == MOSHI_BF16; d++) {
                 k[p][d] = bf16_to_f32(f32_to_bf16((float)k[p][d]));
                 v[p][d] = bf16_to_f32(f32_to_bf16((float)v[p][d]));
+            }
+            if (s->kv == MOSHI_INT8) {
+                naive_coded_row(k[p], a->dim);
+                naive_coded_row(v[p], a->dim);
             }
         }
     }
@@ -1445,7 +1475,12 @@ static void check_attention(void)
 {
     static const int heads[][3] = {{2, 2, 1}, {8, 4, 2}, {64, 2, 1}, {40, 2, 3}, {22, 6, 1}};
 
-    for (int kv = 0; kv < 2; kv++) {
+    static const struct {
+        const char *operation;
+        enum moshi_dtype dtype;
+    } kvs[] = {{"attend", MOSHI_F32}, {"attend_bf16", MOSHI_BF16}, {"attend_int8", MOSHI_INT8}};
+
+    for (int kv = 0; kv < COUNT(kvs) - cuda; kv++) { /* a card has no int8 yet */
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
 
         for (int i = 0; i < row_count_end(1); i++)
@@ -1463,10 +1498,10 @@ static void check_attention(void)
                                                                  ? WEIGHT_BF16
                                                                  : (enum weight_format)(j % 3),
                                                    .packed = variant % 2,
-                                                   .kv = kv ? MOSHI_BF16 : MOSHI_F32,
+                                                   .kv = kvs[kv].dtype,
                                                    .variant = variant},
                                     &tally);
-        report(kv ? "attend_bf16" : "attend", kv ? "bf16" : "f32", &tally);
+        report(kvs[kv].operation, moshi_dtype_name(kvs[kv].dtype), &tally);
     }
 }
 
@@ -1886,6 +1921,18 @@ static void test_half_floats_convert_exactly(void)
     good &= f32_to_f16(65519.9f) == 0x7bff && f32_to_f16(65520) == 0x7c00 &&
             f32_to_f16(-1e30f) == 0xfc00;
     verdict(good, "half floats convert exactly, both ways");
+}
+
+/* Such a scale has a few bits at most: 190 units over 127 is 1 unit, and a code would be 190. */
+static void test_rows_below_the_normal_range_have_codes(void)
+{
+    const float values[4] = {190 * 0x1p-149f, -190 * 0x1p-149f, 0x1p-149f, 0};
+    int8_t codes[4];
+    float scale = int8_row(values, 4, codes);
+
+    verdict(scale == 0x1p-149f && codes[0] == 127 && codes[1] == -127 && codes[2] == 1 &&
+                codes[3] == 0,
+            "rows below the normal range have codes");
 }
 
 /* Every weight is near scale * code, what lies beyond the last row and column is 0. */
@@ -2393,15 +2440,14 @@ static void once_attend(struct bench_job *job)
 static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
 {
     enum { KEYS = 3008, HEADS = 8, DIM = 128 };
-    size_t element = dtype == MOSHI_BF16 ? 2 : 4, bytes = (size_t)2 * KEYS * HEADS * DIM * element;
     struct bench_job job = {.backend = backend};
     struct kv_cache cache = {.pages_per_lane = KEYS / 64,
                              .page_positions = 64,
                              .layers = 1,
                              .kv_heads = HEADS,
                              .head_dim = DIM,
-                             .dtype = dtype,
-                             .page_bytes = bytes / (KEYS / 64)};
+                             .dtype = dtype};
+    size_t bytes = 2 * KEYS / 64 * HEADS * kv_plane_bytes(&cache);
     int32_t lane = 0, position = 2999, *table;
     uint8_t active = 1;
 
@@ -2409,6 +2455,7 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
     table = take(KEYS / 64 * sizeof *table);
     for (int i = 0; i < KEYS / 64; i++) table[i] = i;
     cache.table = table;
+    cache.page_bytes = bytes / (KEYS / 64);
     cache.pages = next_piece(bytes);
     job.attend = (struct op_attend){.name = "bench",
                                     .rows = {1, &lane, &active},
@@ -2421,8 +2468,10 @@ static void bench_attend(struct backend *backend, enum moshi_dtype dtype)
                                     .cache = &cache,
                                     .q = take_random(HEADS * DIM, 1),
                                     .y = take(HEADS * DIM * 4)};
-    bench_run(dtype == MOSHI_BF16 ? "attend bf16, 3000 keys" : "attend f32, 3000 keys", once_attend,
-              &job, (double)bytes, 0);
+    bench_run(dtype == MOSHI_BF16   ? "attend bf16, 3000 keys"
+              : dtype == MOSHI_INT8 ? "attend int8, 3000 keys"
+                                    : "attend f32, 3000 keys",
+              once_attend, &job, (double)bytes, 0);
 }
 
 static void once_conv(struct bench_job *job)
@@ -2587,6 +2636,7 @@ static int bench(int threads)
         for (int rows = 1; rows <= 8; rows *= 2)
             bench_linear(backend, (enum weight_format)format, rows);
     bench_attend(backend, MOSHI_BF16);
+    bench_attend(backend, MOSHI_INT8);
     bench_attend(backend, MOSHI_F32);
     printf("mimi's products, a frame: %.2f ms\n", bench_mimi(backend) * 1e3);
     backend->ops->destroy(backend);
@@ -2608,6 +2658,7 @@ int main(int argc, char **argv)
     quick = argc > 1 && strcmp(argv[1], "quick") == 0;
     open_backends();
     test_half_floats_convert_exactly();
+    test_rows_below_the_normal_range_have_codes();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
     test_kernels_are_the_best_that_the_machine_can_run(NULL);

@@ -225,6 +225,47 @@ static void read_load(void *arg, int part, int first, int last)
     for (int j = 0; j < 16; j++) load->sums[64 * part + j] = sums[j];
 }
 
+/* What takes the backend again and again for a long time, as the passes over a whole file do. */
+struct turns {
+    struct os_mutex *lock;
+    int taken;          /* turns of both threads */
+    int waited, longer; /* turns that came after another's; after more than the one under way */
+};
+
+static void take_turns(struct turns *turns)
+{
+    for (int i = 0; i < 400; i++) {
+        int before = __atomic_load_n(&turns->taken, __ATOMIC_RELAXED);
+        double start;
+
+        os_mutex_lock(turns->lock);
+        before = __atomic_fetch_add(&turns->taken, 1, __ATOMIC_RELAXED) - before;
+        turns->waited += before > 0;
+        turns->longer += before > 2; /* one may begin between the load and the lock */
+        start = os_clock();
+        while (os_clock() - start < 100e-6) continue; /* work, while the other one comes */
+        os_mutex_unlock(turns->lock);
+    }
+}
+
+static void take_turns_too(void *turns)
+{
+    take_turns(turns);
+}
+
+static void test_a_queue_gives_turns(void)
+{
+    struct turns turns = {.lock = os_mutex_create_queue()};
+    struct os_thread *thread;
+
+    if (!turns.lock || os_thread_start(&thread, take_turns_too, &turns) != 0) exit(2);
+    take_turns(&turns);
+    os_thread_join(thread);
+    os_mutex_destroy(turns.lock);
+    verdict(turns.taken == 800 && turns.longer <= turns.waited / 8,
+            "who takes a lock again and again keeps nobody waiting for more than a turn");
+}
+
 /* Best of many, each number of threads in turn, of 50 jobs in a row. */
 static void bench(void)
 {
@@ -271,6 +312,7 @@ int main(int argc, char **argv)
     test_workers_sleep_between_jobs();
     test_pools_run_side_by_side();
     test_an_idle_pool_can_be_destroyed();
+    test_a_queue_gives_turns();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }

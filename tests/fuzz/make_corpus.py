@@ -3,14 +3,15 @@
     python tests/fuzz/make_corpus.py [FOLDER]
 
 FOLDER is tests/fuzz. `corpus/NAME/seed-*` are the inputs of target NAME and `model/` is the model
-that the targets of whole models open; all but sounds and snapshots are the same bytes on every
-machine. An input that once found a defect lies beside the seeds as `found-*`; this script leaves it
-alone.
+that the targets of whole models open; all but sounds, Opus streams and snapshots are the same bytes
+on every machine. An input that once found a defect lies beside the seeds as `found-*`; this script
+leaves it alone.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import shutil
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import checkpoints  # noqa: E402
+import ogg  # noqa: E402
 
 Config = dict[str, Any]
 MARK = b"\n====\n"  # between the files of one input
@@ -342,6 +344,33 @@ def sounds() -> dict[str, bytes]:
     return found
 
 
+def opus_streams() -> dict[str, bytes]:
+    """Behind a byte that tells how they are cut; odd ones have their checksums put right."""
+    import moshi_c
+
+    time = np.arange(6000) / 8000
+    writer = moshi_c.OggOpusWriter(8000, serial=1)
+    data = writer.append((0.3 * np.sin(2765 * time)).astype(np.float32)) + writer.close()
+    pages = ogg.pages(data)
+    packets = [one for page in pages[2:] for one in page.packets]
+    long = ogg.joined_packet([bytes([0xE8]), bytes([0xE8])])  # two frames of 20 ms without data
+    merged = ogg.page([*packets[:3], b"", long, b"\xff\xff"], 2, 1920, ogg.LAST)
+    full = ogg.Page(0, 0, 1, 2, b"\xff" * 8, bytes(2040))
+    other = ogg.page([b"\x01vorbis" + bytes(23)], 0, flags=ogg.FIRST, serial=2)
+    found = {
+        "plain": data,
+        "several-packets": ogg.join([*pages[:2], merged]),
+        "spanning": ogg.join([*pages[:2], full, dataclasses.replace(full, flags=1, number=3)]),
+        "chained": ogg.join(pages[:4]) + data,
+        "gap": ogg.join(pages[:5] + pages[9:]),
+        "other-codec": ogg.join([other, *pages[:4], dataclasses.replace(other, flags=0)]),
+        "no-head": ogg.join(pages[3:]),
+    }
+    return {name: b"\x09" + data for name, data in found.items()} | {
+        "bad-checksum": b"\x08" + data[:900] + b"\0" + data[901:],
+    }
+
+
 def codec_files() -> dict[str, bytes]:
     def made(codes: list[int], **changes: int) -> bytes:
         header = {"version": 1, "codebooks": 2, "size": 8, "rate": 24000, "frame": 1920}
@@ -397,6 +426,7 @@ def make(folder: Path) -> None:
         "snapshot": snapshots(folder / "model"),
         "audio": sounds(),
         "mimi": codec_files(),
+        "ogg_opus": opus_streams(),
         "tokenizer": tokenizers(),
     }
     sessions = {name: data for name, data in corpora["snapshot"].items() if name != "stream"}

@@ -1,0 +1,435 @@
+"""The server: its routes, its start and its end.
+
+Paths: `/` and `/page/...` the page; `/api/chat` and `/ws/pcm` calls; `/api/info` what the page has
+to know; `/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
+
+A request that cannot become a call is refused before its upgrade, with a JSON body
+`{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
+many from one address, 503 full or stopping, with Retry-After. A call ends with a close frame: 1000
+the input has ended or the time is up, 1003 messages without meaning, 1008 options that the model
+refuses, 1009 a message too large, 1011 an error, 1012 the server stops, 1013 no slot after all,
+4400 sound that cannot be decoded, 4408 no sound came or nothing was read for too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from aiohttp import WSCloseCode, web
+except ImportError as error:
+    raise ImportError("the server needs aiohttp: pip install 'moshi_c[server]'") from error
+
+from .. import __version__
+from ..model import Model
+from ..session import Session
+from . import pages
+from .admission import Admission
+from .call import Call, Ending, Wire
+from .chat import ChatWire
+from .guard import Guard, Refused
+from .metrics import Metrics
+from .pcm import FORMATS, PcmWire
+from .settings import Settings, read_rate, read_sampling
+
+log = logging.getLogger("moshi_c.server")
+
+#: Seconds in which a connection has to say what it wants.
+_FIRST_REQUEST = 10.0
+#: Seconds between WebSocket pings.
+_HEARTBEAT = 10.0
+#: Bytes that the system may hold for a caller who does not read.
+_SEND_BUFFER = 1 << 16
+#: Seconds for which a caller may leave what was sent unacknowledged.
+_UNACKNOWLEDGED = 10.0
+#: Seconds that a refused caller is told to wait.
+_RETRY_AFTER = 10
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """One model on one port. Use it from one event loop: `start`, then `stop`."""
+
+    def __init__(self, model: Model, settings: Settings | None = None) -> None:
+        """Nothing listens yet.
+
+        Raises:
+            ValueError: more sessions than the model was loaded for, or a model that cannot hear.
+        """
+        self.settings = settings = settings or Settings()
+        self._model = model
+        if not model._info["has_mimi"] or not model._info["has_lm"]:
+            raise ValueError(f"{model._source} cannot hear and answer; expected a codec and an LM")
+        slots = model.max_sessions if settings.sessions is None else settings.sessions
+        if slots > model.max_sessions:
+            raise ValueError(
+                f"sessions is {slots}, the model was loaded for {model.max_sessions}; "
+                "expected no more"
+            )
+        self._admission = Admission(slots, settings.queue)
+        self._guard = Guard(settings)
+        self.metrics = Metrics()
+        self.metrics.open.set_function(lambda: self._admission.busy)
+        self.metrics.waiting.set_function(lambda: self._admission.waiting)
+        self._files = pages.files()
+        self._calls: set[Call] = set()
+        self._numbers = 0
+        self._stopping = False
+        self._silent: dict[Any, asyncio.TimerHandle] = {}  # connections without a request yet
+
+    # ---- start and end -------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """Where it listens, such as "http://127.0.0.1:8998"."""
+        host = self.settings.host
+        host = f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.settings.tls else ''}://{host}:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """The port in use."""
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    async def start(self) -> None:
+        """Steps the model once, so that the first caller does not wait for it, and listens.
+
+        Raises:
+            OSError: the address is in use or not this machine's, or a file of `tls` is unusable.
+        """
+        settings = self.settings
+        context = None if settings.tls is None else _tls(*settings.tls)
+        await asyncio.to_thread(self._warm_up)
+        app = web.Application(middlewares=[self._checked], client_max_size=1 << 16)
+        app.router.add_get("/", self._index)
+        app.router.add_get("/page/{name:.+}", self._file)
+        app.router.add_get("/api/chat", self._chat)
+        app.router.add_get("/ws/pcm", self._pcm)
+        app.router.add_get("/api/info", self._info)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._is_ready)
+        app.router.add_get("/metrics", self._metrics_text)
+        # neither an access log nor one of damaged requests: they would show the tokens in URLs
+        quiet = logging.getLogger("moshi_c.server.http")
+        quiet.setLevel(logging.CRITICAL + 1)
+        self._runner = web.AppRunner(app, access_log=None, logger=quiet)
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(
+                self._connection, settings.host, settings.port, ssl=context, backlog=1024
+            )
+        except OSError as error:
+            await self._runner.cleanup()
+            reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise OSError(
+                error.errno, f"{settings.host}:{settings.port} cannot be listened on: {reason}"
+            ) from error
+        log.info("listening on %s, %d sessions", self.url, self._admission.slots)
+
+    def _warm_up(self) -> None:
+        with Session(self._model, seed=0) as session:
+            for _ in range(2):
+                session.step(np.zeros(self._model.frame_size, np.float32))
+
+    async def stop(self, drain_seconds: float | None = None) -> None:
+        """Takes no more calls, lets those that run go on for a while, then ends them."""
+        self._stopping = True
+        self._listener.close()
+        ending = Ending(WSCloseCode.SERVICE_RESTART, "shutdown", "the server is stopping")
+        for call in list(self._calls):
+            if call.waiting:
+                call.end(ending)
+        left = self.settings.drain_seconds if drain_seconds is None else drain_seconds
+        if self._calls and left:
+            log.info("stopping: %d calls may go on for %g s", len(self._calls), left)
+        await self._all_over(left)
+        for call in list(self._calls):
+            call.end(ending)
+        await self._all_over(5.0)
+        await self._runner.cleanup()
+        for timer in self._silent.values():
+            timer.cancel()
+        log.info("stopped")
+
+    async def _all_over(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._drain_until = loop.time() + seconds
+        while self._calls and loop.time() < self._drain_until:
+            await asyncio.sleep(0.02)
+
+    async def run(self) -> signal.Signals:
+        """From `start` to SIGTERM, which drains, or SIGINT (Ctrl-C), which does not; returns it."""
+        loop = asyncio.get_running_loop()
+        asked: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, asked.put_nowait, number)
+        try:
+            await self.start()
+            number = await asked.get()
+            stopping = loop.create_task(self.stop(0.0 if number == signal.SIGINT else None))
+            while not stopping.done():  # a second one does not wait for the calls
+                again = loop.create_task(asked.get())
+                await asyncio.wait([stopping, again], return_when=asyncio.FIRST_COMPLETED)
+                self._drain_until = loop.time()
+                again.cancel()
+            await stopping
+            return number
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    # ---- connections ---------------------------------------------------------------------------
+
+    def _connection(self) -> asyncio.BaseProtocol:
+        """A new one; it has to ask for something soon."""
+        server = self._runner.server
+        if server is None or len(server.connections) >= self.settings.connections:
+            self.metrics.refused.labels("connections").inc()
+            return _Closed()
+        handler = server()
+        loop = asyncio.get_running_loop()
+        self._silent[handler] = loop.call_later(_FIRST_REQUEST, self._expire, handler)
+        return handler
+
+    def _expire(self, handler: Any) -> None:
+        self._silent.pop(handler, None)
+        if handler.transport is not None:
+            handler.transport.abort()
+
+    @web.middleware
+    async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        timer = self._silent.pop(request.protocol, None)
+        if timer is not None:
+            timer.cancel()
+        try:
+            self._guard.check_page(request)
+            response = await handler(request)
+        except Refused as refused:
+            self.metrics.refused.labels(refused.label).inc()
+            response = web.json_response(
+                {"error": refused.label, "reason": str(refused)}, status=refused.status
+            )
+            if refused.status in (429, 503):
+                response.headers["Retry-After"] = str(_RETRY_AFTER)
+            if refused.status == 401:
+                response.headers["WWW-Authenticate"] = "Bearer"
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception:
+            log.exception("%s: an error of the server's own", request.path)
+            response = web.json_response(
+                {"error": "internal", "reason": "an error of the server's own"}, status=500
+            )
+        if not response.prepared:
+            response.headers.update(pages.HEADERS)
+            response.force_close()  # the time for a request is counted from its connection
+        return response
+
+    # ---- calls ---------------------------------------------------------------------------------
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        # PersonaPlex's clients send a voice, and cannot be told to ask for more
+        dtx = self.settings.dtx or "voice_prompt" in query or query.get("dtx") == "1"
+        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=self._model.sample_rate))
+
+    async def _pcm(self, request: web.Request) -> web.StreamResponse:
+        def wire() -> Wire:
+            query = request.query
+            form = query.get("format", "f32")
+            if form not in FORMATS:
+                raise ValueError(f"format is {form[:40]!r}; expected f32 or s16")
+            live = query.get("live", "1")
+            if live not in ("0", "1"):
+                raise ValueError(f"live is {live[:40]!r}; expected 0 or 1")
+            rate = read_rate(
+                query.get("rate", str(self._model.sample_rate)), self._model.frame_rate
+            )
+            return PcmWire(
+                format=form, rate=rate, model_rate=self._model.sample_rate, live=live == "1"
+            )
+
+        return await self._call(request, wire)
+
+    async def _call(
+        self, request: web.Request, make_wire: Callable[[], Wire]
+    ) -> web.StreamResponse:
+        """Everything between a request and the end of its call."""
+        self._guard.check_token(request)
+        address = request.remote or "unknown"
+        try:
+            sampling = read_sampling(request.query, self._model)
+            wire = make_wire()
+        except ValueError as error:
+            raise Refused(400, "options", str(error)) from error
+        upgrade = web.WebSocketResponse(
+            timeout=1.0,
+            # who is not read does not see pongs either
+            heartbeat=_HEARTBEAT if wire.live else None,
+            compress=False,
+            max_msg_size=self.settings.message_bytes,
+        )
+        if not upgrade.can_prepare(request):
+            raise Refused(426, "upgrade", f"{request.path} is a WebSocket")
+        if self._stopping:
+            raise Refused(503, "stopping", "the server is stopping")
+        self._guard.enter(address)
+        try:
+            place = self._admission.enter()
+            if place is None:
+                raise Refused(
+                    503,
+                    "full",
+                    f"all {self._admission.slots} sessions and {self._admission.queue} places in "
+                    "the line are taken",
+                )
+            try:
+                await upgrade.prepare(request)
+                self._numbers += 1
+                self.metrics.connect.labels(wire.name).inc()
+                call = Call(
+                    self._numbers,
+                    self._model,
+                    self.settings,
+                    self.metrics,
+                    place,
+                    wire,
+                    sampling,
+                    address,
+                )
+                self._calls.add(call)
+                try:
+                    await call.run(upgrade, _tuned(request))
+                finally:
+                    self._calls.discard(call)
+            finally:
+                place.leave()
+        finally:
+            self._guard.leave(address)
+        return upgrade
+
+    # ---- pages ---------------------------------------------------------------------------------
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        return self._page("index.html")
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        return self._page(request.match_info["name"])
+
+    def _page(self, name: str) -> web.StreamResponse:
+        path = self._files.get(name)
+        if path is None:
+            raise web.HTTPNotFound()
+        return web.FileResponse(path, headers={"Content-Type": pages.content_type(path)})
+
+    async def _info(self, request: web.Request) -> web.StreamResponse:
+        model, admission = self._model, self._admission
+        info = model._info
+        return web.json_response(
+            {
+                "version": __version__,
+                "model": Path(model._source).name,
+                "family": model.family,
+                "sample_rate": model.sample_rate,
+                "frame_rate": model.frame_rate,
+                "frame_size": model.frame_size,
+                "sessions": admission.slots,
+                "busy": admission.busy,
+                "waiting": admission.waiting,
+                "queue": admission.queue,
+                "token": self.settings.token is not None,
+                "dtx": self.settings.dtx,
+                "formats": [*FORMATS],
+                "defaults": {
+                    "text_temperature": info["text_temperature"],
+                    "text_topk": info["text_top_k"],
+                    "audio_temperature": info["audio_temperature"],
+                    "audio_topk": info["audio_top_k"],
+                },
+                "max_seconds": self.settings.max_seconds,
+                "idle_seconds": self.settings.idle_seconds,
+            }
+        )
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"alive": True})
+
+    async def _is_ready(self, request: web.Request) -> web.StreamResponse:
+        ready = not (self._stopping or self._model.closed or self._admission.full)
+        facts = {
+            "ready": ready,
+            "sessions": self._admission.slots,
+            "busy": self._admission.busy,
+            "waiting": self._admission.waiting,
+        }
+        return web.json_response(facts, status=200 if ready else 503)
+
+    async def _metrics_text(self, request: web.Request) -> web.StreamResponse:
+        self._guard.check_token(request)
+        return web.Response(
+            body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+
+class _Closed(asyncio.Protocol):
+    """A connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.abort()
+
+
+def _tuned(request: web.Request) -> asyncio.Transport:
+    """The transport, with bounds on what the system holds for a caller who does not read."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the connection was lost")
+    connection = transport.get_extra_info("socket")
+    with contextlib.suppress(OSError, AttributeError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        connection.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _UNACKNOWLEDGED)
+        )
+    return transport
+
+
+def _tls(certificate: str, key: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise OSError(
+            f"{certificate} and {key} are not a certificate and its key ({error})"
+        ) from error
+    return context
+
+
+def serve(model: Model, settings: Settings | None = None, **options: Any) -> None:
+    """Serves a model until SIGTERM, or Ctrl-C, which is raised as ever when the calls have ended.
+
+    Args:
+        model: what `load` gave, with `max_sessions` for as many callers.
+        settings, options: a Settings, or those of its fields that differ from the default.
+
+    Raises:
+        OSError: the address cannot be listened on, or `tls` is unusable.
+        ValueError: an option out of range, or a model that cannot hear.
+    """
+    server = Server(model, replace(settings or Settings(), **options))
+    if asyncio.run(server.run()) == signal.SIGINT:
+        raise KeyboardInterrupt

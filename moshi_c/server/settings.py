@@ -1,0 +1,152 @@
+"""What a server is told: its settings, and the options that a caller puts into the URL."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..audio import check_rate
+from ..errors import AudioError
+from ..model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """host, port: where to listen; port 0 takes a free one.
+    sessions: callers who talk at once; None for as many as the model was loaded for.
+    queue: callers who may wait for a slot; those after them are refused at once.
+    token: what callers must know; None lets everyone in who reaches the port.
+    tls: certificate and key, two PEM files.
+    insecure: allows a host that others can reach without a token.
+    origins: web pages of other hosts that may connect, such as "https://example.org".
+    dtx: sends nothing while the model is silent, on `/api/chat`, to every caller.
+    max_seconds: a call ends after this; 0 is never.
+    idle_seconds: a call ends after this without any sound from the caller; 0 is never.
+    slow_seconds: a caller who has not read for this long is hung up on.
+    drain_seconds: after SIGTERM, how long calls may go on.
+    per_address: connections from one address at once.
+    connections: connections in all.
+    message_bytes: the largest message taken.
+    messages_per_second: a caller who sends more is read more slowly.
+    silence_after: a live frame later than this many seconds is replaced by silence.
+    backlog_seconds: sound waiting on the way in or out before the oldest is dropped.
+    keepalive_seconds: `/api/chat` sends a ping when nothing else went out for so long.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8998
+    sessions: int | None = None
+    queue: int = 8
+    token: str | None = None
+    tls: tuple[str, str] | None = None
+    insecure: bool = False
+    origins: tuple[str, ...] = ()
+    dtx: bool = False
+    max_seconds: float = 3600.0
+    idle_seconds: float = 60.0
+    slow_seconds: float = 10.0
+    drain_seconds: float = 10.0
+    per_address: int = 16
+    connections: int = 512
+    message_bytes: int = 1 << 20
+    messages_per_second: int = 500
+    silence_after: float = 0.2
+    backlog_seconds: float = 2.0
+    keepalive_seconds: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("queue", 0), ("per_address", 1), ("connections", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
+        if self.sessions is not None and self.sessions < 1:
+            raise ValueError(f"sessions is {self.sessions}; expected 1 or more")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        if self.token is not None and len(self.token) < 8:
+            raise ValueError(f"the token has {len(self.token)} characters; expected 8 or more")
+        if not is_loopback(self.host) and self.token is None and not self.insecure:
+            raise ValueError(
+                f"{self.host} can be reached by others, and there is no token: give --token T, "
+                "or --insecure to let everyone in"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a caller wants the model to draw; None is the checkpoint's."""
+
+    seed: int | None = None
+    text_temperature: float | None = None
+    text_top_k: int | None = None
+    audio_temperature: float | None = None
+    audio_top_k: int | None = None
+
+
+def read_sampling(query: Mapping[str, str], model: Model) -> Sampling:
+    """From a query string, by the names of the published servers; other names are theirs, and
+    ignored.
+
+    Raises:
+        ValueError: a value that is no number, or out of range.
+    """
+    seed = query.get("seed") or query.get("text_seed") or query.get("audio_seed")
+    return Sampling(
+        seed=None if seed is None else int(read_number(query, "seed", seed, 0, 2**64 - 1, int)),
+        text_temperature=_temperature(query, "text_temperature"),
+        text_top_k=_top_k(query, "text_topk", int(model._info["text_card"])),
+        audio_temperature=_temperature(query, "audio_temperature"),
+        audio_top_k=_top_k(query, "audio_topk", int(model._info["card"])),
+    )
+
+
+def _temperature(query: Mapping[str, str], name: str) -> float | None:
+    text = query.get(name)
+    return None if not text else read_number(query, name, text, 0, 100, float)
+
+
+def _top_k(query: Mapping[str, str], name: str, card: int) -> int | None:
+    text = query.get(name)
+    # a page's default may be more than a small model has
+    return None if not text else min(int(read_number(query, name, text, 0, 2**31, int)), card)
+
+
+def read_number(
+    query: Mapping[str, str],
+    name: str,
+    text: str,
+    least: float,
+    most: float,
+    kind: type[int] | type[float],
+) -> float:
+    """A number of a query string."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(0) if kind is int else math.nan
+        raise ValueError(f"{name} is {text[:40]!r}; expected a number") from None
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {text[:40]}; expected {least} to {most}")
+    return value
+
+
+def read_rate(text: str, frame_rate: float) -> int:
+    """A sampling rate with a whole number of samples in a frame."""
+    try:
+        rate = check_rate(int(text), "rate")
+    except (AudioError, ValueError) as error:
+        raise ValueError(f"rate is {text[:40]!r}; expected 1000 to 192000 Hz") from error
+    if rate > 192_000 or (rate / frame_rate) % 1:
+        raise ValueError(f"rate is {rate}; expected a multiple of 25 up to 192000 Hz")
+    return rate

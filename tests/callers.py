@@ -1,0 +1,287 @@
+"""Callers of a server, for tests and benchmarks: over `/ws/pcm`, in real time or not, well-behaved
+or not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import json
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+from moshi_c import Model
+from moshi_c.server import Server, Settings
+
+FRAME, RATE = 1920, 24000
+
+Pcm = NDArray[np.float32]
+
+
+def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A test as a coroutine, with an end."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**fixtures), 300))
+
+    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
+    return run
+
+
+def value(server: Server, name: str, **labels: str) -> float:
+    """One number of the metrics."""
+    return server.metrics._registry.get_sample_value(name, labels) or 0.0
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for something that the server does by itself."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Model, **options: Any) -> AsyncIterator[Server]:
+    """A server in this event loop, on a free port of 127.0.0.1."""
+    server = Server(model, Settings(**{"port": 0, **options}))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop(0.0)
+
+
+def websocket(server: Server | str) -> str:
+    """Its address for WebSockets."""
+    url = server if isinstance(server, str) else server.url
+    return url.replace("http", "ws", 1)
+
+
+async def get(server: Server | str, path: str, **options: Any) -> tuple[int, str, Any]:
+    """Status, text and headers of a page."""
+    url = server if isinstance(server, str) else server.url
+    async with aiohttp.ClientSession() as client, client.get(url + path, **options) as response:
+        return response.status, await response.text(), response.headers
+
+
+@dataclass
+class Caller:
+    """One call over `/ws/pcm`. What has come is in `heard`, `times`, `notes`."""
+
+    socket: aiohttp.ClientWebSocketResponse
+    heard: list[Pcm] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of each message of sound
+    sent: list[float] = field(default_factory=list)  # of each frame
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    over: bool = False
+
+    async def listen(self) -> None:
+        """Until the close."""
+        async for message in self.socket:
+            if message.type == aiohttp.WSMsgType.BINARY:
+                self.heard.append(np.frombuffer(message.data, np.float32))
+                self.times.append(time.monotonic())
+            elif message.type == aiohttp.WSMsgType.TEXT:
+                self.notes.append(json.loads(message.data))
+            self.progress.set()
+        self.over = True
+        self.progress.set()
+
+    async def until(self, condition: Any, seconds: float = 60.0) -> None:
+        """Waits for something to be true of what has come; TimeoutError if the call ends first."""
+
+        async def wait() -> None:
+            while not condition():
+                if self.over:
+                    raise TimeoutError(f"the call ended: {self.code}, {self.notes}")
+                self.progress.clear()
+                await self.progress.wait()
+
+        await asyncio.wait_for(wait(), seconds)
+
+    async def ready(self) -> dict[str, Any]:
+        """Waits for the slot."""
+        await self.until(lambda: self.kinds("ready"))
+        return self.kinds("ready")[0]
+
+    async def finished(self, seconds: float = 60.0) -> None:
+        """Waits for the close."""
+        await self.until(lambda: self.over, seconds)
+
+    async def send(self, pcm: Pcm) -> None:
+        """Samples as one message."""
+        await self.socket.send_bytes(pcm.astype("<f4", copy=False).tobytes())
+
+    async def say(self, pcm: Pcm, speed: float = 1.0, piece: int = FRAME) -> None:
+        """Samples at a multiple of real time; infinity is at once."""
+        begin = time.monotonic()
+        for start in range(0, len(pcm), piece):
+            wait = begin + start / RATE / speed - time.monotonic()
+            if wait > 0:
+                await asyncio.sleep(wait)
+            self.sent.append(time.monotonic())
+            await self.send(pcm[start : start + piece])
+
+    async def end(self) -> None:
+        """The end of the input."""
+        await self.socket.send_str('{"type": "end"}')
+
+    def kinds(self, kind: str) -> list[dict[str, Any]]:
+        """The notes of a type."""
+        return [note for note in self.notes if note["type"] == kind]
+
+    @property
+    def pcm(self) -> Pcm:
+        """All that was heard."""
+        return np.concatenate(self.heard) if self.heard else np.zeros(0, np.float32)
+
+    @property
+    def text(self) -> str:
+        """All that was said in words."""
+        return "".join(note["text"] for note in self.kinds("text"))
+
+    @property
+    def code(self) -> int | None:
+        """Of the close frame."""
+        return self.socket.close_code
+
+
+@contextlib.asynccontextmanager
+async def calling(server: Server | str, **query: Any) -> AsyncIterator[Caller]:
+    """A call; aiohttp.WSServerHandshakeError when refused."""
+    headers = query.pop("headers", None)
+    async with (
+        aiohttp.ClientSession() as client,
+        client.ws_connect(
+            f"{websocket(server)}/ws/pcm", params=query, headers=headers, max_msg_size=0
+        ) as connection,
+    ):
+        caller = Caller(connection)
+        listening = asyncio.create_task(caller.listen())
+        try:
+            yield caller
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+
+
+@dataclass
+class Chatter:
+    """One call over `/api/chat`, as the published clients hold it."""
+
+    socket: aiohttp.ClientWebSocketResponse
+    messages: list[tuple[float, bytes]] = field(default_factory=list)
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    over: bool = False
+
+    async def listen(self) -> None:
+        """Until the close; every message is binary."""
+        async for message in self.socket:
+            assert message.type == aiohttp.WSMsgType.BINARY
+            self.messages.append((time.monotonic(), message.data))
+            self.progress.set()
+        self.over = True
+        self.progress.set()
+
+    until = Caller.until
+    finished = Caller.finished
+    code = Caller.code
+
+    def kind(self, kind: int) -> list[bytes]:
+        """What stands behind the first byte of the messages of a kind."""
+        return [data[1:] for _, data in self.messages if data[0] == kind]
+
+    @property
+    def notes(self) -> list[bytes]:
+        """The errors."""
+        return self.kind(5)
+
+    async def ready(self) -> None:
+        """Waits for the handshake."""
+        await self.until(lambda: self.kind(0))
+
+    async def send(self, data: bytes) -> None:
+        """A piece of the Opus stream."""
+        if data:
+            await self.socket.send_bytes(b"\x01" + data)
+
+    async def say(self, pieces: list[bytes], seconds: float) -> None:
+        """Pieces that last so long each, in real time."""
+        begin = time.monotonic()
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(max(0.0, begin + number * seconds - time.monotonic()))
+            await self.send(piece)
+
+    @property
+    def text(self) -> str:
+        """All that was said in words; every piece is whole characters."""
+        return "".join(piece.decode() for piece in self.kind(2))
+
+
+@contextlib.asynccontextmanager
+async def chatting(server: Server | str, query: str = "") -> AsyncIterator[Chatter]:
+    """A call over `/api/chat`."""
+    async with (
+        aiohttp.ClientSession() as client,
+        client.ws_connect(f"{websocket(server)}/api/chat{query}") as connection,
+    ):
+        chatter = Chatter(connection)
+        listening = asyncio.create_task(chatter.listen())
+        try:
+            yield chatter
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+
+
+async def converse(server: Server | str, pcm: Pcm, speed: float = 1.0, **query: Any) -> Caller:
+    """A whole call."""
+    async with calling(server, **query) as caller:
+        await caller.ready()
+        await caller.say(pcm, speed)
+        await caller.end()
+        await caller.finished()
+        return caller
+
+
+def reset(caller: Caller | Chatter) -> None:
+    """Cuts the connection with a TCP reset, as a machine does that goes away."""
+    response = caller.socket._response
+    assert response.connection is not None and response.connection.transport is not None
+    transport = response.connection.transport
+    reset_socket(transport.get_extra_info("socket"))
+    transport.abort()
+
+
+def reset_socket(connection: Any) -> None:
+    """Makes the close a reset."""
+    linger = struct.pack("ii", 1, 0)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection by hand, with the first bytes sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(text)
+    await writer.drain()
+    return reader, writer
+
+
+UPGRADE = (
+    b"GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)

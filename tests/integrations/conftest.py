@@ -1,0 +1,33 @@
+"""Tests inside agent frameworks: `make integrations`, each framework in an environment of its own.
+
+Where a framework is not installed its file is not collected.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+import moshi_c
+
+collect_ignore = [
+    f"test_{name}.py"
+    for name in ("pipecat", "livekit", "fastrtc")
+    if importlib.util.find_spec(name) is None
+]
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[moshi_c.Model]:
+    """The model in the package."""
+    with moshi_c.load() as model:
+        yield model
+
+
+@pytest.fixture
+def single() -> Iterator[moshi_c.Model]:
+    """The same with one slot, which tells whether it has been given back."""
+    with moshi_c.load(max_sessions=1) as model:
+        yield model
