@@ -370,17 +370,19 @@ struct backend_ops {
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
-    /* May repack w (then it is packed, f32, and its rows no longer needed) or move it to the
-     * device. pack == 0 leaves a mapped matrix in place where the backend can read it so. A w that
-     * is packed already has the panels of a file; a backend that reads them there leaves w.packed
-     * as it is. Returns a status; release_matrix undoes it where w.packed has changed. */
+    /* May repack w (then it is packed, f32, and its rows no longer needed) or move its rows to the
+     * device, where w.data then points. pack == 0 leaves a mapped matrix in place where the backend
+     * can read it so. A w that is packed already has the panels of a file; a backend that reads them
+     * there leaves w.packed as it is. Returns a status; release_matrix undoes it where w has
+     * changed. */
     int (*prepare_matrix)(struct backend *backend, struct matrix *w, int pack);
     /* Instead of it: makes a block format of w's float rows, or of int8 rows with scales. */
     int (*quantise_matrix)(struct backend *backend, struct matrix *w, enum weight_format format);
     void (*release_matrix)(struct backend *backend, struct matrix *w);
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */
     int (*reserve)(struct backend *backend, int rows, int columns, int keys);
-    /* Executes a stage. The returned status is that of sync on the CPU, of the launch on CUDA. */
+    /* Executes a stage. The returned status is that of sync on the CPU, of the launch on CUDA,
+     * which captures a stage whose operations it has not seen yet. */
     int (*run)(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
                void *arg);
     int (*sync)(struct backend *backend); /* waits; reports and clears a sticky failure */

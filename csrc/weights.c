@@ -554,7 +554,7 @@ void weights_matrix_from(struct weight_loader *loader, float *values, int rows, 
     }
     matrix->data = memory ? memory : values;
     prepare(loader, matrix, WEIGHT_F32, loader->pack);
-    if (!memory) matrix->data = NULL;
+    if (matrix->data == values) matrix->data = NULL;
     free(values);
 }
 

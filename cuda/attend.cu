@@ -210,7 +210,7 @@ void cuda_attend(struct backend *backend, const struct op_attend *op)
     int most = op->causal && op->context < ring ? op->context : ring, spans = ceil_div(most, SPAN);
     size_t queries = (size_t)rows * (size_t)op->heads;
 
-    if (rows == 0) return;
+    if (rows == 0 || !cuda_reads(cuda, op->cache)) return;
     p.cache = *op->cache;
     p.lane = op->rows.lane;
     p.active = op->rows.active;

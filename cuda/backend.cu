@@ -189,8 +189,24 @@ static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
 
 /* ---- matrices --------------------------------------------------------------------------- */
 
-/* Rows stay as they are; those of the host's memory move to the card, where release_matrix finds them
- * by `packed`. */
+static int remember(struct cuda_backend *cuda, const void *rows)
+{
+    if (cuda->n_moved == cuda->moved_capacity) {
+        int capacity = cuda->moved_capacity ? 2 * cuda->moved_capacity : 256;
+        void *larger = realloc(cuda->moved, (size_t)capacity * sizeof *cuda->moved);
+
+        if (!larger) {
+            cuda_fail(cuda, MOSHI_ERROR_MEMORY, "no memory for the list of matrices");
+            return 0;
+        }
+        cuda->moved = (const void **)larger;
+        cuda->moved_capacity = capacity;
+    }
+    cuda->moved[cuda->n_moved++] = rows;
+    return 1;
+}
+
+/* Rows stay as they are; those in the host's memory move to the card. */
 static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -209,15 +225,15 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
     void *memory = allocate(cuda, bytes);
-    if (memory) upload(cuda, memory, w->data, bytes);
+    if (memory && remember(cuda, memory)) upload(cuda, memory, w->data, bytes);
     status = backend->failure;
     backend->failure = MOSHI_OK;
     if (status) {
+        if (cuda->n_moved && cuda->moved[cuda->n_moved - 1] == memory) cuda->n_moved--;
         cudaFree(memory);
         return cuda->fail(status, backend->sentence);
     }
-    w->data = NULL;
-    w->packed = memory;
+    w->data = memory;
     return MOSHI_OK;
 }
 
@@ -232,8 +248,15 @@ static int cuda_quantise_matrix(struct backend *backend, struct matrix *w,
 
 static void cuda_release_matrix(struct backend *backend, struct matrix *w)
 {
-    if (w->packed) cuda_release(backend, w->packed, 0);
-    w->packed = NULL;
+    struct cuda_backend *cuda = cuda_of(backend);
+
+    for (int i = 0; i < cuda->n_moved; i++) {
+        if (cuda->moved[i] != w->data) continue;
+        cuda->moved[i] = cuda->moved[--cuda->n_moved];
+        cuda_release(backend, (void *)w->data, 0);
+        w->data = NULL;
+        return;
+    }
 }
 
 /* ---- the object ------------------------------------------------------------------------- */
@@ -270,6 +293,7 @@ static void cuda_destroy(struct backend *backend)
     if (cuda->report) cudaFreeHost(cuda->report);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
     cudaGetLastError();
+    free(cuda->moved);
     delete cuda;
 }
 

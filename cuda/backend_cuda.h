@@ -51,6 +51,8 @@ struct cuda_backend {
     int n_graphs;
     char *scratch; /* counters, then memory of one operation */
     size_t counter_bytes, counters_wanted, scratch_bytes, scratch_wanted;
+    const void **moved; /* rows of matrices that prepare_matrix brought to the card */
+    int n_moved, moved_capacity;
     char *staging; /* pinned: where uploads wait and downloads arrive */
     size_t staged;
     struct cuda_report *report;
@@ -108,6 +110,16 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
     }
     cuda_good(cuda, launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, params),
               "a launch");
+}
+
+/* Whether kernels know keys and values of that kind; fails otherwise. */
+static inline bool cuda_reads(struct cuda_backend *cuda, const struct kv_cache *cache)
+{
+    if (cache->dtype == MOSHI_F32 || cache->dtype == MOSHI_BF16) return true;
+    cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+              "the CUDA backend keeps keys and values in f32 and bf16 so far: open the engine with "
+              "one of those, or the model on \"cpu\"");
+    return false;
 }
 
 static inline int ceil_div(int a, int b)

@@ -87,7 +87,7 @@ void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix
               (unsigned)ceil_div(weight->rows, TILE_OUTPUTS));
     size_t shared = DEPTH * (TILE_ROWS + 1 + TILE_OUTPUTS + 1) * sizeof(float);
 
-    p.weight = weight->packed ? weight->packed : weight->data;
+    p.weight = weight->data;
     p.x = rows->x;
     p.bias = rows->bias;
     p.from = rows->from;

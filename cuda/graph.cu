@@ -145,11 +145,14 @@ int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct b
     struct cuda_backend *cuda = cuda_of(backend);
     int status;
 
-    (void)stage;
     cuda_good(cuda, cudaSetDevice(cuda->card), "the device");
     if (backend->immediate) { /* a trace copies between the operations */
         stage_function(backend, arg);
         cuda_wait(cuda);
+    } else if (stage == STAGE_GIVEN) {
+        std::lock_guard<std::mutex> lock(cuda->lock);
+
+        stage_function(backend, arg);
     } else {
         run_graph(cuda, stage_function, arg);
     }

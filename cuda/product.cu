@@ -254,7 +254,7 @@ template <class E> static struct product<E> product_of(const struct matrix *weig
 {
     struct product<E> p = blank<struct product<E>>();
 
-    p.weight = weight->packed ? weight->packed : weight->data;
+    p.weight = weight->data;
     p.outputs = weight->rows;
     p.columns = weight->cols;
     p.second = second;
@@ -342,6 +342,7 @@ void cuda_linear_gated(struct backend *backend, const struct op_linear_gated *op
 
 void cuda_qkv(struct backend *backend, const struct op_qkv *op)
 {
+    if (!cuda_reads(cuda_of(backend), op->cache)) return;
     struct product<struct qkv_end> p = product_of<struct qkv_end>(&op->weight, 1);
 
     p.x = op->x;

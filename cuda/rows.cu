@@ -92,11 +92,6 @@ static int readable(struct cuda_backend *cuda, const char *name, const struct ma
     return 0;
 }
 
-static const void *rows_of(const struct matrix *w)
-{
-    return w->packed ? w->packed : w->data;
-}
-
 void cuda_embed(struct backend *backend, const struct op_embed *op)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -119,10 +114,10 @@ void cuda_embed(struct backend *backend, const struct op_embed *op)
         struct embed_stream *stream = &p.streams[s];
 
         if (!readable(cuda, op->name, &e->table) || !readable(cuda, op->name, &e->low_rank)) return;
-        stream->table = rows_of(&e->table);
+        stream->table = e->table.data;
         stream->table_format = (uint8_t)e->table.format;
         stream->rows = e->table.rows;
-        if (e->low_rank.rows) stream->low_rank = rows_of(&e->low_rank);
+        if (e->low_rank.rows) stream->low_rank = e->low_rank.data;
         stream->low_rank_format = (uint8_t)e->low_rank.format;
         stream->norm = (uint8_t)e->norm.kind;
         stream->eps = e->norm.eps;

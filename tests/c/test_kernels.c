@@ -1480,7 +1480,7 @@ static void check_attention(void)
         enum moshi_dtype dtype;
     } kvs[] = {{"attend", MOSHI_F32}, {"attend_bf16", MOSHI_BF16}, {"attend_int8", MOSHI_INT8}};
 
-    for (int kv = 0; kv < COUNT(kvs); kv++) {
+    for (int kv = 0; kv < COUNT(kvs) - cuda; kv++) { /* a card has no int8 yet */
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
 
         for (int i = 0; i < row_count_end(1); i++)
