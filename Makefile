@@ -49,7 +49,7 @@ $(VENV)/.dev: $(VENV)/.core
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
 $(VENV)/.test: $(VENV)/.core
 	scripts/setup_debian.sh sound browser
-	$(PIP) "moshi_c[test,parity,clients]"
+	$(PIP) "moshi_c[test,parity]"
 	$(PIP) --no-deps moshi==0.2.13
 	touch $@
 
@@ -65,19 +65,20 @@ demo: build ## a spoken question; the answer in demo/answer.wav, both sides in d
 # Each agent framework in an environment of its own: together they would hold each other's versions
 # back. The core is compiled once for all of them.
 FRAMEWORKS := pipecat livekit fastrtc
+BESIDE_livekit := ,clients
 .venv-%/.made: $(VENV)/.core build/release/libmoshi.a
 	scripts/setup_debian.sh sound
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
 	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
-	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations]"
+	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations$(BESIDE_$*)]"
 	touch $@
 
 .PHONY: integrations
 integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
 	@set -e; for framework in $(FRAMEWORKS); do echo "$$framework"; \
 	    .venv-$$framework/bin/pytest -q -p no:cacheprovider \
-	        tests/integrations/test_$$framework.py; done
+	        tests/integrations/test_$$framework*.py; done
 
 # ---- C: one library per variant --------------------------------------------------------------
 

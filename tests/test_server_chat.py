@@ -1,8 +1,9 @@
 """`/api/chat`: the published clients, and Opus that is not what it should be.
 
-Upstream's Python client and LiveKit's plug-in for PersonaPlex run unmodified, the former with sound
-cards that are made up. The web pages, Kyutai's and PersonaPlex's, are played by their messages:
-what they send, in which order and size, and what they make of what comes.
+Upstream's Python client runs unmodified, with sound cards that are made up; LiveKit's plug-in for
+PersonaPlex does in integrations/test_livekit_client.py. The web pages, Kyutai's and PersonaPlex's,
+are played by their messages: what they send, in which order and size, and what they make of what
+comes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlencode
 
-import aiohttp
 import numpy as np
 import ogg
 import pytest
@@ -280,53 +280,7 @@ async def test_the_messages_of_the_web_pages_make_a_call(model: Model) -> None:
         assert value(server, "moshi_ignored_messages_total") == 0
 
 
-# ---- LiveKit's plug-in -------------------------------------------------------------------------
-
-
-@scenario
-async def test_livekits_personaplex_client_holds_a_call_in_turns(model: Model) -> None:
-    """Package livekit-plugins-nvidia, unmodified. It does not wait for the handshake, and takes
-    half a second without sound for the end of a turn."""
-    from livekit import rtc
-    from livekit.plugins.nvidia.experimental import realtime
-
-    turns: list[tuple[str, Sound]] = []
-    turn_tasks: list[asyncio.Task[None]] = []
-    errors: list[object] = []
-
-    async def follow(generation: Any) -> None:
-        async for message in generation.message_stream:
-            sounds = [np.frombuffer(f.data, np.int16) async for f in message.audio_stream]
-            text = "".join([piece async for piece in message.text_stream])
-            turns.append((text, np.concatenate(sounds) if sounds else np.zeros(0, np.int16)))
-
-    async with (
-        serving(model, keepalive_seconds=0.5) as server,
-        aiohttp.ClientSession() as http,
-    ):
-        plugin = realtime.RealtimeModel(
-            base_url=f"ws://127.0.0.1:{server.port}", voice="NATF2", seed=3, http_session=http
-        )
-        session = plugin.session()
-        session.on(
-            "generation_created",
-            lambda event: turn_tasks.append(asyncio.create_task(follow(event))),
-        )
-        session.on("error", errors.append)
-        samples = (np.concatenate([question(), sound.silence(1)]) * 32767).astype(np.int16)
-        begin = time.monotonic()
-        for start in range(0, len(samples), 480):  # 20 ms, as a room has them
-            frame = samples[start : start + 480]
-            session.push_audio(rtc.AudioFrame(frame.tobytes(), RATE, 1, len(frame)))
-            await asyncio.sleep(max(0.0, begin + start / RATE - time.monotonic()))
-        await asyncio.wait_for(asyncio.gather(*turn_tasks), 30)
-        await session.aclose()
-        await eventually(lambda: server._admission.busy == 0)
-        assert value(server, "moshi_ignored_messages_total") == 0
-    assert not errors
-    assert len(turns) == 1, "one answer is one turn"
-    assert "cold" in turns[0][0]
-    assert np.abs(turns[0][1]).max() > 3000 and len(turns[0][1]) < 2.5 * RATE
+# ---- silence ----------------------------------------------------------------------------------
 
 
 @scenario

@@ -290,8 +290,6 @@ class Server:
             compress=False,
             max_msg_size=self.settings.message_bytes,
         )
-        if not upgrade.can_prepare(request):
-            raise Refused(426, "upgrade", f"{request.path} is a WebSocket")
         if self._stopping:
             raise Refused(503, "stopping", "the server is stopping")
         self._guard.enter(address)
@@ -305,6 +303,9 @@ class Server:
                     "the line are taken",
                 )
             try:
+                # last, so that a page may ask by plain HTTP why its WebSocket was refused
+                if not upgrade.can_prepare(request):
+                    raise Refused(426, "upgrade", f"{request.path} is a WebSocket")
                 await upgrade.prepare(request)
                 self._numbers += 1
                 self.metrics.connect.labels(wire.name).inc()

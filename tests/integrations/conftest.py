@@ -12,10 +12,13 @@ import pytest
 
 import moshi_c
 
+FILES = {
+    "pipecat": ["test_pipecat.py"],
+    "livekit": ["test_livekit.py", "test_livekit_client.py"],
+    "fastrtc": ["test_fastrtc.py"],
+}
 collect_ignore = [
-    f"test_{name}.py"
-    for name in ("pipecat", "livekit", "fastrtc")
-    if importlib.util.find_spec(name) is None
+    file for name, files in FILES.items() if importlib.util.find_spec(name) is None for file in files
 ]
 
 
