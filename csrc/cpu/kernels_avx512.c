@@ -223,84 +223,12 @@ INLINE void dot_four(enum weight_format format, const char *w, int columns, cons
     }
 }
 
-/* Columns begin..end-1 of R rows and four outputs, whose sums go on from `sums`. fetch: the weights
- * come from memory, and those of the next columns are asked for. */
-INLINE void dot_part(enum weight_format format, int R, const char *w, size_t row_bytes, int fetch,
-                     const float *const *x, int begin, int end, __m512 (*sums)[4])
-{
-    size_t bytes = weight_bytes(format);
-    __m512 s[6][8];
-    int k = begin;
-
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int o = 0; o < 4; o++) s[r][o] = sums[r][o];
-    }
-    for (; k + BLOCK <= end; k += BLOCK) {
-        const char *at = w + (size_t)k * bytes;
-
-        if (fetch) {
-            UNROLL
-            for (int o = 0; o < 4; o++)
-                _mm_prefetch(at + SPAN * bytes + (size_t)o * row_bytes, _MM_HINT_T0);
-        }
-        dot_block(format, R, 4, at, row_bytes, x, k, BLOCK, s);
-    }
-    if (k < end) dot_block(format, R, 4, w + (size_t)k * bytes, row_bytes, x, k, end - k, s);
-    UNROLL
-    for (int r = 0; r < R; r++) {
-        UNROLL
-        for (int o = 0; o < 4; o++) sums[r][o] = s[r][o];
-    }
-}
-
-#define MANY_ROWS 12    /* from which on dot_many pays */
-#define MANY_OUTPUTS 16 /* that it makes at once */
-
-/* Many rows of activations, which the first cache does not hold: a span of columns at a time, in which
- * each few rows meet all of these outputs. A sum is made in the order of dot_tile. */
-INLINE void dot_many(enum weight_format format, const char *w, int columns, const float *const *x,
-                     int rows, float *y, size_t stride)
-{
-    size_t row_bytes = (size_t)columns * weight_bytes(format);
-    int tiles = (rows + 5) / 6;
-    __m512 sums[MANY_OUTPUTS / 4][ROWS_MAX][4];
-
-    for (int p = 0; p < MANY_OUTPUTS / 4; p++)
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < 4; o++) sums[p][r][o] = _mm512_setzero_ps();
-    for (int begin = 0; begin < columns; begin += SPAN) {
-        int end = columns - begin < SPAN ? columns : begin + SPAN;
-
-        for (int t = 0; t < tiles; t++) {
-            int r = tile_start(rows, tiles, t), R = tile_start(rows, tiles, t + 1) - r;
-
-            for (int p = 0; p < MANY_OUTPUTS / 4; p++) {
-                const char *at = w + (size_t)(4 * p) * row_bytes;
-
-                if (R == 6)
-                    dot_part(format, 6, at, row_bytes, t == 0, x + r, begin, end, sums[p] + r);
-                else if (R == 5)
-                    dot_part(format, 5, at, row_bytes, t == 0, x + r, begin, end, sums[p] + r);
-                else /* twelve rows and more are no smaller tiles */
-                    dot_part(format, 4, at, row_bytes, t == 0, x + r, begin, end, sums[p] + r);
-            }
-        }
-    }
-    for (int p = 0; p < MANY_OUTPUTS / 4; p++)
-        for (int r = 0; r < rows; r++)
-            _mm_storeu_ps(y + (size_t)r * stride + 4 * p, fold4(sums[p][r]));
-}
-
 INLINE void dot(enum weight_format format, const char *w, int columns, int outputs,
                 const float *const *x, int rows, float *y, size_t stride)
 {
     size_t row_bytes = (size_t)columns * weight_bytes(format);
     int tiles = (rows + 5) / 6, o = 0;
 
-    for (; rows >= MANY_ROWS && columns > SPAN && o + MANY_OUTPUTS <= outputs; o += MANY_OUTPUTS)
-        dot_many(format, w + (size_t)o * row_bytes, columns, x, rows, y + o, stride);
     for (; rows == 1 && o + 8 <= outputs; o += 8)
         dot_tile(format, 1, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
     for (; o + 4 <= outputs; o += 4) {
