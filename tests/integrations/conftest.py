@@ -18,7 +18,10 @@ FILES = {
     "fastrtc": ["test_fastrtc.py"],
 }
 collect_ignore = [
-    file for name, files in FILES.items() if importlib.util.find_spec(name) is None for file in files
+    file
+    for name, files in FILES.items()
+    if importlib.util.find_spec(name) is None
+    for file in files
 ]
 
 
