@@ -62,6 +62,11 @@ demo: build ## a spoken question; the answer in demo/answer.wav, both sides in d
 	$(PIP) "moshi_c[plot]"
 	$(BIN)/python examples/hello.py --out demo
 
+.PHONY: serve
+serve: build ## a page to talk to the small model, at http://localhost:8998; Ctrl-C ends it
+	$(PIP) "moshi_c[server]"
+	$(BIN)/moshi-c serve
+
 # Each agent framework in an environment of its own: together they would hold each other's versions
 # back. The core is compiled once for all of them.
 FRAMEWORKS := pipecat livekit fastrtc
