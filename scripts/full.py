@@ -18,7 +18,19 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common  # noqa: E402
 
 OPTIONS = {"test": ["LONG=--long"]}
-STAGES = ("check", "test", "asan", "tsan", "fuzz", "aarch64", "soak", "bench")
+STAGES = (
+    "check",
+    "test",
+    "docs",
+    "integrations",
+    "asan",
+    "tsan",
+    "fuzz",
+    "aarch64",
+    "cuda",
+    "soak",
+    "bench",
+)
 
 
 def main() -> None:
