@@ -155,16 +155,16 @@ build/$(1)/cuda/%.o: cuda/% $$(CUDA_HEADERS)
 	@echo "  $(1) $$<"
 	@g++ $$(CUDA_HOST) $$(FLAGS_$(1)) -c $$< -o $$@
 
-build/$(1)/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
+build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
 endef
 $(foreach v,test asan,$(eval $(call cuda_host,$(v))))
 
 # $(call run_cuda_host,VARIANT): operations with threads in each order, conversations, faults.
 define run_cuda_host
-	@$(MAKE) --no-print-directory -j$(JOBS) build/$(1)/libmoshi_cuda.so build/$(1)/test_kernels \
+	@$(MAKE) --no-print-directory -j$(JOBS) build/$(1)/cuda/libmoshi_cuda.so build/$(1)/test_kernels \
 	    build/$(1)/test_cuda
-	@set -e; export MOSHI_C_CUDA_LIBRARY=build/$(1)/libmoshi_cuda.so; \
+	@set -e; export MOSHI_C_CUDA_LIBRARY=build/$(1)/cuda/libmoshi_cuda.so; \
 	for order in $(2); do echo "build/$(1)/test_kernels cuda, threads $$order"; \
 	    SHIM_ORDER=$$order build/$(1)/test_kernels cuda; done; \
 	echo "build/$(1)/test_cuda"; SHIM_ORDER=7 build/$(1)/test_cuda
