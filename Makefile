@@ -132,7 +132,8 @@ build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
-build/$(1)/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi.a
+build/$(1)/cuda/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi.a
+	@mkdir -p $$(@D)
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o build/$(1)/libmoshi.a
@@ -163,11 +164,11 @@ $(foreach v,test asan,$(eval $(call cuda_host,$(v))))
 # $(call run_cuda_host,VARIANT): operations with threads in each order, conversations, faults.
 define run_cuda_host
 	@$(MAKE) --no-print-directory -j$(JOBS) build/$(1)/cuda/libmoshi_cuda.so build/$(1)/test_kernels \
-	    build/$(1)/test_cuda
+	    build/$(1)/cuda/test_cuda
 	@set -e; export MOSHI_C_CUDA_LIBRARY=build/$(1)/cuda/libmoshi_cuda.so; \
 	for order in $(2); do echo "build/$(1)/test_kernels cuda, threads $$order"; \
 	    SHIM_ORDER=$$order build/$(1)/test_kernels cuda; done; \
-	echo "build/$(1)/test_cuda"; SHIM_ORDER=7 build/$(1)/test_cuda
+	echo "build/$(1)/cuda/test_cuda"; SHIM_ORDER=7 build/$(1)/cuda/test_cuda
 endef
 
 # $(call run_c_tests,VARIANT,TESTS,PREFIX)

@@ -14,13 +14,13 @@ case ${1:-} in
 build)
     python3 scripts/build_cuda.py build/gpu/libmoshi_cuda.so --architectures native \
         --work build/gpu
-    make --no-print-directory -j"$(nproc)" build/test/test_kernels build/test/test_cuda
+    make --no-print-directory -j"$(nproc)" build/test/test_kernels build/test/cuda/test_cuda
     ;;
 ops)
     build/test/test_kernels cuda
     ;;
 sessions)
-    build/test/test_cuda
+    build/test/cuda/test_cuda
     ;;
 sanitize)
     for tool in memcheck racecheck; do
