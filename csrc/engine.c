@@ -21,17 +21,18 @@ static int renew_one(struct moshi_engine *engine)
     int slot = -1;
     for (int i = 0; i < engine->max_sessions && slot < 0; ++i) {
         const int at = (engine->next_renewed + i) % engine->max_sessions;
-        if (engine->renewing[at]) slot = at;
+        if (__atomic_load_n(&engine->renewing[at], __ATOMIC_RELAXED)) slot = at;
     }
     if (slot < 0) return 0;
-    engine->renewing[slot] = 0;
     engine->next_renewed = slot + 1;
     os_mutex_lock(engine->model->backend_lock);
+    /* Its session may be gone since, and another one be there. */
+    const int due = __atomic_exchange_n(&engine->renewing[slot], 0, __ATOMIC_RELAXED);
     os_mutex_lock(engine->lock);
     struct moshi_session *session = engine->slots[slot]; /* stays while the backend is ours */
     os_mutex_unlock(engine->lock);
     /* What fails here fails again in the tick that needs it, and is reported there. */
-    if (session && session->refresh && session->refresh->state.left)
+    if (due && session && session->refresh && session->refresh->state.left)
         refresh_pass(session->refresh, &engine->lm, slot);
     os_mutex_unlock(engine->model->backend_lock);
     return 1;
@@ -510,7 +511,8 @@ static void watch_context(struct moshi_engine *engine, struct moshi_session *ses
         refresh_begin(refresh);
     }
     /* With guidance both lanes are in use until the very step. */
-    engine->renewing[session->slot] = refresh->state.left && refresh->halves == 1;
+    __atomic_store_n(&engine->renewing[session->slot],
+                     (uint8_t)(refresh->state.left && refresh->halves == 1), __ATOMIC_RELAXED);
 }
 
 static void next_step(struct moshi_session *session)

@@ -707,7 +707,7 @@ static void given_stage(struct backend *backend, void *arg)
 int lm_given_room(const struct lm_state *state, int slot, int guided)
 {
     const int64_t ring = ring_positions(state), unused = ring - state->positions[slot];
-    const int64_t beyond = ring - state->context + 1, rows = state->rows / (1 + guided);
+    const int64_t beyond = ring - state->context + 1, rows = LM_GIVEN_ROWS / (1 + guided);
     const int64_t room = unused > beyond ? unused : beyond;
     return (int)(room < rows ? room : rows);
 }
@@ -736,7 +736,7 @@ int lm_step_given(struct lm_state *state, const struct lm_given *given)
     if (given->read)
         ops->download(backend, given->read, state->tokens,
                       (size_t)halves * n * streams * sizeof *given->read);
-    return MOSHI_OK;
+    return ops->sync(backend);
 }
 
 void lm_renew_begin(struct lm_state *state, int slot, int guided)
@@ -760,8 +760,9 @@ int lm_renew_read(struct lm_state *state, int slot, int guided, int first, int f
     if (status) return status;
     ops->upload(state->backend, state->tokens, tokens,
                 (size_t)halves * (size_t)frames * (size_t)state->delay.streams * sizeof *tokens);
-    return ops->run(state->backend, STAGE_GIVEN, given_stage,
-                    &(struct pass){state, halves, frames, 0});
+    status = ops->run(state->backend, STAGE_GIVEN, given_stage,
+                      &(struct pass){state, halves, frames, 0});
+    return status ? status : ops->sync(state->backend);
 }
 
 void lm_renew_end(struct lm_state *state, int slot, int guided, int positions)

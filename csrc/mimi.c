@@ -367,6 +367,8 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     /* The widest activation: rows x channels of any layer, with a convolution's history. */
     const struct conv *convs[MAX_CONVS];
     size_t widest = 0, gathered = 0, slice = (size_t)slice_of(state, frames);
+    if (slice < (size_t)config->stride)
+        slice = (size_t)config->stride; /* a lone frame is not cut */
     for (int decoder = 0; decoder < 2; ++decoder) {
         int count = list_convs(mimi, decoder, convs);
         int cut = decoder ? 3 * decoder_cut(config) - 1 : 3 * encoder_cut(config);

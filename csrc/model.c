@@ -333,7 +333,7 @@ int model_open_plan(const struct moshi_model_options *options, struct weight_pla
 
 int model_failure(const struct moshi_model *model, int status)
 {
-    int stuck = model->backend ? model->backend->ops->sync(model->backend) : MOSHI_OK;
+    int stuck = model && model->backend ? model->backend->ops->sync(model->backend) : MOSHI_OK;
     return stuck ? stuck : status;
 }
 

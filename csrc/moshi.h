@@ -244,7 +244,7 @@ enum moshi_context_policy {
      * the last frames, as that of a conversation which began there. At a pause, if there is one once
      * 80 % of the range are used; meanwhile steps go on. Nothing else in the engine has to wait for
      * it, except with guidance. The frame from which on the new context is used depends on nothing
-     * but this conversation. */
+     * but this conversation; where a step asks for no pcm, the model's voice counts as silent. */
     MOSHI_CONTEXT_REFRESH = 1
 };
 

@@ -198,7 +198,7 @@ static int take_page(struct moshi_opus_reader *r, ogg_page *page)
     r->next_page = number + 1;
     if (ogg_stream_pagein(&r->stream, page) != 0 && ogg_stream_check(&r->stream) != 0)
         return out_of_memory();
-    return r->in_tags ? MOSHI_OK : count_bad(r, bytes, 0);
+    return count_bad(r, r->in_tags ? (bytes + 127) / 128 : bytes, 0); /* tags: up to 16 MiB */
 }
 
 /* Puts samples into pcm: of the packet, or with NULL what best replaces as many as `samples`. */
@@ -248,9 +248,10 @@ static int take_packet(struct moshi_opus_reader *r, const ogg_packet *packet)
     int status = MOSHI_OK;
     int has_granule = packet->granulepos >= 0 && packet->granulepos <= MAX_GRANULE;
     if (packet->b_o_s && is_header(packet, "OpusHead")) return read_head(r, packet);
+    const int expects_tags = r->in_tags;
     r->in_tags = 0;
     if (is_header(packet, "OpusTags")) {
-        r->bad_bytes = 0;
+        if (expects_tags) r->bad_bytes = 0;
     } else if (packet->bytes > 0 && packet->bytes <= MAX_PACKET && decode(r, packet, 0) > 0) {
         r->packet_samples = r->ready;
         r->bad_bytes = r->bad_packets = 0;

@@ -22,16 +22,36 @@ struct prefill {
     struct moshi_session *session;
     int frames;
     const int32_t *text, *codes, *user_codes;
+    int32_t *copy; /* of these, which is what is checked: a caller's arrays may change meanwhile */
     /* What each step stores, TOKEN_FREE where it has to choose; next_steps more than frames. */
-    int32_t *stored_text;  /* [steps] */
+    int32_t *stored_text; /* [steps] */
     int32_t *stored_audio; /* [steps][dep_q] */
-    int32_t *user;         /* [frames][user_q] */
-    int32_t *output;       /* [LM_GIVEN_ROWS][1 + dep_q] */
+    int32_t *user; /* [frames][user_q] */
+    int32_t *output; /* [LM_GIVEN_ROWS][1 + dep_q] */
     int32_t *read; /* [LM_GIVEN_ROWS][streams] of a session that may read it again, or NULL */
     int32_t *said; /* [frames] or NULL */
 };
 
-static int check_given(const struct prefill *given)
+/* Everything given, in memory of ours. */
+static int take_given(struct prefill *given)
+{
+    const struct moshi_model_info *info = &given->session->engine->model->info;
+    const size_t n = (size_t)given->frames, dep_q = (size_t)info->dep_q;
+    const size_t user_q = (size_t)info->user_q;
+    int32_t *copy = malloc((n * (1 + dep_q + user_q) + 1) * sizeof *copy);
+    if (!copy)
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d given frames", given->frames);
+    if (n) memcpy(copy, given->text, n * sizeof *copy);
+    if (n && dep_q) memcpy(copy + n, given->codes, n * dep_q * sizeof *copy);
+    if (n && user_q) memcpy(copy + n * (1 + dep_q), given->user_codes, n * user_q * sizeof *copy);
+    given->copy = copy;
+    given->text = copy;
+    given->codes = copy + n;
+    given->user_codes = copy + n * (1 + dep_q);
+    return MOSHI_OK;
+}
+
+static int check_given(struct prefill *given)
 {
     const struct moshi_session *session = given->session;
     const struct moshi_model_info *info = &session->engine->model->info;
@@ -43,6 +63,8 @@ static int check_given(const struct prefill *given)
         return moshi_fail(MOSHI_ERROR_ARGUMENT,
                           "tokens of some streams are missing, expected those of all: frames that "
                           "are given in part have to be stepped");
+    int taken = take_given(given);
+    if (taken) return taken;
     for (int t = 0; t < frames; ++t) {
         int status = session_check_text(session, given->text[t]);
         for (int k = 0; k < info->dep_q && !status; ++k)
@@ -145,7 +167,7 @@ static int pass(const struct prefill *given, int t, int count)
     const size_t dep_q = (size_t)engine->dep_q, first = (size_t)t;
     engine_upload_params(engine, session, 0);
     /* A context that is being read would end where these frames begin. */
-    if (session->refresh) session->refresh->state.left = 0;
+    if (session->refresh) session->refresh->state.left = session->refresh->state.quiet = 0;
     int status = lm_step_given(
         &engine->lm, &(struct lm_given){.slot = session->slot,
                                         .guided = session_is_guided(session),
@@ -239,6 +261,7 @@ int moshi_session_prefill(struct moshi_session *session, int frames, const int32
         if (!status) force_from(&given, frames);
         if (!status && session->refresh) status = refresh_at_once(session);
     }
+    free(given.copy);
     free(given.stored_text);
     free(given.stored_audio);
     free(given.user);

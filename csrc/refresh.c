@@ -93,8 +93,9 @@ int refresh_check(const struct refresh *refresh)
     const struct refresh_state *state = &refresh->state;
     const struct lm_config *config = refresh->config;
     if (state->rows < 0 || state->rows > refresh->most_rows || state->begun < 0 ||
-        state->begun > state->rows || state->left < 0 || state->left > refresh_steps(state->keep) ||
-        state->quiet < 0 || state->quiet > REFRESH_PAUSE ||
+        state->begun > state->rows - (state->left > 0) || state->left < 0 ||
+        state->left > refresh_steps(state->keep) || state->quiet < 0 ||
+        state->quiet > REFRESH_PAUSE ||
         (state->left && state->rows - state->begun > rows_needed(state->keep)))
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "the field session.refresh has %d rows, %d begun, %d left, %d quiet, "

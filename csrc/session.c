@@ -269,6 +269,7 @@ void moshi_session_destroy(struct moshi_session *session)
         os_mutex_lock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         engine->slots[session->slot] = NULL;
+        __atomic_store_n(&engine->renewing[session->slot], 0, __ATOMIC_RELAXED);
         os_mutex_unlock(engine->lock);
         lm_state_reset(&engine->lm, session->slot); /* gives the pages back */
         if (engine->mimi.backend) mimi_state_reset(&engine->mimi, session->slot);
@@ -429,9 +430,9 @@ static int await(struct moshi_session *session, int *submitted)
 {
     struct moshi_engine *engine = session->engine;
     os_mutex_lock(engine->lock);
-    *submitted = session->phase != SESSION_IDLE;
     while (session->phase == SESSION_SUBMITTED || session->phase == SESSION_RUNNING)
         os_condition_wait(engine->done, engine->lock);
+    *submitted = session->phase == SESSION_DONE; /* else nothing was, or it was taken back */
     session->phase = SESSION_IDLE;
     if (session->event) os_event_clear(session->event);
     int status = session->status;
@@ -689,6 +690,8 @@ static void list_options(struct saved_options *saved, struct snapshot *snapshot)
 
 /* In snapshots of sessions whose context is refreshed. */
 #define REFRESH_FIELD "session.refresh"
+/* In those of the others, where it is not the checkpoint's. */
+#define RANGE_FIELD "session.context_range"
 
 static void list_session(struct moshi_session *session, struct snapshot *snapshot)
 {
@@ -706,6 +709,9 @@ static void list_session(struct moshi_session *session, struct snapshot *snapsho
         snapshot_host(snapshot, "session.history", TENSOR_I32,
                       (int64_t)refresh->state.rows * refresh->halves * (info->n_q + 1),
                       refresh->history);
+    } else if (session->options.context_range !=
+               session->engine->model->lm.config.temporal.context) {
+        snapshot_host(snapshot, RANGE_FIELD, TENSOR_I32, 1, &session->options.context_range);
     }
     if (session->condition)
         snapshot_host(snapshot, "session.condition", TENSOR_F32,
@@ -809,9 +815,24 @@ static int read_options(struct moshi_engine *engine, struct tensor_file *file,
     status = read_refresh(file, &refresh, &refreshed);
     if (status) return status;
     if (refreshed) {
+        if (refresh.range == 0 || refresh.keep == 0 || refresh.rows < 0)
+            return moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                              "snapshot: the field " REFRESH_FIELD
+                              " has a range of %d, %d frames to "
+                              "keep and %d rows, expected 1 or more, and no negative rows",
+                              refresh.range, refresh.keep, refresh.rows);
         options->context_policy = MOSHI_CONTEXT_REFRESH;
         options->context_range = refresh.range;
         options->context_keep = refresh.keep;
+    } else if (tensor_file_find(file, RANGE_FIELD)) {
+        const struct tensor *range;
+        status = snapshot_find(file, RANGE_FIELD, TENSOR_I32, &range);
+        if (!status && range->elements != 1)
+            status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
+                                "snapshot: the field " RANGE_FIELD " has %lld numbers, expected 1",
+                                (long long)range->elements);
+        if (status) return status;
+        memcpy(&options->context_range, range->data, sizeof options->context_range);
     }
     if (saved->settings[6] && !options->keep_logits)
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,

@@ -154,6 +154,17 @@ def test_snapshots_and_forks_keep_what_is_still_to_be_said(made: Checkpoints) ->
                     assert step_all(other, call.user, 20) == call.seen[20:]
 
 
+def test_a_model_of_many_slots_prefills_as_one_of_few(made: Checkpoints) -> None:
+    """Its passes have room for more rows than one prefill takes."""
+    shape = SHAPES["moshi"]
+    for slots in (1, 128):
+        with moshi_c.load(made.lm("moshi"), max_sessions=slots, progress=False) as model:
+            call = held(model, shape, 140 + AFTER, **GREEDY)
+            with Session(model, seed=5, keep_logits=True, **GREEDY) as session:
+                call.prefill(session, 0, 140)
+                assert step_all(session, call.user, 140) == call.seen[140:]
+
+
 def test_neighbours_do_not_change_a_prefill(made: Checkpoints) -> None:
     """Another session steps all the while, so that the passes are cut short."""
     shape = SHAPES["moshi"]

@@ -199,6 +199,16 @@ def test_a_span_that_leaves_no_call_is_refused(options: dict[str, Any], match: s
         Session(model, **{"context_policy": "refresh", **options})
 
 
+def test_a_restored_ring_tells_of_the_same_range() -> None:
+    silence = np.zeros(FRAME, np.float32)
+    with moshi_c.load() as model, Session(model, context_range=20) as session:
+        for _ in range(10):
+            session.step(silence, decode=False)
+        with Session.from_snapshot(model, session.snapshot()) as again:
+            events = [again.step(silence, decode=False).event for _ in range(10)]
+    assert events == [None] * 5 + ["context_80"] + [None] * 4
+
+
 def damaged(data: bytes, name: str, change: Any) -> bytes:
     size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + size])
@@ -215,6 +225,9 @@ def damaged(data: bytes, name: str, change: Any) -> bytes:
     [
         ("session.refresh", 0, -5, "context_range is -5"),
         ("session.refresh", 1, 99, "context_keep 99"),
+        ("session.refresh", 0, 0, "a range of 0"),
+        ("session.refresh", 1, 0, "0 frames to keep"),
+        ("session.refresh", 2, -1, "-1 rows"),
         ("session.refresh", 2, 1000, "session.history is I32"),
         ("session.refresh", 2, 7, "session.history is I32"),
         ("session.refresh", 3, 1000, "1000 begun"),
