@@ -140,7 +140,8 @@ class _Caller:
         said = None if call.source is None else self._file(read_audio(call.source, RATE))
         headers = {"Authorization": f"Bearer {call.token}"} if call.token else {}
         with contextlib.ExitStack() as stack:
-            self._play = self._sink(stack)
+            if call.target is None:
+                self._play = self._sink(stack)
             try:
                 async with (
                     aiohttp.ClientSession() as client,
@@ -152,6 +153,8 @@ class _Caller:
                         ssl=call.verify,
                     ) as socket,
                 ):
+                    if call.target is not None:  # only now: an old file stays without a call
+                        self._play = self._sink(stack)
                     blocks = said or self._blocks(self._microphone(stack))
                     try:
                         await self._converse(socket, blocks)
@@ -225,7 +228,10 @@ class _Caller:
                 await asyncio.wait({receive}, timeout=_LAST_SECONDS)
             if not receive.done():
                 send.result()
-                await asyncio.wait({receive, answered}, **first, timeout=_LAST_SECONDS)
+                heard = -1  # until no more comes
+                while heard != self._counts.heard and not (receive.done() or answered.done()):
+                    heard = self._counts.heard
+                    await asyncio.wait({receive, answered}, **first, timeout=_LAST_SECONDS)
             if receive.done():
                 receive.result()
         finally:

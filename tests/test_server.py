@@ -141,7 +141,7 @@ async def test_options_of_the_url_are_the_session_s(model: Model, pcm: np.ndarra
         caller = await converse(server, pcm, float("inf"), live=0, text_seed=3, **options)
         assert caller.pcm.tobytes() == expected.tobytes()
         for name, text in (
-            ("seed", "-1"),
+            ("seed", "-2"),
             ("seed", "x"),
             ("text_temperature", "nan"),
             ("audio_temperature", "-1"),

@@ -104,6 +104,7 @@ function render({ model, el }) {
 
   // A call from a microphone, or from a file that somebody has chosen.
   async function call(sound) {
+    if (audio) return; // one is being made
     note.textContent = "";
     try {
       audio = new AudioContext();

@@ -131,7 +131,12 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             self._listener = await loop.create_server(
-                self._connection, settings.host, settings.port, ssl=context, backlog=1024
+                self._connection,
+                settings.host,
+                settings.port,
+                ssl=context,
+                ssl_handshake_timeout=None if context is None else _FIRST_REQUEST / 2,
+                backlog=1024,
             )
         except OSError as error:
             await self._runner.cleanup()
@@ -234,7 +239,11 @@ class Server:
                 response.headers["Retry-After"] = str(_RETRY_AFTER)
             if refused.status == 401:
                 response.headers["WWW-Authenticate"] = "Bearer"
-        except (web.HTTPException, ConnectionError):
+        except web.HTTPException as error:
+            error.headers.update(pages.HEADERS)
+            error.force_close()
+            raise
+        except ConnectionError:
             raise
         except Exception:
             log.exception("%s: an error of the server's own", request.path)
@@ -288,6 +297,7 @@ class Server:
             # who is not read does not see pongs either
             heartbeat=_HEARTBEAT if wire.live else None,
             compress=False,
+            autoping=False,  # the call answers, at the pace of other messages
             max_msg_size=self.settings.message_bytes,
         )
         if self._stopping:
@@ -318,6 +328,7 @@ class Server:
                     wire,
                     sampling,
                     address,
+                    lambda: any(other.live for other in self._calls),
                 )
                 self._calls.add(call)
                 try:

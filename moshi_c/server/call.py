@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -181,9 +181,12 @@ class Call:
         wire: Wire,
         sampling: Sampling,
         address: str,
+        live_company: Callable[[], bool],
     ) -> None:
+        """live_company: whether a call on the clock is going on, beside which files take turns."""
         self._model, self._settings, self._metrics = model, settings, metrics
         self._place, self._wire, self._sampling = place, wire, sampling
+        self._live_company, self._stepped = live_company, 0.0
         self._name = f"call {number} from {address} by {wire.name}"
         self._loop = asyncio.get_running_loop()
         self._frame_seconds = 1.0 / model.frame_rate
@@ -209,6 +212,11 @@ class Call:
             self._ending.set_result(ending)
             for event in (self._wake, self._room, self._send, self._place.changed):
                 event.set()
+
+    @property
+    def live(self) -> bool:
+        """Whether it talks on the clock."""
+        return self._wire.live and not self.waiting
 
     @property
     def waiting(self) -> bool:
@@ -293,6 +301,11 @@ class Call:
             if message.type == WSMsgType.ERROR:
                 raise self._broken()
             pause = messages.wait(self._loop.time(), 1)
+            if message.type in (WSMsgType.PING, WSMsgType.PONG):
+                if message.type == WSMsgType.PING:
+                    await self._socket.pong(message.data)
+                await asyncio.sleep(pause)
+                continue
             try:
                 for pcm in self._wire.hear(message):
                     if pcm is None:
@@ -430,6 +443,10 @@ class Call:
             if self._in_ended or not self._wire.live:
                 if self._inbox.ready:
                     await self._room_to_write()
+                    if self._live_company():  # then no faster than they
+                        due = self._stepped + self._frame_seconds
+                        await asyncio.sleep(max(0.0, due - self._loop.time()))
+                    self._stepped = now = self._loop.time()
                     pcm, _ = self._inbox.take()
                     yield pcm, now
                 elif self._in_ended:
@@ -553,6 +570,8 @@ class Call:
                 await self._give(out.payloads)
             if out.last:
                 await self._give(self._wire.finish())
+                while self._transport.get_write_buffer_size():  # the close would cut it off
+                    await asyncio.sleep(0.02)
                 raise Ending(WSCloseCode.OK, "finished", "the caller's input has ended")
 
     async def _give(self, payloads: Iterable[Payload]) -> None:

@@ -33,7 +33,8 @@ class Guard:
 
     def check_page(self, request: web.Request) -> None:
         """For every request."""
-        host = _authority(f"//{request.host}")
+        # request.host of some aiohttp looks the machine's own name up when there is none
+        host = _authority(f"//{request.headers.get('Host', '')}")
         if self._own_names_only and not is_loopback(_name(host)) and host not in self._origins:
             raise Refused(403, "host", f"this server does not answer to the name {_name(host)!r}")
         origin = request.headers.get("Origin")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import queue
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,16 @@ class _Hand(logging.handlers.QueueHandler):
 
 
 class _Stream(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes them."""
+    """Writes them, as long as somebody reads: who does not must not keep the process alive."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line fits where select says so."""
+        try:
+            fits = bool(select.select([], [self.stream], [], 0)[1])
+        except (OSError, ValueError, TypeError):
+            fits = True
+        if fits:
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk, or a reader who has gone."""

@@ -48,11 +48,13 @@ class PcmWire:
             data = self._cut + message.data
             whole = len(data) - len(data) % self._dtype.itemsize
             self._cut = data[whole:]
-            samples = np.frombuffer(data[:whole], self._dtype)
-            if self._format == "s16":
-                yield self._resampled(samples.astype(np.float32) / np.float32(32768))
-            else:
-                yield self._resampled(samples.astype(np.float32, copy=False))
+            second = self._rate * self._dtype.itemsize  # at a time: others get a turn in between
+            for start in range(0, whole, second):
+                samples = np.frombuffer(data[start : min(start + second, whole)], self._dtype)
+                pcm = samples.astype(np.float32, copy=False)
+                if self._format == "s16":
+                    pcm = pcm / np.float32(32768)
+                yield self._resampled(pcm)
             return
         try:
             kind = json.loads(message.data)["type"]

@@ -102,6 +102,7 @@ def read_sampling(query: Mapping[str, str], model: Model) -> Sampling:
         ValueError: a value that is no number, or out of range.
     """
     seed = query.get("seed") or query.get("text_seed") or query.get("audio_seed")
+    seed = None if seed == "-1" else seed  # PersonaPlex's word for any
     return Sampling(
         seed=None if seed is None else int(read_number(query, "seed", seed, 0, 2**64 - 1, int)),
         text_temperature=_temperature(query, "text_temperature"),

@@ -44,20 +44,21 @@ export class Conversation {
     this.waiting = 0; // seconds of sound that the jitter buffer holds
     this.underruns = 0;
     this.tape = new Tape();
+    const turn = (this.turn = {}); // the browser may still be asking for an earlier one
     this.#become("microphone");
     try {
       const lost = () => this.#end("The microphone was disconnected.");
       const sound = await Sound.open(settings, (chunk) => this.#chunk(chunk), lost);
-      if (this.state !== "microphone") {
+      if (this.turn !== turn || this.state !== "microphone") {
         sound.close(); // ended while the browser was asking
         return;
       }
       this.sound = sound;
       this.wake = await navigator.wakeLock?.request("screen").catch(() => null);
-      if (this.state === "microphone") await this.#connect();
+      if (this.turn === turn && this.state === "microphone") await this.#connect();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
-      if (this.running) this.#end(error.message);
+      if (this.turn === turn && this.running) this.#end(error.message);
     }
   }
 

@@ -24,19 +24,17 @@ function address(path, query) {
   return url;
 }
 
-// A WebSocket tells nothing about a refusal; the same address without one does, and /ready whether there
-// is room.
+// A WebSocket tells nothing about a refusal; the same address without one does. 426: it would be taken now.
 async function whyRefused(url) {
-  const get = (address) => fetch(address, { cache: "no-store" });
   try {
-    const answer = await get(url);
+    const answer = await fetch(url, { cache: "no-store" });
     if (answer.status === 401) {
       return { reason: "This server wants a token: enter the right one in the settings, then talk again." };
     }
     const { reason } = await answer.json().catch(() => ({ reason: answer.statusText }));
-    if (answer.status !== 426) return { reason: `The server did not take the call: ${reason}.` };
-    if ((await get("ready")).ok) return { reason: "The server did not take the call: try again.", again: true };
-    return { reason: "All places are taken: try again in a while.", again: true };
+    if (answer.status === 503) return { reason: "All places are taken: try again in a while.", again: true };
+    if (answer.status === 426) return { reason: "The server did not take the call: try again.", again: true };
+    return { reason: `The server did not take the call: ${reason}.` };
   } catch {
     return { reason: "The server cannot be reached.", again: true };
   }
