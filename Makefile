@@ -79,11 +79,10 @@ BESIDE_livekit := ,clients
 	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations$(BESIDE_$*)]"
 	touch $@
 
-.PHONY: integrations
-integrations: $(FRAMEWORKS:%=.venv-%/.made) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
-	@set -e; for framework in $(FRAMEWORKS); do echo "$$framework"; \
-	    .venv-$$framework/bin/pytest -q -p no:cacheprovider \
-	        tests/integrations/test_$$framework*.py; done
+.PHONY: integrations integrations-pipecat integrations-livekit integrations-fastrtc
+integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
+integrations-pipecat integrations-livekit integrations-fastrtc: integrations-%: .venv-%/.made
+	.venv-$*/bin/pytest -q -p no:cacheprovider tests/integrations/test_$**.py
 
 # ---- C: one library per variant --------------------------------------------------------------
 
@@ -230,7 +229,6 @@ aarch64-session: $(VENV)/.core libmoshi aarch64-kernels
 test-c: ## the C tests
 	@scripts/setup_debian.sh build
 	$(call run_c_tests,test,$(C_TESTS))
-	$(call run_cuda_host,test,descending)
 
 # All architectures: make cuda. One: make cuda CUDA_ARCHITECTURES=90a.
 CUDA_ARCHITECTURES ?= 80 86 89 90a 100 120

@@ -27,6 +27,7 @@ STAGES = (
     "tsan",
     "fuzz",
     "aarch64",
+    "cuda-host",
     "cuda",
     "soak",
     "bench",
