@@ -110,6 +110,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.slow  # the sanitizers keep what is freed
 def test_memory_of_the_codec_commands_does_not_grow_with_the_file(tmp_path: Path) -> None:
     peaks: dict[str, list[int]] = {"encode": [], "decode": []}
     for minutes in (1, 6):
