@@ -8,34 +8,11 @@
 
 #include "../../csrc/cpu/backend_cpu.h"
 #include "../../csrc/engine.h"
+#include "harness.h"
 
 #define SESSIONS 8
 #define FRAMES 12
 #define STAGES 5
-
-static int passed, failed;
-static char why[512];
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,                    \
-                     moshi_error_detail());                                                        \
-            return 0;                                                                              \
-        }                                                                                          \
-    } while (0)
-
-static void run(const char *name, int (*test)(void))
-{
-    why[0] = '\0';
-    if (test()) {
-        ++passed;
-        printf("ok %s\n", name);
-    } else {
-        ++failed;
-        printf("FAIL %s: %s\n", name, why);
-    }
-}
 
 static struct moshi_model *model;
 static struct moshi_engine *engine;

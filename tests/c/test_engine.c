@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "harness.h"
 #include "moshi.h"
 
 #define FRAMES 24
@@ -43,32 +44,6 @@ void *realloc(void *memory, size_t bytes)
     return __libc_realloc(memory, bytes);
 }
 #endif
-
-/* ---- the little harness ----------------------------------------------------------------- */
-
-static int passed, failed;
-static char why[512];
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,                    \
-                     moshi_error_detail());                                                        \
-            return 0;                                                                              \
-        }                                                                                          \
-    } while (0)
-
-static void run(const char *name, int (*test)(void))
-{
-    why[0] = '\0';
-    if (test()) {
-        ++passed;
-        printf("ok %s\n", name);
-    } else {
-        ++failed;
-        printf("FAIL %s: %s\n", name, why);
-    }
-}
 
 static struct moshi_model *model;
 static struct moshi_engine *engine;

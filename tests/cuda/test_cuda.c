@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../c/harness.h"
 #include "moshi.h"
 
 #define FRAMES 4
@@ -19,30 +20,13 @@ static void (*inject)(int fault, int countdown);
 static void (*repair)(void);
 static long (*preparations)(void);
 
-static int passed, failed;
-static char why[700];
 static const char *folder = "moshi_c/data/moshi-tiny";
 
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            snprintf(why, sizeof why, "line %d: %s (%s)", __LINE__, #condition,                    \
-                     moshi_error_detail());                                                        \
-            return 0;                                                                              \
-        }                                                                                          \
-    } while (0)
-
-static void run(const char *name, int (*test)(void))
+/* A fault that one test injects is none of the next one's. */
+static void run_repaired(const char *name, int (*test)(void))
 {
-    why[0] = '\0';
     if (repair) repair();
-    if (test()) {
-        ++passed;
-        printf("ok %s\n", name);
-    } else {
-        ++failed;
-        printf("FAIL %s: %s\n", name, why);
-    }
+    run(name, test);
     fflush(stdout);
 }
 
@@ -361,13 +345,14 @@ static int test_the_right_library_is_found_and_another_refused(void)
 
 static void run_faults(void)
 {
-    run("memory that runs out is said", test_memory_that_runs_out_is_said);
-    run("a card that fails ends its sessions with a reason",
-        test_a_card_that_fails_ends_its_sessions_with_a_reason);
-    run("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
-    run("formats that cards do not read are said", test_formats_that_cards_do_not_read_are_said);
-    run("the right library is found and another refused",
-        test_the_right_library_is_found_and_another_refused);
+    run_repaired("memory that runs out is said", test_memory_that_runs_out_is_said);
+    run_repaired("a card that fails ends its sessions with a reason",
+                 test_a_card_that_fails_ends_its_sessions_with_a_reason);
+    run_repaired("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
+    run_repaired("formats that cards do not read are said",
+                 test_formats_that_cards_do_not_read_are_said);
+    run_repaired("the right library is found and another refused",
+                 test_the_right_library_is_found_and_another_refused);
 }
 
 int main(int argc, char **argv)
@@ -385,12 +370,12 @@ int main(int argc, char **argv)
         printf("MOSHI_C_CUDA_LIBRARY names no library\n");
         return 2;
     }
-    run("conversations in f32 are those of the CPU",
-        test_conversations_in_f32_are_those_of_the_cpu);
-    run("conversations in bf16 are those of the CPU",
-        test_conversations_in_bf16_are_those_of_the_cpu);
-    run("company changes no bit", test_company_changes_no_bit);
-    if (inject) run("a frame is captured once", test_a_frame_is_captured_once);
+    run_repaired("conversations in f32 are those of the CPU",
+                 test_conversations_in_f32_are_those_of_the_cpu);
+    run_repaired("conversations in bf16 are those of the CPU",
+                 test_conversations_in_bf16_are_those_of_the_cpu);
+    run_repaired("company changes no bit", test_company_changes_no_bit);
+    if (inject) run_repaired("a frame is captured once", test_a_frame_is_captured_once);
     if (inject) run_faults();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
