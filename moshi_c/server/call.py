@@ -43,6 +43,8 @@ _SOUND_PER_SECOND = 10.0
 _HELD_UP = 0.05
 #: Bytes that may wait in a socket's buffer before we hold back.
 _BUFFERED_BYTES = 32768
+#: What may wait to be sent before who asks for more answers is read no further.
+_MOST_UNSENT = 64
 
 Payload = bytes | str
 
@@ -82,8 +84,9 @@ class Wire(Protocol):
     #: On the clock; else a file, as fast as it goes.
     live: bool
 
-    def hear(self, message: WSMessage) -> Iterable[Pcm | None]:
-        """The caller's samples at the model's rate; None is the end of the input.
+    def hear(self, message: WSMessage) -> Iterable[Pcm | list[Payload] | None]:
+        """The caller's samples at the model's rate; None is the end of the input, a list our
+        answer to the message.
 
         Raises:
             Ignored: the message means nothing.
@@ -96,8 +99,8 @@ class Wire(Protocol):
     def waiting(self, position: int) -> list[Payload]:
         """It is not there yet; 1 is the next."""
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
-        """A frame of the model's voice."""
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+        """A frame of the model's voice, and what else is known of it."""
 
     def text(self, text: str, time: float) -> list[Payload]:
         """What the model says."""
@@ -160,7 +163,7 @@ class Out:
     """What waits to be sent: the model's voice, with the time its answer counts from, or messages
     as they are."""
 
-    pcm: Pcm | None = None
+    frame: Frame | None = None
     since: float = 0.0
     payloads: tuple[Payload, ...] = ()
     text: str = ""
@@ -312,6 +315,9 @@ class Call:
                         self._in_ended = True
                         self._wake.set()
                         break
+                    if isinstance(pcm, list):
+                        await self._reply(pcm)
+                        continue
                     await self._take(self._clean(pcm))
                     if self._wire.live:
                         seconds = len(pcm) / self._model.sample_rate
@@ -324,6 +330,13 @@ class Call:
             pieces += 1
             if pause or pieces % 16 == 0:  # who has much to say lets others speak
                 await asyncio.sleep(pause)
+
+    async def _reply(self, payloads: list[Payload]) -> None:
+        """Who does not read our answers is read no further."""
+        self._post(payloads)
+        while len(self._outbox) > _MOST_UNSENT and not self._ending.done():
+            self._room.clear()
+            await self._room.wait()
 
     def _broken(self) -> Ending:
         error = self._socket.exception()
@@ -518,7 +531,7 @@ class Call:
         if frame.pcm is not None:
             if self._wire.live and not self._in_ended:
                 self._drop_output()
-            self._outbox.append(Out(pcm=frame.pcm, since=since))
+            self._outbox.append(Out(frame=frame, since=since))
         if frame.text:
             self._outbox.append(Out(text=frame.text, time=frame.time))
         if frame.event:
@@ -527,7 +540,7 @@ class Call:
 
     def _drop_output(self) -> None:
         """A slow reader loses the oldest sound; text is kept."""
-        waiting = [i for i, out in enumerate(self._outbox) if out.pcm is not None]
+        waiting = [i for i, out in enumerate(self._outbox) if out.frame is not None]
         if len(waiting) < self._most:
             return
         del self._outbox[waiting[0]]
@@ -561,8 +574,8 @@ class Call:
                 await asyncio.sleep(0.02)
             out = self._outbox.popleft()
             self._room.set()
-            if out.pcm is not None:
-                await self._give(self._wire.sound(out.pcm))
+            if out.frame is not None and out.frame.pcm is not None:
+                await self._give(self._wire.sound(out.frame.pcm, out.frame))
                 self._answer(self._loop.time() - out.since)
             elif out.text:
                 await self._give(self._wire.text(out.text, out.time))

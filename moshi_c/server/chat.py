@@ -25,7 +25,7 @@ from aiohttp import WSMessage, WSMsgType
 from ..audio import Pcm
 from ..errors import AudioError
 from ..ogg_opus import OggOpusReader, OggOpusWriter
-from ..session import Session
+from ..session import Frame, Session
 from .call import BAD_AUDIO, Ending, Ignored, Payload
 
 HANDSHAKE, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, COLORED_TEXT = range(8)
@@ -78,7 +78,7 @@ class ChatWire:
         self._position = position
         return self.keep_alive()
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         if self._dtx and self._is_silence(pcm):
             return []

@@ -23,7 +23,7 @@ import numpy as np
 from aiohttp import WSMessage, WSMsgType
 
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler
-from ..session import Session
+from ..session import Frame, Session
 from .call import Ignored, Payload
 
 FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "s16": np.dtype("<i2")}
@@ -87,7 +87,7 @@ class PcmWire:
         """See Wire."""
         return self.event("waiting", position=position)
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         return self._bytes(self._out.process(pcm))
 
