@@ -84,6 +84,10 @@ integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c inside Pipecat, LiveKit 
 integrations-pipecat integrations-livekit integrations-fastrtc: integrations-%: .venv-%/.made
 	.venv-$*/bin/pytest -q -p no:cacheprovider tests/integrations/test_$**.py
 
+.PHONY: resolve
+resolve: $(VENV)/.core ## do the extras for agents install beside current transformers and NumPy? nothing is installed
+	$(BIN)/python scripts/resolve.py
+
 # ---- C: one library per variant --------------------------------------------------------------
 
 C_FLAGS := -std=gnu11 -ffp-contract=off -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wshadow \
