@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,8 @@ _BUFFERED_BYTES = 32768
 _MOST_UNSENT = 64
 
 Payload = bytes | str
+#: Makes what is sent when its turn has come: after all that waits by now.
+Answer = Callable[[], list[Payload]]
 
 
 class Ending(Exception):
@@ -78,15 +81,18 @@ class Counts:
 
 
 class Wire(Protocol):
-    """One caller's protocol."""
+    """One caller's protocol.
+
+    All but `hear` are called when their turn to be sent has come.
+    """
 
     name: str
     #: On the clock; else a file, as fast as it goes.
     live: bool
 
-    def hear(self, message: WSMessage) -> Iterable[Pcm | list[Payload] | None]:
-        """The caller's samples at the model's rate; None is the end of the input, a list our
-        answer to the message.
+    def hear(self, message: WSMessage) -> Iterable[Pcm | list[Payload] | Answer | None]:
+        """The caller's samples at the model's rate; None is the end of the input, a list or an
+        Answer what we say to the message.
 
         Raises:
             Ignored: the message means nothing.
@@ -160,12 +166,12 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """What waits to be sent: the model's voice, with the time its answer counts from, or messages
-    as they are."""
+    """What waits to be sent: the model's voice, with the time its answer counts from, or what
+    makes other messages."""
 
     frame: Frame | None = None
     since: float = 0.0
-    payloads: tuple[Payload, ...] = ()
+    answer: Answer | None = None
     text: str = ""
     time: float = 0.0
     last: bool = False
@@ -315,7 +321,7 @@ class Call:
                         self._in_ended = True
                         self._wake.set()
                         break
-                    if isinstance(pcm, list):
+                    if not isinstance(pcm, np.ndarray):
                         await self._reply(pcm)
                         continue
                     await self._take(self._clean(pcm))
@@ -331,9 +337,9 @@ class Call:
             if pause or pieces % 16 == 0:  # who has much to say lets others speak
                 await asyncio.sleep(pause)
 
-    async def _reply(self, payloads: list[Payload]) -> None:
+    async def _reply(self, answer: list[Payload] | Answer) -> None:
         """Who does not read our answers is read no further."""
-        self._post(payloads)
+        self._post(answer if callable(answer) else lambda: answer)
         while len(self._outbox) > _MOST_UNSENT and not self._ending.done():
             self._room.clear()
             await self._room.wait()
@@ -397,7 +403,7 @@ class Call:
         self._metrics.dropped.labels("in").inc(frames)
         if not self._lagging:  # once, until it has caught up
             self._lagging = True
-            self._post(self._wire.event("lagging", dropped=self._counts.dropped_in))
+            self._post(partial(self._wire.event, "lagging", dropped=self._counts.dropped_in))
 
     # ---- the conversation ----------------------------------------------------------------------
 
@@ -408,7 +414,7 @@ class Call:
                 return
             session = await self._open()
             try:
-                self._post(self._wire.ready(session))
+                self._post(partial(self._wire.ready, session))
                 self._heard = self._ready = self._loop.time()
                 self._room.set()
                 await self._converse(session)
@@ -421,7 +427,7 @@ class Call:
 
     async def _stand_in_line(self) -> None:
         while (position := self._place.position) and not self._ending.done():
-            self._post(self._wire.waiting(position))
+            self._post(partial(self._wire.waiting, position))
             self._place.changed.clear()
             await self._place.changed.wait()
 
@@ -535,7 +541,7 @@ class Call:
         if frame.text:
             self._outbox.append(Out(text=frame.text, time=frame.time))
         if frame.event:
-            self._post(self._wire.event(frame.event))
+            self._post(partial(self._wire.event, frame.event))
         self._send.set()
 
     def _drop_output(self) -> None:
@@ -547,10 +553,9 @@ class Call:
         self._counts.dropped_out += 1
         self._metrics.dropped.labels("out").inc()
 
-    def _post(self, payloads: list[Payload]) -> None:
-        if payloads:
-            self._outbox.append(Out(payloads=tuple(payloads)))
-            self._send.set()
+    def _post(self, answer: Answer) -> None:
+        self._outbox.append(Out(answer=answer))
+        self._send.set()
 
     async def _write(self) -> None:
         while not self._ending.done():
@@ -579,8 +584,8 @@ class Call:
                 self._answer(self._loop.time() - out.since)
             elif out.text:
                 await self._give(self._wire.text(out.text, out.time))
-            else:
-                await self._give(out.payloads)
+            elif out.answer is not None:
+                await self._give(out.answer())
             if out.last:
                 await self._give(self._wire.finish())
                 while self._transport.get_write_buffer_size():  # the close would cut it off
