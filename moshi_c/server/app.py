@@ -1,7 +1,8 @@
 """The server: its routes, its start and its end.
 
-Paths: `/` and `/page/...` the page; `/api/chat` and `/ws/pcm` calls; `/api/info` what the page has
-to know; `/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
+Paths: `/` and `/page/...` the page; `/api/chat`, `/ws/pcm` and `/v1/live/sessions` calls;
+`/api/info` what the page has to know; `/health` the process lives, `/ready` a caller would be let
+in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
 `{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
@@ -41,6 +42,7 @@ from .admission import Admission
 from .call import Call, Ending, Wire
 from .chat import ChatWire
 from .guard import Guard, Refused
+from .live import LiveWire
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
 from .settings import Settings, read_rate, read_sampling
@@ -119,6 +121,7 @@ class Server:
         app.router.add_get("/page/{name:.+}", self._file)
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/ws/pcm", self._pcm)
+        app.router.add_get("/v1/live/sessions", self._live)
         app.router.add_get("/api/info", self._info)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._is_ready)
@@ -280,6 +283,9 @@ class Server:
             )
 
         return await self._call(request, wire)
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return await self._call(request, lambda: LiveWire(self._model, self.settings.max_seconds))
 
     async def _call(
         self, request: web.Request, make_wire: Callable[[], Wire]
