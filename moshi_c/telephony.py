@@ -27,16 +27,17 @@ class BytesIn:
     """What comes, as samples at the rate of the model. A sample may be cut in two."""
 
     def __init__(self, encoding: Encoding, rate: int, model_rate: int) -> None:
-        self._encoding: Encoding = encoding
+        self.encoding: Encoding = encoding
+        self.rate = rate
         self._resampler = StreamResampler(rate, model_rate)
         self._cut = b""  # the first byte of a sample
 
     def add(self, data: bytes) -> Pcm:
         """The samples that are whole by now; a filter that changes the rate holds some back."""
         data = self._cut + data
-        whole = len(data) - len(data) % sample_bytes(self._encoding)
+        whole = len(data) - len(data) % sample_bytes(self.encoding)
         self._cut = data[whole:]
-        return self._resampler.process(decode(data[:whole], self._encoding))
+        return self._resampler.process(decode(data[:whole], self.encoding))
 
     def flush(self) -> Pcm:
         """The rest, at the end of the sound."""

@@ -1,8 +1,9 @@
 """The server: its routes, its start and its end.
 
-Paths: `/` and `/page/...` the page; `/api/chat`, `/ws/pcm` and `/twilio/media` calls;
-`/twilio/answer` what Twilio asks when the telephone rings; `/api/info` what the page has
-to know; `/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
+Paths: `/` and `/page/...` the page; calls at `/api/chat`, `/ws/pcm`, `/v1/live/sessions`,
+`/v1/realtime` and `/twilio/media`; `/twilio/answer` what Twilio asks when the telephone rings;
+`/api/info` what the page has to know; `/health` the process lives, `/ready` a caller would be let
+in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
 `{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
@@ -42,6 +43,7 @@ from .admission import Admission
 from .call import Call, Ending, Wire
 from .chat import ChatWire
 from .guard import Guard, Refused
+from .live import LiveWire
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
 from .settings import Settings, read_rate, read_sampling
@@ -122,6 +124,7 @@ class Server:
         app.router.add_get("/page/{name:.+}", self._file)
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/ws/pcm", self._pcm)
+        app.router.add_get("/v1/live/sessions", self._live)
         app.router.add_get("/twilio/media", self._telephone)
         app.router.add_route("*", "/twilio/answer", self._answer_telephone)
         app.router.add_get("/api/info", self._info)
@@ -285,6 +288,9 @@ class Server:
             )
 
         return await self._call(request, wire)
+
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return await self._call(request, lambda: LiveWire(self._model, self.settings.max_seconds))
 
     async def _telephone(self, request: web.Request) -> web.StreamResponse:
         self._check_twilio(request, "ws")

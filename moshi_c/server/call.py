@@ -1,6 +1,6 @@
 """One call: samples in, frames stepped on the clock, sound and text out.
 
-What the two protocols have in common. A protocol is a `Wire`: it reads the caller's messages and
+What the protocols have in common. A protocol is a `Wire`: it reads the caller's messages and
 writes ours; everything else is here. Four tasks share a call: one reads, one talks (waits for a
 slot, then steps), one writes, one watches the time. The first that finds a reason to end the call
 ends it; the slot is free at once, before the caller has been told.
@@ -64,7 +64,21 @@ class Ending(Exception):
 
 
 class Ignored(Exception):
-    """A message that means nothing here; the sentence says why."""
+    """A message that means nothing here; the sentence says why.
+
+    answer: what the caller is told.
+    """
+
+    def __init__(self, reason: str, answer: list[Payload] | None = None) -> None:
+        super().__init__(reason)
+        self.answer = answer or []
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the model has to say next, a text token a frame."""
+
+    tokens: list[int]
 
 
 @dataclass(slots=True)
@@ -90,9 +104,9 @@ class Wire(Protocol):
     #: On the clock; else a file, as fast as it goes.
     live: bool
 
-    def hear(self, message: WSMessage) -> Iterable[Pcm | list[Payload] | Answer | None]:
-        """The caller's samples at the model's rate; None is the end of the input, a list or an
-        Answer what we say to the message.
+    def hear(self, message: WSMessage) -> Iterable[Pcm | Words | list[Payload] | Answer | None]:
+        """The caller's samples at the model's rate, words for the model's mouth; None is the end of
+        the input, a list or an Answer what we say to the message.
 
         Raises:
             Ignored: the message means nothing.
@@ -120,7 +134,7 @@ class Wire(Protocol):
     def finish(self) -> list[Payload]:
         """The last of the sound, and that this was the end."""
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """Why the call is cut short."""
 
 
@@ -202,6 +216,7 @@ class Call:
         self._most = max(1, round(settings.backlog_seconds * model.frame_rate))
         self._inbox = Inbox(model.frame_size)
         self._outbox: deque[Out] = deque()
+        self._words: deque[Words] = deque()
         self._clock = Clock(self._frame_seconds, settings.silence_after)
         self._wake = asyncio.Event()  # for the one who talks
         self._room = asyncio.Event()  # for the one who reads a file, and who steps it
@@ -274,7 +289,7 @@ class Call:
 
     async def _say_goodbye(self, ending: Ending) -> None:
         if ending.label not in ("finished", "hung_up", "slow_reader"):
-            await self._give(self._wire.error(ending.reason))
+            await self._give(self._wire.error(ending))
         message = ending.reason.encode()[:120].decode("utf-8", "ignore").encode()
         await self._socket.close(code=ending.code, message=message)
 
@@ -321,6 +336,10 @@ class Call:
                         self._in_ended = True
                         self._wake.set()
                         break
+                    if isinstance(pcm, Words):
+                        self._words.append(pcm)
+                        self._wake.set()
+                        continue
                     if not isinstance(pcm, np.ndarray):
                         await self._reply(pcm)
                         continue
@@ -333,6 +352,7 @@ class Call:
                         pause = 0.0
             except Ignored as error:
                 self._ignore(str(error))
+                await self._reply(error.answer)
             pieces += 1
             if pause or pieces % 16 == 0:  # who has much to say lets others speak
                 await asyncio.sleep(pause)
@@ -473,6 +493,8 @@ class Call:
                 else:
                     await self._nap(float("inf"))
                 continue
+            if self._words:  # the model may speak first
+                self._clock.begin(now)
             what, at = self._clock.decide(now, self._inbox.ready)
             if what == STEP:
                 pcm, came = self._inbox.take()
@@ -509,6 +531,8 @@ class Call:
             await self._room.wait()
 
     async def _step(self, session: Session, pcm: Pcm) -> Frame:
+        while self._words:
+            session.force_text(self._words.popleft().tokens)
         begun = self._loop.time()
         frame = await session.astep(pcm)
         self._metrics.step_seconds.observe(self._loop.time() - begun)

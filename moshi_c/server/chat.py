@@ -108,6 +108,6 @@ class ChatWire:
         """Nothing: callers hang up."""
         return []
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """See Wire."""
-        return [bytes([ERROR]) + reason.encode()]
+        return [bytes([ERROR]) + ending.reason.encode()]

@@ -48,7 +48,7 @@ class Guard:
             return
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            given = request.query.get("token", "")
+            given = request.headers.get("api-key") or request.query.get("token", "")
         if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token):
             raise Refused(401, "token", "a token is needed, and this is not it")
 

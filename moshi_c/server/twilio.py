@@ -193,6 +193,6 @@ class TwilioWire:
         """Nothing: callers hang up."""
         return []
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """Nothing: Twilio knows no such message; the close frame has the reason."""
         return []
