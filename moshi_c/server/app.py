@@ -46,6 +46,7 @@ from .guard import Guard, Refused
 from .live import LiveWire
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
+from .realtime import RealtimeWire
 from .settings import Settings, read_rate, read_sampling
 from .twilio import TwilioWire, busy, check_signature, connect_to
 
@@ -125,6 +126,7 @@ class Server:
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/ws/pcm", self._pcm)
         app.router.add_get("/v1/live/sessions", self._live)
+        app.router.add_get("/v1/realtime", self._realtime)
         app.router.add_get("/twilio/media", self._telephone)
         app.router.add_route("*", "/twilio/answer", self._answer_telephone)
         app.router.add_get("/api/info", self._info)
@@ -291,6 +293,9 @@ class Server:
 
     async def _live(self, request: web.Request) -> web.StreamResponse:
         return await self._call(request, lambda: LiveWire(self._model, self.settings.max_seconds))
+
+    async def _realtime(self, request: web.Request) -> web.StreamResponse:
+        return await self._call(request, lambda: RealtimeWire(self._model))
 
     async def _telephone(self, request: web.Request) -> web.StreamResponse:
         self._check_twilio(request, "ws")

@@ -42,6 +42,21 @@ def read_sound(text: Any) -> bytes:
         raise Ignored("the sound is no base64") from None
 
 
+def shown(value: Any) -> str:
+    """A value of an event, for a sentence: not all of a long one."""
+    if isinstance(value, str):
+        return repr(value[:40])
+    return (
+        str(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
+    )
+
+
+def part(of: Any, name: str) -> dict[str, Any]:
+    """What an event has under a name, if that is an object, else an empty one."""
+    found = of.get(name) if isinstance(of, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def write_sound(data: bytes) -> str:
     """Bytes as base64."""
     return base64.b64encode(data).decode()

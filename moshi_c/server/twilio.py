@@ -30,11 +30,13 @@ from ..audio import Pcm
 from ..session import Frame, Session
 from ..telephony import PHONE_RATE, BytesIn, BytesOut
 from .call import BAD_AUDIO, Answer, Ending, Ignored, Payload
-from .events import read_event, read_sound, write_sound
+from .events import part, read_event, read_sound, shown, write_sound
 from .guard import Refused
 
 #: Samples from mark to mark; samples that may wait to be played.
 _MARK_EVERY, _MOST_UNPLAYED = PHONE_RATE, PHONE_RATE
+_FORMAT = {"encoding": "audio/x-mulaw", "sampleRate": PHONE_RATE, "channels": 1}
+_MOST_NAME = 100
 #: Where there are defaults a URL may name the port or not, and is signed as it was given.
 _PORTS = {"https": 443, "wss": 443, "http": 80, "ws": 80}
 
@@ -100,53 +102,44 @@ class TwilioWire:
         """See Wire."""
         kind, event = read_event(message, "event")
         if kind == "start":
-            self._start(event.get("start"))
+            self._start(event)
         elif kind == "media":
-            yield from self._media(event.get("media"))
+            yield from self._media(part(event, "media"))
         elif kind == "mark":
-            yield partial(self._played, event.get("mark"))
+            yield partial(self._played, part(event, "mark").get("name"))
         elif kind == "stop":
             raise Ending(WSCloseCode.OK, "hung_up", "the caller hung up")
         elif kind not in ("connected", "dtmf"):
             raise Ignored(f"there is no event {kind[:40]!r}")
 
-    def _start(self, start: Any) -> None:
+    def _start(self, event: dict[str, Any]) -> None:
         if self._stream is not None:
             raise Ignored("the stream has started before")
-        try:
-            stream = start["streamSid"]
-            form = start.get("mediaFormat", {})
-            found = (
-                form.get("encoding", "audio/x-mulaw"),
-                form.get("sampleRate", PHONE_RATE),
-                form.get("channels", 1),
-            )
-        except (TypeError, KeyError, AttributeError):
-            raise Ignored('"start" says no "streamSid"') from None
-        if not isinstance(stream, str) or len(stream) > 100:
-            raise Ignored('"streamSid" is no name')
-        if found != ("audio/x-mulaw", PHONE_RATE, 1):
-            raise Ending(
-                BAD_AUDIO,
-                "bad_audio",
-                f"the stream has {str(found)[:80]}; expected audio/x-mulaw, 8000 Hz, 1 channel",
-            )
+        start = part(event, "start")
+        stream = start.get("streamSid")
+        if not isinstance(stream, str) or len(stream) > _MOST_NAME:
+            raise Ignored('"start" has no "streamSid"')
+        form = part(start, "mediaFormat")
+        for name, expected in _FORMAT.items():
+            if form.get(name, expected) != expected:
+                raise Ending(
+                    BAD_AUDIO,
+                    "bad_audio",
+                    f"{name} of the stream is {shown(form[name])}; expected {expected}",
+                )
         self._stream = stream
 
-    def _media(self, media: Any) -> Iterator[Pcm]:
+    def _media(self, media: dict[str, Any]) -> Iterator[Pcm]:
         if self._stream is None:
             raise Ignored('"media" before "start"')
-        if not isinstance(media, dict):
-            raise Ignored('"media" has no "payload"')
         if media.get("track", "inbound") != "inbound":
             return  # what we said
         data = read_sound(media.get("payload"))
         for start in range(0, len(data), PHONE_RATE):  # others get a turn in between
             yield self._in.add(data[start : start + PHONE_RATE])
 
-    def _played(self, mark: Any) -> list[Payload]:
+    def _played(self, name: Any) -> list[Payload]:
         """A mark has come back: all that was sent before it has been played, or cleared."""
-        name = mark.get("name") if isinstance(mark, dict) else None
         if not isinstance(name, str) or not name.isdecimal() or len(name) > 15:
             return []
         if int(name) <= self._cleared or self._sent - int(name) <= _MOST_UNPLAYED:
