@@ -195,7 +195,7 @@ class LiveWire:
     def _started(self) -> list[Payload]:
         """The caller has asked for a session, and there is a slot."""
         assert self._start is not None
-        self._session = {**self._about, "expires_at": round(time.time() + self._expires_after)}
+        self._session = {**self._about, "expires_at": int(time.time() + self._expires_after)}
         made = self._made("session.started", client=self._start, session=self._session)
         for name, why in self._refused:
             made += self._error("unsupported", why, name, self._start)
