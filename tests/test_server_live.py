@@ -20,11 +20,14 @@ import numpy as np
 import pytest
 import sound
 from callers import Caller, eventually, scenario, serving, value, websocket
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sound import FRAME, RATE, Sound
 
 import moshi_c
 from moshi_c import Model, Session
-from moshi_c.server import Server
+from moshi_c.server import Server, live
+from moshi_c.server.call import Ending, Ignored
 from moshi_c.telephony import BytesIn, BytesOut, decode, encode
 
 pytestmark = pytest.mark.python
@@ -317,6 +320,15 @@ def sounds(form: Any) -> str:
     return start(model="m", audio={"format": form})
 
 
+def text_message(text: str) -> aiohttp.WSMessage:
+    return aiohttp.WSMessage(aiohttp.WSMsgType.TEXT, text, None)
+
+
+#: Those that the protocol gives a meaning, above all.
+NAMES = st.text(max_size=4) | st.sampled_from(
+    ["session", "model", "audio", "format", "type", "rate", "output", "voice", "instructions"]
+    + ["delegation", "responses", "tools", "input", "store", "content", "delegation_id", "event_id"]
+)
 APPEND = '{"type": "session.input_audio.append", "audio": "AAAA"}'
 COMMENTARY = {"type": "session.commentary.append", "delegation_id": None}
 
@@ -377,6 +389,39 @@ async def test_what_a_caller_gets_wrong_is_an_error_event_and_hurts_no_call(mode
         await caller.until(lambda: len(caller.heard) == len(expected))
         assert caller.heard == expected
         assert value(server, "moshi_ignored_messages_total") == len(BEFORE) + len(AFTER) + 1
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(NAMES, inside, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    kind=st.sampled_from(sorted(live._KNOWN)),
+    facts=st.dictionaries(NAMES, ANYTHING, max_size=6),
+    started=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_event_is_taken_answered_or_refused(
+    model: Model, kind: str, facts: Event, started: bool
+) -> None:
+    """Of every type, whatever it holds: no other exception, and every answer is JSON."""
+    wire, answers = live.LiveWire(model, 0.0), []
+    if started:
+        list(wire.hear(text_message(start(model="m"))))
+        answers += wire.ready(None)  # type: ignore[arg-type]
+    try:
+        for heard in wire.hear(text_message(json.dumps({**facts, "type": kind}))):
+            answers += heard if isinstance(heard, list) else []
+        answers += wire.ready(None)  # type: ignore[arg-type]
+    except Ignored as error:
+        answers += error.answer
+        assert answers
+    except Ending as ending:
+        assert kind == "session.close" and ending.code == 1000
+    assert all(json.loads(answer)["event_id"] for answer in answers)
 
 
 @scenario
