@@ -325,9 +325,11 @@ def text_message(text: str) -> aiohttp.WSMessage:
 
 
 #: Those that the protocol gives a meaning, above all.
-NAMES = st.text(max_size=4) | st.sampled_from(
-    ["session", "model", "audio", "format", "type", "rate", "output", "voice", "instructions"]
-    + ["delegation", "responses", "tools", "input", "store", "content", "delegation_id", "event_id"]
+NAMES = (
+    st.sampled_from(["session", "model", "audio", "format", "type", "rate", "output", "voice"])
+    | st.sampled_from(["instructions", "input", "store", "delegation", "responses", "tools"])
+    | st.sampled_from(["content", "delegation_id", "event_id"])
+    | st.text(max_size=4)
 )
 APPEND = '{"type": "session.input_audio.append", "audio": "AAAA"}'
 COMMENTARY = {"type": "session.commentary.append", "delegation_id": None}
