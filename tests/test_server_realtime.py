@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 import pytest
 import sound
-from callers import Caller, eventually, scenario, serving, value, websocket
+from callers import Caller, scenario, serving, websocket
 
 import moshi_c
 from moshi_c import Model, telephony
