@@ -18,7 +18,6 @@ count it. A place in the line and other news are `info` events.
 
 from __future__ import annotations
 
-import base64
 import json
 import secrets
 import time
@@ -27,14 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from aiohttp import WSCloseCode, WSMessage, WSMsgType
+from aiohttp import WSCloseCode, WSMessage
 
 from ..audio import Pcm
 from ..model import Model
 from ..say import spoken_tokens
 from ..session import Frame, Session
 from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding, sample_bytes
-from .call import Ending, Ignored, Payload, Words
+from .call import Answer, Ending, Ignored, Payload, Words
+from .events import part, read_event, read_sound, shown, write_sound
 
 #: What each format of the protocol is, and the rates that it may have; the first is the usual one.
 _FORMATS: dict[str, tuple[Encoding, tuple[int, ...]]] = {
@@ -87,7 +87,7 @@ class LiveWire:
 
     # ---- in ------------------------------------------------------------------------------------
 
-    def hear(self, message: WSMessage) -> Iterator[Pcm | Words | list[Payload] | None]:
+    def hear(self, message: WSMessage) -> Iterator[Pcm | Words | list[Payload] | Answer | None]:
         """See Wire."""
         event = self._event(message)
         kind = event["type"]
@@ -126,25 +126,21 @@ class LiveWire:
         Raises:
             Ignored: it is none.
         """
-        if message.type != WSMsgType.TEXT:
-            raise self._wrong({}, "invalid_json", None, "messages are JSON text here")
         try:
-            event = json.loads(message.data)
-        except (ValueError, RecursionError):
-            raise self._wrong({}, "invalid_json", None, "this is not JSON") from None
-        if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-            raise self._wrong({}, "invalid_json", "type", 'events are objects with a "type"')
-        if event["type"] not in _KNOWN:
-            what = f"there is no event {event['type'][:40]!r}"
+            kind, event = read_event(message, "type")
+        except Ignored as error:
+            raise self._wrong({}, "invalid_json", None, str(error)) from None
+        if kind not in _KNOWN:
+            what = f"there is no event {shown(kind)}"
             raise self._wrong(event, "unknown_event", "type", what)
         return event
 
     def _audio(self, event: Event) -> bytes:
         text = self._text(event, "audio")
         try:
-            return base64.b64decode(text, validate=True)
-        except ValueError:
-            raise self._wrong(event, "invalid_value", "audio", "audio is not base64") from None
+            return read_sound(text)
+        except Ignored as error:
+            raise self._wrong(event, "invalid_value", "audio", str(error)) from None
 
     def _text(self, event: Event, name: str) -> str:
         text = event.get(name)
@@ -179,16 +175,16 @@ class LiveWire:
 
     def _format(self, event: Event, session: Event) -> tuple[str, int]:
         name = "session.audio.format"
-        wanted = _part(_part(session, "audio"), "format")
+        wanted = part(part(session, "audio"), "format")
         kind = wanted.get("type", "audio/pcm")
         if not isinstance(kind, str) or kind not in _FORMATS:
-            what = f"{name} is {str(kind)[:40]!r}; expected {', '.join(_FORMATS)}"
+            what = f"{name} is {shown(kind)}; expected {', '.join(_FORMATS)}"
             raise self._wrong(event, "invalid_value", name, what)
         rates = _FORMATS[kind][1]
         rate = wanted.get("rate", rates[0])
         if type(rate) is not int or rate not in rates:
             expected = " or ".join(map(str, rates))
-            what = f"the rate of {kind} is {str(rate)[:40]}; expected {expected}"
+            what = f"the rate of {kind} is {shown(rate)}; expected {expected}"
             raise self._wrong(event, "invalid_value", f"{name}.rate", what)
         return kind, rate
 
@@ -232,7 +228,7 @@ class LiveWire:
         )
 
     def _update(self, event: Event) -> list[Payload]:
-        refused = list(_not_ours(_part(event, "session")))
+        refused = list(_not_ours(part(event, "session")))
         if not refused:
             return self._made("session.updated", client=event, session=self._session)
         return [p for name, why in refused for p in self._error("unsupported", why, name, event)]
@@ -264,8 +260,7 @@ class LiveWire:
     def _delta(self, data: bytes) -> list[Payload]:
         if not data:
             return []
-        delta = base64.b64encode(data).decode()
-        return [json.dumps({"type": "session.output_audio.delta", "delta": delta})]
+        return [json.dumps({"type": "session.output_audio.delta", "delta": write_sound(data)})]
 
     def text(self, text: str, time: float) -> list[Payload]:
         """See Wire."""
@@ -341,12 +336,6 @@ _KNOWN = {
 }
 
 
-def _part(of: Any, name: str) -> Event:
-    """A part of an event that is an object, else an empty one."""
-    part = of.get(name) if isinstance(of, dict) else None
-    return part if isinstance(part, dict) else {}
-
-
 def _number(event: Event) -> Event:
     """Which of the caller's events is meant."""
     number = event.get("event_id")
@@ -357,7 +346,7 @@ def _not_ours(session: Event) -> Iterator[tuple[str, str]]:
     """What a session asks for that this model has not: its name, and a sentence."""
     if str(session.get("instructions") or "").strip():
         yield "session.instructions", "this model takes no instructions; it goes on without"
-    voice = _part(_part(session, "audio"), "output").get("voice")
+    voice = part(part(session, "audio"), "output").get("voice")
     if voice not in (None, _ANY_VOICE):
         yield "session.audio.output.voice", "this model has one voice; it goes on with that"
     if session.get("input"):
@@ -366,6 +355,6 @@ def _not_ours(session: Event) -> Iterator[tuple[str, str]]:
         yield "session.store", "this server stores nothing"
     if session.get("triggers"):
         yield "session.triggers", "this server has no triggers"
-    if _part(_part(session, "delegation"), "responses").get("tools"):
+    if part(part(session, "delegation"), "responses").get("tools"):
         name = "session.delegation.responses.tools"
         yield name, "this model calls no functions; it goes on without"
