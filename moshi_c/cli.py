@@ -657,7 +657,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = command(
         "serve",
         _serve,
-        "a page to talk to the model at /, and its WebSockets at /api/chat and /ws/pcm",
+        "a page to talk to the model, and WebSockets: Moshi's, OpenAI's, Twilio's, plain samples",
         "moshi-c serve --sessions 4",
     )
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1")

@@ -15,8 +15,9 @@ from xml.etree import ElementTree
 import aiohttp
 import numpy as np
 import pytest
+import serving as process_module
 import sound
-from callers import Caller, eventually, scenario, serving, value, websocket
+from callers import Caller, eventually, get, scenario, serving, value, websocket
 
 import moshi_c
 from moshi_c import Model, telephony
@@ -214,7 +215,7 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
     # Twilio comes by the public name, and knows no token of ours
     headers["Host"] = "phone.example"
     async with (
-        serving(model, queue=0, token="only for others", **SIGNED) as server,
+        serving(model, token="only for others", **SIGNED) as server,
         aiohttp.ClientSession() as http,
     ):
         url = server.url + "/twilio/answer"
@@ -317,6 +318,21 @@ def test_sound_that_waits_at_the_telephone_is_cleared_once(model: Model) -> None
     answers = [hear({"event": "mark", "mark": {"name": name}}) for name in late]
     assert answers[0] == [{"event": "clear", "streamSid": "MZ0001"}]
     assert answers[1:] == [[]] * (len(late) - 1), "the marks that clear gives back"
+
+
+@scenario
+async def test_the_command_takes_the_url_and_the_secret_from_the_environment() -> None:
+    names = {"MOSHI_C_TWILIO_TOKEN": SECRET, "MOSHI_C_PUBLIC_URL": URL + "/moshi/"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in names.items():
+            patch.setenv(name, text)
+        process = await asyncio.to_thread(process_module.Server, "--sessions", "1")
+    headers = {"X-Twilio-Signature": signature(SECRET, URL + "/moshi/twilio/answer")}
+    try:
+        status, page, _ = await get(process.url[:-1], "/twilio/answer", headers=headers)
+    finally:
+        process.end()
+    assert status == 200 and "wss://phone.example/moshi/twilio/media" in page
 
 
 def test_a_telephone_needs_both_the_secret_and_the_url() -> None:

@@ -313,7 +313,8 @@ class Server:
         elif request.method not in ("GET", "POST"):
             raise Refused(405, "method", f"the method is {request.method[:20]}; expected POST")
         url = self._check_twilio(request, "http", [(k, str(v)) for k, v in fields.items()])
-        full = self._stopping or self._admission.full
+        # the line would be silent to them
+        full = self._stopping or self._admission.busy >= self._admission.slots
         page = busy() if full else connect_to(url.replace("http", "ws", 1) + "/twilio/media")
         return web.Response(text=page, content_type="text/xml")
 

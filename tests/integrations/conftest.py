@@ -14,10 +14,15 @@ import pytest
 import moshi_c
 
 FILES = {
-    "pipecat": ["test_pipecat.py", "test_pipecat_live.py"],
-    "livekit": ["test_livekit.py", "test_livekit_client.py", "test_livekit_live.py"],
+    "pipecat": ["test_pipecat.py", "test_pipecat_live.py", "test_pipecat_realtime.py"],
+    "livekit": [
+        "test_livekit.py",
+        "test_livekit_client.py",
+        "test_livekit_live.py",
+        "test_livekit_realtime.py",
+    ],
     "fastrtc": ["test_fastrtc.py"],
-    "openai": ["test_openai_live.py"],
+    "openai": ["test_openai_live.py", "test_openai_realtime.py"],
 }
 collect_ignore = [
     file
