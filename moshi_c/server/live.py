@@ -5,6 +5,7 @@ the openai package (`openai.types.live`). The caller sends `session.start` once 
 `session.started` when there is a slot; from then on sound goes both ways without a pause, base64 in
 `session.input_audio.append` and `session.output_audio.delta`: 16 bits at 24 or 16 kHz, or G.711.
 What the model says comes as `session.output_transcript.delta`, with its time by the frame clock.
+While it is silent its sound is zeros to the last bit, by which clients tell the turns apart.
 
 `session.commentary.append` is said word for word. What the protocol has and Moshi has not is
 answered with an `error` event that names it, and the call goes on: instructions, voices, text it
@@ -247,7 +248,7 @@ class LiveWire:
     def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         self._frames = frame.index + 1
-        made = self._delta(self._out.add(pcm))
+        made = self._delta(self._out.add(pcm if frame.speaking else np.zeros_like(pcm)))
         if self._frames % _USAGE_FRAMES == 0:
             used = min(1.0, self._frames / self._model._info["context"])
             made += self._made(
