@@ -699,10 +699,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     serve.add_argument(
         "--per-address",
-        type=_count,
+        type=int,
         default=16,
         metavar="N",
-        help="calls from one address at once (default: 16)",
+        help="calls from one address at once, and four connections for each; "
+        "0, as behind a proxy, is no bound (default: 16)",
     )
 
     info = command(

@@ -43,6 +43,7 @@ import moshi_c
 from moshi_c import Model, Session, SessionError
 from moshi_c.server import Server, Settings
 from moshi_c.server import call as call_module
+from moshi_c.server.listener import neighbourhood
 
 pytestmark = pytest.mark.python
 
@@ -728,9 +729,56 @@ async def test_there_are_only_so_many_connections(model: Model) -> None:
         assert (await get(server, "/health"))[0] == 200
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def closed(reader: asyncio.StreamReader) -> bool:
+    """Whether the server hung up without a word."""
+    with contextlib.suppress(ConnectionError):
+        return await asyncio.wait_for(reader.read(), 60) == b""
+    return True
+
+
 @scenario
-async def test_tls_serves_https_and_wss(model: Model, tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+async def test_one_address_cannot_take_all_connections(model: Model) -> None:
+    async with serving(model, per_address=1) as server:
+        silent = [await raw(server.port, b"") for _ in range(4)]
+        reader, writer = await raw(server.port, HEALTH)
+        assert await closed(reader)
+        assert value(server, "moshi_refused_total", reason="connections_of_address") == 1
+        for source in ("127.0.0.2", "127.0.0.3"):
+            other, its_writer = await raw(server.port, HEALTH, source)
+            assert b"200 OK" in await other.readline()
+            its_writer.close()
+        silent[0][1].close()  # and has its place again
+        await eventually(lambda: len(server._runner.server.connections) == 3)
+        assert (await get(server, "/health"))[0] == 200
+        for _, each in silent:
+            each.close()
+        writer.close()
+    async with serving(model, per_address=0) as server:  # behind a proxy
+        silent = [await raw(server.port, b"") for _ in range(20)]
+        assert (await get(server, "/health"))[0] == 200
+        for _, each in silent:
+            each.close()
+
+
+def test_an_address_is_what_one_household_has() -> None:
+    for first, second, same in (
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("2001:db8::1", "2001:db8::ffff:1:2:3", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+    ):
+        assert (neighbourhood(first) == neighbourhood(second)) is same, (first, second)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A certificate for 127.0.0.1, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
@@ -741,9 +789,32 @@ async def test_tls_serves_https_and_wss(model: Model, tmp_path: Path) -> None:
         check=True,
         capture_output=True,
     )
-    trusting = ssl.create_default_context(cafile=str(certificate))
+    return str(certificate), str(key)
+
+
+@scenario
+async def test_a_handshake_of_tls_takes_a_place_and_no_longer_than_it_may(
+    model: Model, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moshi_c.server.app._FIRST_REQUEST", 4.0)
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    async with serving(model, tls=certificate, connections=2) as server:
+        half = [await raw(server.port, text) for text in (b"", b"\x16\x03\x01\x02\x00")]
+        third, writer = await raw(server.port, b"")
+        assert await closed(third)
+        assert value(server, "moshi_refused_total", reason="connections") == 1
+        for reader, _ in half:  # the time for it is over
+            assert await closed(reader)
+        assert (await get(server, "/health", ssl=trusting))[0] == 200
+        for each in (writer, *(each for _, each in half)):
+            each.close()
+
+
+@scenario
+async def test_tls_serves_https_and_wss(model: Model, certificate: tuple[str, str]) -> None:
+    trusting = ssl.create_default_context(cafile=certificate[0])
     voice = sound(3)
-    async with serving(model, tls=(str(certificate), str(key))) as server:
+    async with serving(model, tls=certificate) as server:
         assert server.url.startswith("https://")
         assert (await get(server, "/health", ssl=trusting))[0] == 200
         async with (
@@ -758,7 +829,7 @@ async def test_tls_serves_https_and_wss(model: Model, tmp_path: Path) -> None:
             await caller.listen()
             assert caller.code == 1000 and len(caller.pcm) == 4 * FRAME
     with pytest.raises(OSError, match="are not a certificate and its key"):
-        await Server(model, Settings(port=0, tls=(str(key), str(key)))).start()
+        await Server(model, Settings(port=0, tls=certificate[1:] * 2)).start()
 
 
 # ---- the process -------------------------------------------------------------------------------

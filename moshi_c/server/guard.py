@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from .listener import neighbourhood
 from .settings import Settings, is_loopback
 
 
@@ -53,7 +54,8 @@ class Guard:
 
     def enter(self, address: str) -> None:
         """One more call from this address."""
-        if self._open[address] >= self._per_address:
+        address = neighbourhood(address)
+        if self._per_address and self._open[address] >= self._per_address:
             raise Refused(
                 429, "address", f"{self._per_address} calls from one address are the most at once"
             )
@@ -61,6 +63,7 @@ class Guard:
 
     def leave(self, address: str) -> None:
         """One fewer."""
+        address = neighbourhood(address)
         self._open[address] -= 1
         if self._open[address] <= 0:
             del self._open[address]

@@ -26,8 +26,10 @@ class Settings:
     idle_seconds: a call ends after this without any sound from the caller; 0 is never.
     slow_seconds: a caller who has not read for this long is hung up on.
     drain_seconds: after SIGTERM, how long calls may go on.
-    per_address: connections from one address at once.
-    connections: connections in all.
+    per_address: calls from one address at once, and four connections for each of them; 0 is no
+        bound, for a server behind a proxy, whose address all callers have. Of IPv6 the first 64
+        bits count.
+    connections: connections in all, TLS handshakes among them.
     message_bytes: the largest message taken.
     messages_per_second: a caller who sends more is read more slowly.
     silence_after: a live frame later than this many seconds is replaced by silence.
@@ -57,7 +59,7 @@ class Settings:
     keepalive_seconds: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, least in (("queue", 0), ("per_address", 1), ("connections", 1)):
+        for name, least in (("queue", 0), ("per_address", 0), ("connections", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
         if self.sessions is not None and self.sessions < 1:
