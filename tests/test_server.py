@@ -444,6 +444,21 @@ async def test_fault_23_late_answers_are_counted_and_no_lag_grows(
         assert value(server, "moshi_dropped_frames_total", direction="in") > 5
         assert value(server, "moshi_silence_steps_total") == 0
         assert caller.kinds("lagging")
+        told = [note["late"] for note in caller.kinds("overrun")]
+        late = value(server, "moshi_late_frames_total")
+        assert 1 <= len(told) < late / 4 and told == sorted(set(told)) and told[-1] <= late
+        # by the names of vLLM-Omni's load driver
+        await caller.socket.close()
+        await eventually(lambda: not server._calls)
+        intervals = value(server, "moshi_client_audio_packet_interval_ms_sum")
+        assert intervals > 110 * value(server, "moshi_client_audio_packet_interval_ms_count") > 0
+        assert value(server, "moshi_client_first_audio_after_stream_start_ms_sum") > 110
+        assert value(server, "moshi_client_send_lateness_ms_count") == 40
+        assert value(server, "moshi_client_stream_rtf_sum") > 1.25
+        assert value(server, "moshi_frame_deficit_total") > 5
+        assert 0 < value(server, "moshi_frame_coverage_ratio_sum") < 0.9
+        assert value(server, "moshi_audio_underrun_s_total") > 0.1
+        assert value(server, "moshi_audio_underrun_event_count_total") > 0
 
 
 @scenario

@@ -96,7 +96,8 @@ class ChatWire:
         return [bytes([TEXT]) + text.encode()]
 
     def event(self, event: str, **facts: Any) -> list[Payload]:
-        """Nothing: there is no kind for it."""
+        """Nothing: no kind is passed over by all clients. Upstream's prints a line for one that it
+        does not know, and Kyutai's page takes metadata for the server's description."""
         return []
 
     def keep_alive(self) -> list[Payload]:

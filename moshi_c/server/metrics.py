@@ -16,7 +16,7 @@ _INTERVALS_MS = (20, 40, 60, 70, 75, 80, 85, 90, 100, 120, 160, 250, 500, 1000, 
 _LATENESS_MS = (1, 2, 5, 10, 20, 40, 80, 160, 250, 500, 1000, 2500)
 _RTF = (0.9, 0.95, 0.98, 0.99, 1.0, 1.01, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0)
 _COVERAGE = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
-#: Seconds that a listener's sound may be short of before it counts.
+#: Seconds of sound that a listener may lack before it is an event.
 _UNDERRUN = 0.1
 
 
@@ -85,7 +85,7 @@ class Metrics:
         self.deficit = counter("frame_deficit", "Frames that came and were not answered")
         self.underrun_s = counter("audio_underrun_s", "Seconds for which listeners lacked sound")
         self.underruns = counter(
-            "audio_underrun_event_count", "Times that a listener lacked sound for over 100 ms"
+            "audio_underrun_event_count", "Times that a listener lacked 100 ms more"
         )
 
     def text(self) -> bytes:
@@ -101,7 +101,8 @@ class Pace:
         self._in = self._out = 0  # frames
         self._begin = 0.0  # the first frame in
         self._last: float | None = None  # the last frame out
-        self._ends = 0.0  # when a listener has heard all that went out
+        self._ends = 0.0  # when a listener who plays at once has heard all that went out
+        self._short = 0.0  # seconds of sound that were missing since the last event
 
     def came(self, now: float, frames: int) -> None:
         """Frames from the caller have become whole."""
@@ -121,9 +122,12 @@ class Pace:
                 self._metrics.first_ms.observe(1e3 * (now - self._begin))
         else:
             self._metrics.interval_ms.observe(1e3 * (now - self._last))
-        if now - self._ends > _UNDERRUN:
-            self._metrics.underruns.inc()
+        if now > self._ends:
             self._metrics.underrun_s.inc(now - self._ends)
+            self._short += now - self._ends
+        if self._short > _UNDERRUN:
+            self._metrics.underruns.inc()
+            self._short = 0.0
         self._ends = max(self._ends, now) + self._frame
         self._last = now
 
