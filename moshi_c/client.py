@@ -76,8 +76,10 @@ def address(url: str, seed: int | None = None) -> str:
     """The WebSocket's address behind what a user types.
 
     Raises:
-        ValueError: no such scheme, or no host.
+        ValueError: no such scheme, no host, or a file.
     """
+    if Path(url).is_file():
+        raise ValueError(f"{url} is a file; expected the address of a server, and --in {url}")
     parts = urlsplit(url if "://" in url else f"ws://{url}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -156,9 +158,9 @@ class _Caller:
                         ssl=call.verify,
                     ) as socket,
                 ):
+                    blocks = said or self._blocks(self._microphone(stack))
                     if call.target is not None:  # only now: an old file stays without a call
                         self._play = self._sink(stack)
-                    blocks = said or self._blocks(self._microphone(stack))
                     try:
                         await self._converse(socket, blocks)
                     finally:

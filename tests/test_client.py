@@ -351,6 +351,7 @@ def test_mistakes_are_found_before_the_call(
     for arguments, sentence in (
         (["ftp://host"], "ftp://host is no address of a server"),
         (["ws://"], "is no address of a server"),
+        ([str(question)], f"expected the address of a server, and --in {question}"),
         (["host", "--in", "none.wav", "--out", "a.wav"], "none.wav does not exist"),
         (["host", "--out", "a.xyz"], "'.xyz'"),
         (["host", "--in", str(question), "--out", str(question)], "is the input"),

@@ -7,6 +7,8 @@ import io
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -448,7 +450,16 @@ def test_the_jitter_buffer_learns_from_gaps_and_trims_lag(parts: Page) -> None:
 # ---- the wheel ---------------------------------------------------------------------------------
 
 
-def test_every_file_of_the_page_is_served_and_kept_by_the_package(server: Server) -> None:
+def test_every_file_of_the_page_is_in_the_wheel(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    page = Path("moshi_c", "server", "page")
+    files = {file.name: file.read_bytes() for file in (root / page).iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / page).iterdir()} == files
+
+
+def test_every_file_of_the_page_is_served(server: Server) -> None:
     import urllib.request
 
     import moshi_c.server

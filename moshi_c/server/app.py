@@ -144,7 +144,8 @@ class Server:
             await self._listener.open(settings.host, settings.port)
         except OSError as error:
             await self._runner.cleanup()
-            reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+            in_use = error.errno == errno.EADDRINUSE
+            reason = "it is in use; give another port" if in_use else error.strerror
             raise OSError(
                 error.errno, f"{settings.host}:{settings.port} cannot be listened on: {reason}"
             ) from error

@@ -425,7 +425,7 @@ class Call:
             return await asyncio.to_thread(
                 Session,
                 self._model,
-                seed=wanted.seed,
+                seed=self._settings.seed if wanted.seed is None else wanted.seed,
                 text_temperature=wanted.text_temperature,
                 text_top_k=wanted.text_top_k,
                 audio_temperature=wanted.audio_temperature,

@@ -15,6 +15,7 @@ from ..model import Model
 @dataclass(frozen=True, slots=True)
 class Settings:
     """host, port: where to listen; port 0 takes a free one.
+    seed: of callers who ask for none; None draws one for each.
     sessions: callers who talk at once; None for as many as the model was loaded for.
     queue: callers who may wait for a slot; those after them are refused at once.
     token: what callers must know; None lets everyone in who reaches the port.
@@ -39,6 +40,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8998
+    seed: int | None = None
     sessions: int | None = None
     queue: int = 8
     token: str | None = None
