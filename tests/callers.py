@@ -232,11 +232,13 @@ class Chatter:
 
 
 @contextlib.asynccontextmanager
-async def chatting(server: Server | str, query: str = "") -> AsyncIterator[Chatter]:
-    """A call over `/api/chat`."""
+async def chatting(
+    server: Server | str, query: str = "", origin: str | None = None
+) -> AsyncIterator[Chatter]:
+    """A call over `/api/chat`; origin: the page that a browser would be on."""
     async with (
         aiohttp.ClientSession() as client,
-        client.ws_connect(f"{websocket(server)}/api/chat{query}") as connection,
+        client.ws_connect(f"{websocket(server)}/api/chat{query}", origin=origin) as connection,
     ):
         chatter = Chatter(connection)
         listening = asyncio.create_task(chatter.listen())

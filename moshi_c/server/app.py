@@ -244,8 +244,10 @@ class Server:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         query = request.query
-        # PersonaPlex's clients send a voice, and cannot be told to ask for more
-        dtx = self.settings.dtx or "voice_prompt" in query or query.get("dtx") == "1"
+        # LiveKit's client sends a voice, and cannot be told to ask for more. PersonaPlex's page
+        # sends one, too, but plays what comes: browsers say which page they are on.
+        pausing = "voice_prompt" in query and "Origin" not in request.headers
+        dtx = self.settings.dtx or pausing or query.get("dtx") == "1"
         return await self._call(request, lambda: ChatWire(dtx=dtx, rate=self._model.sample_rate))
 
     async def _pcm(self, request: web.Request) -> web.StreamResponse:
