@@ -447,6 +447,24 @@ def test_the_jitter_buffer_learns_from_gaps_and_trims_lag(parts: Page) -> None:
     assert max(part["largest"] for part in found.values()) <= 0.25
 
 
+def test_the_page_takes_a_servers_word_that_it_does_not_keep_up(parts: Page) -> None:
+    told = parts.evaluate(
+        "import('/page/links.js').then(({ChatLink, PcmLink}) => {"
+        " const told = [];"
+        " const events = {late: () => told.push('late'), waiting: (place) => told.push(place)};"
+        " const links = [ChatLink, PcmLink].map((kind) =>"
+        "  Object.assign(Object.create(kind.prototype), {events}));"
+        " for (const note of [{type: 'overrun', late: 3}, {position: 2}, {type: 'lagging'}]) {"
+        "  const text = JSON.stringify(note);"
+        "  links[0].received(Uint8Array.of(6, ...new TextEncoder().encode(text)).buffer);"
+        "  links[1].received(text);"
+        " }"
+        " return told;"
+        "})"
+    )
+    assert told == ["late", "late", 2, 2]
+
+
 # ---- the wheel ---------------------------------------------------------------------------------
 
 

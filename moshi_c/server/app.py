@@ -141,7 +141,7 @@ class Server:
             refused=lambda label: self.metrics.refused.labels(label).inc(),
         )
         try:
-            await self._listener.open(settings.host, settings.port)
+            await self._listener.listen(settings.host, settings.port)
         except OSError as error:
             await self._runner.cleanup()
             in_use = error.errno == errno.EADDRINUSE
@@ -248,7 +248,8 @@ class Server:
         # sends one, too, but plays what comes: browsers say which page they are on.
         pausing = "voice_prompt" in query and "Origin" not in request.headers
         dtx = self.settings.dtx or pausing or query.get("dtx") == "1"
-        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=self._model.sample_rate))
+        rate, events = self._model.sample_rate, query.get("events") == "1"
+        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=rate, events=events))
 
     async def _pcm(self, request: web.Request) -> web.StreamResponse:
         def wire() -> Wire:

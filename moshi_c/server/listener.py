@@ -55,7 +55,7 @@ class Listener:
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
 
-    async def open(self, host: str, port: int) -> None:
+    async def listen(self, host: str, port: int) -> None:
         """Listens.
 
         Raises:
