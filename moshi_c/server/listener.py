@@ -13,7 +13,8 @@ import ipaddress
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 #: Seconds until the next try when the system has no descriptor left for a connection.
@@ -70,17 +71,16 @@ class Listener:
             for each in self._sockets:
                 each.listen(1024)
         except OSError:
-            self.close()
+            for each in self._sockets:
+                each.close()
             raise
         for each in self._sockets:
-            self._task(self._accept(each))
+            self._task(self._accept(each)).add_done_callback(partial(_close, each))
 
     def close(self) -> None:
         """Takes no more; those that are open stay, but for handshakes."""
         for task in self._tasks:
             task.cancel()
-        for each in self._sockets:
-            each.close()
 
     def spoke(self, handler: object) -> None:
         """A request has come."""
@@ -88,10 +88,11 @@ class Listener:
         if timer is not None:
             timer.cancel()
 
-    def _task(self, part: Any) -> None:
+    def _task(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(part)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -135,6 +136,11 @@ class Listener:
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
+
+
+def _close(listening: socket.socket, task: asyncio.Task[None]) -> None:
+    """When the loop has let go of it."""
+    listening.close()
 
 
 class _Line(asyncio.Protocol):
