@@ -686,6 +686,7 @@ async def test_fault_18_pages_of_other_hosts_may_not_connect(model: Model) -> No
         for headers, expected in (
             ({"Origin": "http://evil.example"}, 403),
             ({"Origin": "null"}, 403),
+            ({"Origin": "null", "Host": ""}, 403),
             ({"Origin": f"http://127.0.0.1:{server.port + 1}"}, 403),
             # a name of theirs that leads here
             ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
@@ -715,6 +716,9 @@ def test_fault_18_no_host_that_others_reach_without_a_token() -> None:
         assert Settings(host=host)
     with pytest.raises(ValueError, match="8 or more"):
         Settings(token="short")
+    for origin in ("example.org", "null", "https://", "", "*", "ftp://example.org", "http://a/b"):
+        with pytest.raises(ValueError, match="expected one like https"):
+            Settings(origins=(origin,))
 
 
 @scenario

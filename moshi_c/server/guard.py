@@ -39,7 +39,10 @@ class Guard:
         if self._own_names_only and not is_loopback(_name(host)) and host not in self._origins:
             raise Refused(403, "host", f"this server does not answer to the name {_name(host)!r}")
         origin = request.headers.get("Origin")
-        if origin is not None and _authority(origin) not in {host, *self._origins}:
+        if origin is not None and (
+            not _name(_authority(origin))  # "null", as pages say that hide where they are from
+            or _authority(origin) not in {host, *self._origins}
+        ):
             raise Refused(403, "origin", "pages of another host may not connect here")
 
     def check_token(self, request: web.Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,6 +69,11 @@ class Settings:
             raise ValueError(f"sessions is {self.sessions}; expected 1 or more")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[^/?#\s]+/?", origin):
+                raise ValueError(
+                    f"the origin {origin!r} is no page's; expected one like https://example.org"
+                )
         if self.token is not None and len(self.token) < 8:
             raise ValueError(f"the token has {len(self.token)} characters; expected 8 or more")
         if not is_loopback(self.host) and self.token is None and not self.insecure:
