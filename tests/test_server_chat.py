@@ -313,6 +313,32 @@ async def test_dtx_is_asked_for_by_url_or_setting(model: Model) -> None:
     )
 
 
+@scenario
+async def test_fault_23_an_overrun_is_told_to_who_asks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Session.astep
+
+    async def slow(self: Session, pcm: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await step(self, pcm, **options)
+
+    monkeypatch.setattr(Session, "astep", slow)
+    pieces = written(sound.silence(1.0))
+
+    async def call(server: Server, query: str) -> list[Any]:
+        async with chatting(server, query) as caller:
+            await caller.ready()
+            await caller.say(pieces, 0.08)
+            await caller.until(lambda: len(caller.kind(1)) > 5)
+            return [json.loads(note) for note in caller.kind(6)]
+
+    async with serving(model, keepalive_seconds=60.0) as server:
+        told, untold = await asyncio.gather(call(server, "?events=1"), call(server, ""))
+        assert "overrun" in {note["type"] for note in told} <= {"overrun", "lagging"}
+        assert untold == []
+
+
 # ---- the line ----------------------------------------------------------------------------------
 
 
