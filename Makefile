@@ -67,9 +67,10 @@ serve: build ## a page to talk to the small model, at http://localhost:8998; Ctr
 	$(PIP) "moshi_c[server]"
 	$(BIN)/moshi-c serve
 
-# Each agent framework in an environment of its own: together they would hold each other's versions
-# back. The core is compiled once for all of them.
-FRAMEWORKS := pipecat livekit fastrtc
+# Each agent framework, and OpenAI's package, in an environment of its own: together they would hold
+# each other's versions back. The core is compiled once for all of them.
+FRAMEWORKS := pipecat livekit fastrtc openai
+BESIDE_pipecat := ,server
 BESIDE_livekit := ,clients
 .venv-%/.made: $(VENV)/.core build/release/libmoshi.a
 	scripts/setup_debian.sh sound
@@ -79,10 +80,14 @@ BESIDE_livekit := ,clients
 	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations$(BESIDE_$*)]"
 	touch $@
 
-.PHONY: integrations integrations-pipecat integrations-livekit integrations-fastrtc
-integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c inside Pipecat, LiveKit and FastRTC, by their own harnesses
-integrations-pipecat integrations-livekit integrations-fastrtc: integrations-%: .venv-%/.made
+.PHONY: integrations $(FRAMEWORKS:%=integrations-%)
+integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
+$(FRAMEWORKS:%=integrations-%): integrations-%: .venv-%/.made
 	.venv-$*/bin/pytest -q -p no:cacheprovider tests/integrations/test_$**.py
+
+.PHONY: resolve
+resolve: $(VENV)/.core ## do the extras for agents install beside current transformers and NumPy? nothing is installed
+	$(BIN)/python scripts/resolve.py
 
 # ---- C: one library per variant --------------------------------------------------------------
 

@@ -357,6 +357,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         tls=tuple(arguments.tls) if arguments.tls else None,
         insecure=arguments.insecure,
         origins=tuple(arguments.origin),
+        public_url=arguments.public_url,
+        twilio_token=arguments.twilio_token,
         dtx=arguments.dtx,
         max_seconds=arguments.max_seconds,
         idle_seconds=arguments.idle_seconds,
@@ -665,7 +667,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = command(
         "serve",
         _serve,
-        "a page to talk to the model at /, and its WebSockets at /api/chat and /ws/pcm",
+        "a page to talk to the model, and WebSockets: Moshi's, OpenAI's, Twilio's, plain samples",
         "moshi-c serve --sessions 4",
     )
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="default: 127.0.0.1")
@@ -691,6 +693,20 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="URL",
         help="a page of another host that may connect; may be given again",
+    )
+    serve.add_argument(
+        "--public-url",
+        default=os.environ.get("MOSHI_C_PUBLIC_URL") or None,
+        metavar="URL",
+        help="where others reach this server, such as https://example.org "
+        "(default: MOSHI_C_PUBLIC_URL)",
+    )
+    serve.add_argument(
+        "--twilio-token",
+        default=os.environ.get("MOSHI_C_TWILIO_TOKEN") or None,
+        metavar="T",
+        help="auth token of the Twilio account whose telephone calls come in; needs --public-url "
+        "(default: MOSHI_C_TWILIO_TOKEN)",
     )
     serve.add_argument(
         "--dtx", action="store_true", help="send nothing on /api/chat while the model is silent"

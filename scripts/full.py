@@ -22,6 +22,7 @@ STAGES = (
     "check",
     "test",
     "docs",
+    "resolve",
     "integrations",
     "asan",
     "tsan",

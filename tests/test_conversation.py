@@ -20,11 +20,10 @@ from moshi_c.integrations.conversation import (
     FRAME,
     RATE,
     Conversation,
-    Moment,
     SharedModel,
-    Turns,
     from_int16,
 )
+from moshi_c.turns import Moment, Turns
 
 pytestmark = pytest.mark.python
 

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
-from .conversation import RATE, Conversation, Moment, Reply, SharedModel, log, to_int16
+from ..turns import Moment, Reply
+from .conversation import RATE, Conversation, SharedModel, log, to_int16
 
 try:
     from fastrtc import AdditionalOutputs, AsyncStreamHandler, CloseStream

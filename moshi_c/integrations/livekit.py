@@ -26,12 +26,11 @@ from typing import Any
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
+from ..turns import Moment, Reply
 from .conversation import (
     BACKLOG,
     RATE,
     Conversation,
-    Moment,
-    Reply,
     SharedModel,
     from_int16,
     log,

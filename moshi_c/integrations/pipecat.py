@@ -29,12 +29,11 @@ import numpy as np
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
+from ..turns import Moment, Reply
 from .conversation import (
     BACKLOG,
     RATE,
     Conversation,
-    Moment,
-    Reply,
     SharedModel,
     from_int16,
     to_int16,

@@ -1,7 +1,9 @@
 """The server: its routes, its start and its end.
 
-Paths: `/` and `/page/...` the page; `/api/chat` and `/ws/pcm` calls; `/api/info` what the page has
-to know; `/health` the process lives, `/ready` a caller would be let in, `/metrics` for Prometheus.
+Paths: `/` and `/page/...` the page; calls at `/api/chat`, `/ws/pcm`, `/v1/live/sessions`,
+`/v1/realtime` and `/twilio/media`; `/twilio/answer` what Twilio asks when the telephone rings;
+`/api/info` what the page has to know; `/health` the process lives, `/ready` a caller would be let
+in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
 `{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
@@ -21,7 +23,7 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,12 @@ from .call import Call, Ending, Wire
 from .chat import ChatWire
 from .guard import Guard, Refused
 from .listener import Listener
+from .live import LiveWire
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
+from .realtime import RealtimeWire
 from .settings import Settings, read_rate, read_sampling
+from .twilio import TwilioWire, busy, check_signature, connect_to
 
 log = logging.getLogger("moshi_c.server")
 
@@ -60,6 +65,7 @@ _SEND_BUFFER = 1 << 16
 _UNACKNOWLEDGED = 10.0
 #: Seconds that a refused caller is told to wait.
 _RETRY_AFTER = 10
+_FORM = "application/x-www-form-urlencoded"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -121,6 +127,10 @@ class Server:
         app.router.add_get("/page/{name:.+}", self._file)
         app.router.add_get("/api/chat", self._chat)
         app.router.add_get("/ws/pcm", self._pcm)
+        app.router.add_get("/v1/live/sessions", self._live)
+        app.router.add_get("/v1/realtime", self._realtime)
+        app.router.add_get("/twilio/media", self._telephone)
+        app.router.add_route("*", "/twilio/answer", self._answer_telephone)
         app.router.add_get("/api/info", self._info)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._is_ready)
@@ -269,11 +279,54 @@ class Server:
 
         return await self._call(request, wire)
 
+    async def _live(self, request: web.Request) -> web.StreamResponse:
+        return await self._call(request, lambda: LiveWire(self._model, self.settings.max_seconds))
+
+    async def _realtime(self, request: web.Request) -> web.StreamResponse:
+        return await self._call(request, lambda: RealtimeWire(self._model))
+
+    async def _telephone(self, request: web.Request) -> web.StreamResponse:
+        self._check_twilio(request, "ws")
+        return await self._call(
+            request, lambda: TwilioWire(rate=self._model.sample_rate), signed=True
+        )
+
+    async def _answer_telephone(self, request: web.Request) -> web.StreamResponse:
+        fields: Any = {}
+        if request.method == "POST" and request.content_type == _FORM:
+            try:
+                fields = await asyncio.wait_for(request.post(), _FIRST_REQUEST)
+            except asyncio.TimeoutError:
+                raise Refused(408, "slow", "the form did not come in time") from None
+        elif request.method not in ("GET", "POST"):
+            raise Refused(405, "method", f"the method is {request.method[:20]}; expected POST")
+        url = self._check_twilio(request, "http", [(k, str(v)) for k, v in fields.items()])
+        # the line would be silent to them
+        full = self._stopping or self._admission.busy >= self._admission.slots
+        page = busy() if full else connect_to(url.replace("http", "ws", 1) + "/twilio/media")
+        return web.Response(text=page, content_type="text/xml")
+
+    def _check_twilio(
+        self, request: web.Request, scheme: str, fields: Iterable[tuple[str, str]] = ()
+    ) -> str:
+        """The URL of this server that others see, for a request that Twilio has signed."""
+        secret, url = self.settings.twilio_token, self.settings.public_url
+        if secret is None or url is None:
+            raise Refused(
+                404, "twilio", "no telephone calls: there is no --twilio-token and --public-url"
+            )
+        url = url.rstrip("/")
+        given = request.headers.get("X-Twilio-Signature", "")
+        signed = url.replace("http", scheme, 1) + request.raw_path
+        check_signature(given, secret, signed, fields)
+        return url
+
     async def _call(
-        self, request: web.Request, make_wire: Callable[[], Wire]
+        self, request: web.Request, make_wire: Callable[[], Wire], *, signed: bool = False
     ) -> web.StreamResponse:
-        """Everything between a request and the end of its call."""
-        self._guard.check_token(request)
+        """Everything between a request and the end of its call; a signed one needs no token."""
+        if not signed:
+            self._guard.check_token(request)
         address = request.remote or "unknown"
         try:
             sampling = read_sampling(request.query, self._model)

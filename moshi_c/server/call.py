@@ -1,6 +1,6 @@
 """One call: samples in, frames stepped on the clock, sound and text out.
 
-What the two protocols have in common. A protocol is a `Wire`: it reads the caller's messages and
+What the protocols have in common. A protocol is a `Wire`: it reads the caller's messages and
 writes ours; everything else is here. Four tasks share a call: one reads, one talks (waits for a
 slot, then steps), one writes, one watches the time. The first that finds a reason to end the call
 ends it; the slot is free at once, before the caller has been told.
@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,8 +46,12 @@ _HELD_UP = 0.05
 _OVERRUN_SECONDS = 2.0
 #: Bytes that may wait in a socket's buffer before we hold back.
 _BUFFERED_BYTES = 32768
+#: What may wait to be sent before who asks for more answers is read no further.
+_MOST_UNSENT = 64
 
 Payload = bytes | str
+#: Makes what is sent when its turn has come: after all that waits by now.
+Answer = Callable[[], list[Payload]]
 
 
 class Ending(Exception):
@@ -61,7 +66,21 @@ class Ending(Exception):
 
 
 class Ignored(Exception):
-    """A message that means nothing here; the sentence says why."""
+    """A message that means nothing here; the sentence says why.
+
+    answer: what the caller is told.
+    """
+
+    def __init__(self, reason: str, answer: list[Payload] | None = None) -> None:
+        super().__init__(reason)
+        self.answer = answer or []
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the model has to say next, a text token a frame."""
+
+    tokens: list[int]
 
 
 @dataclass(slots=True)
@@ -78,14 +97,18 @@ class Counts:
 
 
 class Wire(Protocol):
-    """One caller's protocol."""
+    """One caller's protocol.
+
+    All but `hear` are called when their turn to be sent has come.
+    """
 
     name: str
     #: On the clock; else a file, as fast as it goes.
     live: bool
 
-    def hear(self, message: WSMessage) -> Iterable[Pcm | None]:
-        """The caller's samples at the model's rate; None is the end of the input.
+    def hear(self, message: WSMessage) -> Iterable[Pcm | Words | list[Payload] | Answer | None]:
+        """The caller's samples at the model's rate, words for the model's mouth; None is the end of
+        the input, a list or an Answer what we say to the message.
 
         Raises:
             Ignored: the message means nothing.
@@ -98,8 +121,8 @@ class Wire(Protocol):
     def waiting(self, position: int) -> list[Payload]:
         """It is not there yet; 1 is the next."""
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
-        """A frame of the model's voice."""
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+        """A frame of the model's voice, and what else is known of it."""
 
     def text(self, text: str, time: float) -> list[Payload]:
         """What the model says."""
@@ -113,7 +136,7 @@ class Wire(Protocol):
     def finish(self) -> list[Payload]:
         """The last of the sound, and that this was the end."""
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """Why the call is cut short."""
 
 
@@ -159,12 +182,12 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """What waits to be sent: the model's voice, with the time its answer counts from, or messages
-    as they are."""
+    """What waits to be sent: the model's voice, with the time its answer counts from, or what
+    makes other messages."""
 
-    pcm: Pcm | None = None
+    frame: Frame | None = None
     since: float = 0.0
-    payloads: tuple[Payload, ...] = ()
+    answer: Answer | None = None
     text: str = ""
     time: float = 0.0
     last: bool = False
@@ -195,6 +218,7 @@ class Call:
         self._most = max(1, round(settings.backlog_seconds * model.frame_rate))
         self._inbox = Inbox(model.frame_size)
         self._outbox: deque[Out] = deque()
+        self._words: deque[Words] = deque()
         self._clock = Clock(self._frame_seconds, settings.silence_after)
         self._wake = asyncio.Event()  # for the one who talks
         self._room = asyncio.Event()  # for the one who reads a file, and who steps it
@@ -269,7 +293,7 @@ class Call:
 
     async def _say_goodbye(self, ending: Ending) -> None:
         if ending.label not in ("finished", "hung_up", "slow_reader"):
-            await self._give(self._wire.error(ending.reason))
+            await self._give(self._wire.error(ending))
         message = ending.reason.encode()[:120].decode("utf-8", "ignore").encode()
         await self._socket.close(code=ending.code, message=message)
 
@@ -317,6 +341,13 @@ class Call:
                         self._in_ended = True
                         self._wake.set()
                         break
+                    if isinstance(pcm, Words):
+                        self._words.append(pcm)
+                        self._wake.set()
+                        continue
+                    if not isinstance(pcm, np.ndarray):
+                        await self._reply(pcm)
+                        continue
                     await self._take(self._clean(pcm))
                     if self._wire.live:
                         seconds = len(pcm) / self._model.sample_rate
@@ -326,9 +357,17 @@ class Call:
                         pause = 0.0
             except Ignored as error:
                 self._ignore(str(error))
+                await self._reply(error.answer)
             pieces += 1
             if pause or pieces % 16 == 0:  # who has much to say lets others speak
                 await asyncio.sleep(pause)
+
+    async def _reply(self, answer: list[Payload] | Answer) -> None:
+        """Who does not read our answers is read no further."""
+        self._post(answer if callable(answer) else lambda: answer)
+        while len(self._outbox) > _MOST_UNSENT and not self._ending.done():
+            self._room.clear()
+            await self._room.wait()
 
     def _broken(self) -> Ending:
         error = self._socket.exception()
@@ -391,7 +430,7 @@ class Call:
         self._metrics.dropped.labels("in").inc(frames)
         if not self._lagging:  # once, until it has caught up
             self._lagging = True
-            self._post(self._wire.event("lagging", dropped=self._counts.dropped_in))
+            self._post(partial(self._wire.event, "lagging", dropped=self._counts.dropped_in))
 
     # ---- the conversation ----------------------------------------------------------------------
 
@@ -402,7 +441,7 @@ class Call:
                 return
             session = await self._open()
             try:
-                self._post(self._wire.ready(session))
+                self._post(partial(self._wire.ready, session))
                 self._heard = self._ready = self._loop.time()
                 self._room.set()
                 await self._converse(session)
@@ -415,7 +454,7 @@ class Call:
 
     async def _stand_in_line(self) -> None:
         while (position := self._place.position) and not self._ending.done():
-            self._post(self._wire.waiting(position))
+            self._post(partial(self._wire.waiting, position))
             self._place.changed.clear()
             await self._place.changed.wait()
 
@@ -461,6 +500,8 @@ class Call:
                 else:
                     await self._nap(float("inf"))
                 continue
+            if self._words:  # the model may speak first
+                self._clock.begin(now)
             what, at = self._clock.decide(now, self._inbox.ready)
             if what == STEP:
                 pcm, came = self._inbox.take()
@@ -497,6 +538,8 @@ class Call:
             await self._room.wait()
 
     async def _step(self, session: Session, pcm: Pcm) -> Frame:
+        while self._words:
+            session.force_text(self._words.popleft().tokens)
         begun = self._loop.time()
         frame = await session.astep(pcm)
         self._metrics.step_seconds.observe(self._loop.time() - begun)
@@ -525,26 +568,25 @@ class Call:
         if frame.pcm is not None:
             if self._wire.live and not self._in_ended:
                 self._drop_output()
-            self._outbox.append(Out(pcm=frame.pcm, since=since))
+            self._outbox.append(Out(frame=frame, since=since))
         if frame.text:
             self._outbox.append(Out(text=frame.text, time=frame.time))
         if frame.event:
-            self._post(self._wire.event(frame.event))
+            self._post(partial(self._wire.event, frame.event))
         self._send.set()
 
     def _drop_output(self) -> None:
         """A slow reader loses the oldest sound; text is kept."""
-        waiting = [i for i, out in enumerate(self._outbox) if out.pcm is not None]
+        waiting = [i for i, out in enumerate(self._outbox) if out.frame is not None]
         if len(waiting) < self._most:
             return
         del self._outbox[waiting[0]]
         self._counts.dropped_out += 1
         self._metrics.dropped.labels("out").inc()
 
-    def _post(self, payloads: list[Payload]) -> None:
-        if payloads:
-            self._outbox.append(Out(payloads=tuple(payloads)))
-            self._send.set()
+    def _post(self, answer: Answer) -> None:
+        self._outbox.append(Out(answer=answer))
+        self._send.set()
 
     async def _write(self) -> None:
         while not self._ending.done():
@@ -568,14 +610,14 @@ class Call:
                 await asyncio.sleep(0.02)
             out = self._outbox.popleft()
             self._room.set()
-            if out.pcm is not None:
-                payloads = self._wire.sound(out.pcm)
+            if out.frame is not None and out.frame.pcm is not None:
+                payloads = self._wire.sound(out.frame.pcm, out.frame)
                 await self._give(payloads)
                 self._answer(out.since, bool(payloads))
             elif out.text:
                 await self._give(self._wire.text(out.text, out.time))
-            else:
-                await self._give(out.payloads)
+            elif out.answer is not None:
+                await self._give(out.answer())
             if out.last:
                 await self._give(self._wire.finish())
                 while self._transport.get_write_buffer_size():  # the close would cut it off

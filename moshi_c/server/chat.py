@@ -29,7 +29,7 @@ from aiohttp import WSMessage, WSMsgType
 from ..audio import Pcm
 from ..errors import AudioError
 from ..ogg_opus import OggOpusReader, OggOpusWriter
-from ..session import Session
+from ..session import Frame, Session
 from .call import BAD_AUDIO, Ending, Ignored, Payload
 
 HANDSHAKE, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, COLORED_TEXT = range(8)
@@ -82,7 +82,7 @@ class ChatWire:
         self._position = position
         return self.keep_alive()
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         if self._dtx and self._is_silence(pcm):
             return []
@@ -114,6 +114,6 @@ class ChatWire:
         """Nothing: callers hang up."""
         return []
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """See Wire."""
-        return [bytes([ERROR]) + reason.encode()]
+        return [bytes([ERROR]) + ending.reason.encode()]

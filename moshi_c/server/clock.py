@@ -6,7 +6,8 @@ every 80 ms.
 - A frame is stepped as soon as it is whole. After a gap or a burst the conversation may run ahead
   of its clock by LEAD, no more: ten times too fast is not stepped ten times as fast.
 - No whole frame for `tolerance` after it was due: silence is stepped in its place, so that who
-  stalls still hears the model. Who has not said anything yet does not start the clock.
+  stalls still hears the model. Who has not said anything yet does not start the clock, unless the
+  model was given something to say.
 - The first frame after silence starts the clock anew. What comes in a burst then is too old, since
   its time was given to silence: no more than the newest KEPT frames of it are taken. A microphone
   that was muted for a while comes back a frame or two at a time, and loses nothing.
@@ -57,6 +58,11 @@ class Clock:
             return (STEP if self._silent or now >= at else WAIT), at
         at = max(self._due + self._tolerance, self._not_before)
         return (SILENCE if now >= at else WAIT), at
+
+    def begin(self, now: float) -> None:
+        """Starts without a frame; silence is stepped until one comes."""
+        if self._due is None:
+            self._due = now
 
     def was_held_up(self, now: float) -> None:
         """The server could not look for a while."""

@@ -26,7 +26,8 @@ class Guard:
 
     def __init__(self, settings: Settings) -> None:
         self._token = None if settings.token is None else settings.token.encode()
-        self._origins = {_authority(origin) for origin in settings.origins}
+        known = [*settings.origins, *([settings.public_url] if settings.public_url else [])]
+        self._origins = {_authority(origin) for origin in known}
         # A page of another name that leads to this machine (DNS rebinding) has the name as its host
         self._own_names_only = self._token is None and is_loopback(settings.host)
         self._per_address = settings.per_address
@@ -51,7 +52,7 @@ class Guard:
             return
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer":
-            given = request.query.get("token", "")
+            given = request.headers.get("api-key") or request.query.get("token", "")
         if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token):
             raise Refused(401, "token", "a token is needed, and this is not it")
 

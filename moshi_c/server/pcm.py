@@ -24,8 +24,8 @@ import numpy as np
 from aiohttp import WSMessage, WSMsgType
 
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler
-from ..session import Session
-from .call import Ignored, Payload
+from ..session import Frame, Session
+from .call import Ending, Ignored, Payload
 
 FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "s16": np.dtype("<i2")}
 
@@ -88,7 +88,7 @@ class PcmWire:
         """See Wire."""
         return self.event("waiting", position=position)
 
-    def sound(self, pcm: Pcm) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         return self._bytes(self._out.process(pcm))
 
@@ -115,6 +115,6 @@ class PcmWire:
         """See Wire."""
         return [*self._bytes(self._out.flush()), *self.event("end")]
 
-    def error(self, reason: str) -> list[Payload]:
+    def error(self, ending: Ending) -> list[Payload]:
         """See Wire."""
-        return self.event("error", reason=reason)
+        return self.event("error", reason=ending.reason)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from ..audio import check_rate
 from ..errors import AudioError
@@ -23,6 +24,9 @@ class Settings:
     tls: certificate and key, two PEM files.
     insecure: allows a host that others can reach without a token.
     origins: web pages of other hosts that may connect, such as "https://example.org".
+    public_url: where others reach this server, through a proxy or tunnel too; Twilio signs it.
+    twilio_token: the auth token of the Twilio account whose telephone calls are taken, on
+        `/twilio/media`; None takes none.
     dtx: sends nothing while the model is silent, on `/api/chat`, to every caller.
     max_seconds: a call ends after this; 0 is never.
     idle_seconds: a call ends after this without any sound from the caller; 0 is never.
@@ -48,6 +52,8 @@ class Settings:
     tls: tuple[str, str] | None = None
     insecure: bool = False
     origins: tuple[str, ...] = ()
+    public_url: str | None = None
+    twilio_token: str | None = None
     dtx: bool = False
     max_seconds: float = 3600.0
     idle_seconds: float = 60.0
@@ -76,6 +82,15 @@ class Settings:
                 )
         if self.token is not None and len(self.token) < 8:
             raise ValueError(f"the token has {len(self.token)} characters; expected 8 or more")
+        if self.public_url is not None and not _is_url(self.public_url):
+            raise ValueError(
+                f"public_url is {self.public_url[:80]!r}; expected one such as https://example.org"
+            )
+        if self.twilio_token is not None and (not self.twilio_token or self.public_url is None):
+            raise ValueError(
+                "telephone calls by Twilio need the account's auth token, and the public URL over "
+                "which Twilio signs: give --twilio-token T and --public-url URL"
+            )
         if not is_loopback(self.host) and self.token is None and not self.insecure:
             raise ValueError(
                 f"{self.host} can be reached by others, and there is no token: give --token T, "
@@ -89,6 +104,16 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_url(text: str) -> bool:
+    """Whether it leads to a server, and asks for nothing of it."""
+    try:
+        parts = urlsplit(text)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname)
+        return named and not (parts.query or parts.fragment) and (parts.port or 1) > 0
     except ValueError:
         return False
 

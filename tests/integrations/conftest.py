@@ -1,4 +1,5 @@
-"""Tests inside agent frameworks: `make integrations`, each framework in an environment of its own.
+"""Tests inside agent frameworks, and of published clients: `make integrations`, each framework in
+an environment of its own.
 
 Where a framework is not installed its file is not collected.
 """
@@ -13,9 +14,15 @@ import pytest
 import moshi_c
 
 FILES = {
-    "pipecat": ["test_pipecat.py"],
-    "livekit": ["test_livekit.py", "test_livekit_client.py"],
+    "pipecat": ["test_pipecat.py", "test_pipecat_live.py", "test_pipecat_realtime.py"],
+    "livekit": [
+        "test_livekit.py",
+        "test_livekit_client.py",
+        "test_livekit_live.py",
+        "test_livekit_realtime.py",
+    ],
     "fastrtc": ["test_fastrtc.py"],
+    "openai": ["test_openai_live.py", "test_openai_realtime.py"],
 }
 collect_ignore = [
     file
