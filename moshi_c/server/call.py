@@ -648,7 +648,7 @@ class Call:
         self._metrics.late.inc()
         if now >= self._overrun_until:
             self._overrun_until = now + _OVERRUN_SECONDS
-            self._post(self._wire.event("overrun", late=self._counts.late))
+            self._post(partial(self._wire.event, "overrun", late=self._counts.late))
 
     # ---- time ----------------------------------------------------------------------------------
 
