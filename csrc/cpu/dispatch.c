@@ -27,6 +27,7 @@ static int has_avx512(void)
            __builtin_cpu_supports("avx512vnni");
 }
 
+#if defined(MOSHI_CPU_AMX)
 static int has_amx(void)
 {
     unsigned eax, ebx, ecx, edx;
@@ -37,6 +38,7 @@ static int has_amx(void)
            __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) /* AVX512-BF16 */ &&
            os_cpu_has(OS_CPU_TILES);
 }
+#endif
 #elif defined(MOSHI_CPU_ARM)
 static int has_dot(void)
 {
@@ -63,7 +65,9 @@ static const struct {
 #if defined(MOSHI_CPU_X86)
     {&kernels_avx2, has_avx2},
     {&kernels_avx512, has_avx512},
+#if defined(MOSHI_CPU_AMX)
     {&kernels_amx, has_amx},
+#endif
 #elif defined(MOSHI_CPU_ARM)
     {&kernels_neon, always},
     {&kernels_neon_dot, has_dot},

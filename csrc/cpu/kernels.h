@@ -99,13 +99,19 @@ struct cpu_kernels {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MOSHI_CPU_X86 1
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define MOSHI_CPU_AMX 1 /* compilers before these don't know the tile registers */
+#endif
 #elif defined(__AARCH64EL__) && defined(__GNUC__)
 #define MOSHI_CPU_ARM 1
 #endif
 
 extern const struct cpu_kernels kernels_generic;
 #if defined(MOSHI_CPU_X86)
-extern const struct cpu_kernels kernels_avx2, kernels_avx512, kernels_amx;
+extern const struct cpu_kernels kernels_avx2, kernels_avx512;
+#if defined(MOSHI_CPU_AMX)
+extern const struct cpu_kernels kernels_amx;
+#endif
 #elif defined(MOSHI_CPU_ARM)
 extern const struct cpu_kernels kernels_neon, kernels_neon_dot, kernels_neon_i8mm;
 #endif

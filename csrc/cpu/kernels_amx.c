@@ -9,7 +9,7 @@
  * columns: the bits don't depend on the shape. */
 #include "kernels_x86.h"
 
-#if defined(MOSHI_CPU_X86)
+#if defined(MOSHI_CPU_AMX)
 
 #include <immintrin.h>
 #include <string.h>
@@ -106,12 +106,10 @@ void gather_bf16_amx(const float *const *x, int rows, int columns, int begin, in
     for (int k = begin; k < end; k += BLOCK) {
         __m512i parts[PARTS][16];
 
-        for (int r = 0; r < 16; r++) {
-            if (r < rows)
-                split(x[r] + k, columns - k, &parts[0][r], &parts[1][r], &parts[2][r]);
-            else
-                parts[0][r] = parts[1][r] = parts[2][r] = _mm512_setzero_si512();
-        }
+        for (int r = 0; r < rows; r++)
+            split(x[r] + k, columns - k, &parts[0][r], &parts[1][r], &parts[2][r]);
+        for (int r = rows; rows > 1 && r < 16; r++)
+            parts[0][r] = parts[1][r] = parts[2][r] = _mm512_setzero_si512();
         for (int part = 0; part < PARTS; part++, y += 16 * rows) {
             if (rows == 1) {
                 _mm512_storeu_si512(y, parts[part][0]);

@@ -727,6 +727,7 @@ static void mix_int8_avx512(const float *p, const void *values, int n, int width
 
 const struct cpu_kernels kernels_avx512 = {.name = "avx512", KERNELS};
 
+#if defined(MOSHI_CPU_AMX)
 /* These, and kernels_amx.c. */
 const struct cpu_kernels kernels_amx = {
     .name = "amx",
@@ -734,6 +735,7 @@ const struct cpu_kernels kernels_amx = {
     .gather = {[WEIGHT_BF16] = gather_bf16_amx},
     .tiles = {[WEIGHT_BF16] = tiles_bf16_amx},
 };
+#endif
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #include "../../csrc/backend.h"
+#include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/probe.h"
 #include "../../csrc/cuda.h"
 #include "../../csrc/os.h"
@@ -156,7 +157,9 @@ static const char *const isas[] = {
 #if defined(__x86_64__)
     "avx2",
     "avx512",
+#if defined(MOSHI_CPU_AMX)
     "amx",
+#endif
 #elif defined(__aarch64__)
     "neon",
     "neon_dot",
