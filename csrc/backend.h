@@ -370,6 +370,7 @@ struct backend_ops {
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
+    int64_t (*memory_free)(struct backend *backend); /* bytes of the device; 0 if unknown */
     /* May repack w (then it is packed, f32, and its rows no longer needed) or move its rows to the
      * device, where w.data then points. pack == 0 leaves a mapped matrix in place where the backend
      * can read it so. A w that is packed already has the panels of a file; a backend that reads them
@@ -416,6 +417,7 @@ struct backend {
     const char *device; /* "cpu" */
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
+    int int8_cache; /* keys and values may be MOSHI_INT8 */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */

@@ -108,6 +108,11 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
         enum moshi_dtype kv_dtype = options->kv_dtype;
         if (kv_dtype == MOSHI_AUTO)
             kv_dtype = model->lm.text_head.format == WEIGHT_F32 ? MOSHI_F32 : MOSHI_BF16;
+        if (kv_dtype == MOSHI_INT8 && !backend->int8_cache)
+            return moshi_fail(MOSHI_ERROR_DEVICE,
+                              "kv_dtype is int8, which %s does not read yet, expected auto, f32 or "
+                              "bf16",
+                              backend->device);
         status = lm_state_create(&engine->lm, &model->lm, backend, slots, context, kv_dtype);
     }
     if (!status && info->has_mimi && info->has_lm)
@@ -228,7 +233,7 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     if (status) return status;
     memset(memory, 0, sizeof *memory);
     memory->weights_bytes = engine->model->info.weight_bytes;
-    memory->free_bytes = os_memory_free();
+    memory->free_bytes = engine->backend->ops->memory_free(engine->backend);
     if (engine->lm.backend) {
         memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
         memory->kv_bytes = (int64_t)(engine->lm.kv.cache.page_bytes / KV_PAGE_POSITIONS) *

@@ -323,6 +323,11 @@ static void trace_clear(struct backend *backend, void *device, int byte, size_t 
     inner_of(backend)->ops->clear(inner_of(backend), device, byte, bytes);
 }
 
+static int64_t trace_memory_free(struct backend *backend)
+{
+    return inner_of(backend)->ops->memory_free(inner_of(backend));
+}
+
 static void trace_decommit(struct backend *backend, void *device, size_t bytes)
 {
     inner_of(backend)->ops->decommit(inner_of(backend), device, bytes);
@@ -409,6 +414,7 @@ static const struct backend_ops trace_ops = {
     .copy = trace_copy,
     .clear = trace_clear,
     .decommit = trace_decommit,
+    .memory_free = trace_memory_free,
     .prepare_matrix = trace_prepare_matrix,
     .quantise_matrix = trace_quantise_matrix,
     .release_matrix = trace_release_matrix,

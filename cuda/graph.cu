@@ -34,21 +34,17 @@ static size_t larger(size_t a, size_t b)
 /* Not during a capture; graphs know the old address. */
 static void grow_scratch(struct cuda_backend *cuda)
 {
-    void *memory = NULL;
-
     cuda_wait(cuda);
     if (cuda->base.failure) return;
     cuda_forget_graphs(cuda);
     cudaFree(cuda->scratch);
     cuda->scratch = NULL;
     cuda->counter_bytes = cuda->scratch_bytes = 0;
-    if (!cuda_good(cuda, cudaMalloc(&memory, cuda->counters_wanted + cuda->scratch_wanted),
-                   "scratch memory"))
-        return;
-    cuda->scratch = (char *)memory;
+    cuda->scratch = (char *)cuda_take(cuda, cuda->counters_wanted + cuda->scratch_wanted);
+    if (!cuda->scratch) return;
     cuda->counter_bytes = cuda->counters_wanted;
     cuda->scratch_bytes = cuda->scratch_wanted;
-    cuda_good(cuda, cudaMemsetAsync(memory, 0, cuda->counter_bytes, cuda->stream), "a fill");
+    cuda_good(cuda, cudaMemsetAsync(cuda->scratch, 0, cuda->counter_bytes, cuda->stream), "a fill");
 }
 
 static int scratch_suffices(const struct cuda_backend *cuda)
@@ -126,6 +122,7 @@ static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct b
     std::lock_guard<std::mutex> lock(cuda->lock);
     struct cuda_graph *graph;
 
+    cuda_flush(cuda);
     walk(cuda, stage_function, arg);
     if (!cuda->base.failure && !scratch_suffices(cuda)) {
         grow_scratch(cuda);
@@ -147,11 +144,13 @@ int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct b
 
     cuda_good(cuda, cudaSetDevice(cuda->card), "the device");
     if (backend->immediate) { /* a trace copies between the operations */
+        cuda_flush(cuda);
         stage_function(backend, arg);
         cuda_wait(cuda);
     } else if (stage == STAGE_GIVEN) {
         std::lock_guard<std::mutex> lock(cuda->lock);
 
+        cuda_flush(cuda);
         stage_function(backend, arg);
     } else {
         run_graph(cuda, stage_function, arg);

@@ -42,6 +42,14 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
     return cudaLaunchKernel((const void *)kernel, grid, block, arguments, shared, stream);
 }
 
+/* Whether this library has code of the kernel for the current card. */
+template <class P> inline bool has_kernel(void (*kernel)(P))
+{
+    cudaFuncAttributes attributes;
+
+    return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess;
+}
+
 #else
 
 #include <math.h>
@@ -240,13 +248,30 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
         grid, block, shared, stream, [kernel, params] { kernel(params); }, &params, sizeof params);
 }
 
+int shim_has_kernels(void);
+
+template <class P> inline bool has_kernel(void (*kernel)(P))
+{
+    return kernel && shim_has_kernels();
+}
+
 /* For tests: call number `countdown` from now (0: the next one) of that kind fails; a failed launch
  * breaks the device until shim_repair. Exported by the library that the shim is linked into. */
 enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_FAULT_KINDS };
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
-/* How often device memory was taken and a graph was made so far. */
-extern "C" __attribute__((visibility("default"))) long shim_preparations(void);
+/* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
+ * graphs; graphs launched; copies to and from the device; fills and copies on it. */
+enum shim_event {
+    SHIM_PREPARED,
+    SHIM_LAUNCHED,
+    SHIM_REPLAYED,
+    SHIM_SENT,
+    SHIM_FETCHED,
+    SHIM_MOVED,
+    SHIM_EVENTS
+};
+extern "C" __attribute__((visibility("default"))) long shim_count(int event);
 
 #endif
 #endif

@@ -53,6 +53,12 @@ static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
     os_decommit(device, bytes);
 }
 
+static int64_t cpu_memory_free(struct backend *backend)
+{
+    (void)backend;
+    return os_memory_free();
+}
+
 /* ---- matrices --------------------------------------------------------------------------- */
 
 #define PACK_COLUMNS 256
@@ -285,6 +291,7 @@ static const struct backend_ops cpu_ops = {
     .copy = cpu_copy,
     .clear = cpu_clear,
     .decommit = cpu_decommit,
+    .memory_free = cpu_memory_free,
     .prepare_matrix = cpu_prepare_matrix,
     .quantise_matrix = cpu_quantise_matrix,
     .release_matrix = cpu_release_matrix,
@@ -327,6 +334,7 @@ int cpu_backend_create(int threads, struct backend **backend)
     cpu->base.ops = &cpu_ops;
     cpu->base.device = "cpu";
     cpu->base.threads = threads;
+    cpu->base.int8_cache = 1;
     status = kernels_choose(&cpu->kernels);
     if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
     if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);
