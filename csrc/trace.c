@@ -385,13 +385,14 @@ static void run_traced(struct backend *inner, void *arg)
 }
 
 static int trace_run(struct backend *backend, int stage,
-                     void (*stage_function)(struct backend *, void *), void *arg)
+                     void (*stage_function)(struct backend *, void *), void *arg, size_t arg_bytes)
 {
     struct call call = {backend, stage_function, arg};
 
+    (void)arg_bytes; /* every call is looked at */
     trace_of(backend)->stage = stage;
     return own_failure(backend,
-                       inner_of(backend)->ops->run(inner_of(backend), stage, run_traced, &call));
+                       inner_of(backend)->ops->run(inner_of(backend), stage, run_traced, &call, 0));
 }
 
 static void trace_destroy(struct backend *backend)
@@ -455,6 +456,7 @@ int trace_backend_create(struct backend *inner, const char *path, struct backend
     }
     trace->base = *inner;
     trace->base.ops = &trace_ops;
+    trace->base.whole_ticks = 0;
     inner->immediate = 1;
     trace->inner = inner;
     *backend = &trace->base;

@@ -83,6 +83,7 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cuda_turn turn(cuda);
 
     (void)bytes;
+    cuda->releases++;
     cuda_flush(cuda);
     cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
     cudaFree(memory);
@@ -389,6 +390,7 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
     cuda->base.device = cuda->device;
     cuda->base.isa = cuda->isa;
     cuda->base.threads = 1;
+    cuda->base.whole_ticks = 1;
     cuda->fail = fail;
     if (!open_card(cuda, card)) {
         snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);

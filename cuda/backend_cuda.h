@@ -40,7 +40,8 @@ struct cuda_piece {
 enum cuda_mode { CUDA_DIRECT, CUDA_WALK, CUDA_CAPTURE };
 
 struct cuda_graph {
-    uint64_t hash;
+    uint64_t hash; /* of its launches */
+    uint64_t key; /* of the argument of the stage that was looked at last and gave them, or 0 */
     uint64_t used; /* when */
     cudaGraphExec_t executable;
 };
@@ -53,7 +54,7 @@ struct cuda_backend {
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
     enum cuda_mode mode;
-    uint64_t hash, runs;
+    uint64_t hash, runs, releases;
     struct cuda_graph graphs[GRAPHS];
     int n_graphs;
     char *scratch; /* counters, then memory of one operation */
@@ -101,7 +102,7 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared);
 
 void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
-             void *arg);
+             void *arg, size_t arg_bytes);
 void cuda_forget_graphs(struct cuda_backend *cuda);
 /* Device memory of any content; NULL after a sentence that says what was needed and what is free. */
 void *cuda_take(struct cuda_backend *cuda, size_t bytes);

@@ -20,6 +20,19 @@ void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count)
     cuda->hash = hash;
 }
 
+/* Names a stage by what it depends on; never 0. */
+static uint64_t key_of(struct cuda_backend *cuda,
+                       void (*stage_function)(struct backend *, void *), const void *arg,
+                       size_t bytes)
+{
+    const uint64_t words[] = {(uint64_t)(uintptr_t)stage_function, cuda->releases};
+
+    cuda->hash = HASH_START;
+    cuda_hash(cuda, words, sizeof words);
+    cuda_hash(cuda, arg, bytes);
+    return cuda->hash | 1;
+}
+
 void cuda_forget_graphs(struct cuda_backend *cuda)
 {
     for (int i = 0; i < cuda->n_graphs; i++) cudaGraphExecDestroy(cuda->graphs[i].executable);
@@ -77,6 +90,13 @@ static struct cuda_graph *find(struct cuda_backend *cuda)
     return NULL;
 }
 
+static struct cuda_graph *find_key(struct cuda_backend *cuda, uint64_t key)
+{
+    for (int i = 0; i < cuda->n_graphs && key; i++)
+        if (cuda->graphs[i].key == key) return &cuda->graphs[i];
+    return NULL;
+}
+
 static struct cuda_graph *room(struct cuda_backend *cuda)
 {
     struct cuda_graph *oldest = &cuda->graphs[0];
@@ -112,32 +132,45 @@ static struct cuda_graph *capture(struct cuda_backend *cuda,
     struct cuda_graph *kept = room(cuda);
 
     kept->hash = cuda->hash;
+    kept->key = 0;
     kept->executable = executable;
     return kept;
 }
 
-static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
-                      void *arg)
+/* The graph of a stage that has to be looked at. */
+static struct cuda_graph *look(struct cuda_backend *cuda,
+                               void (*stage_function)(struct backend *, void *), void *arg)
 {
-    std::lock_guard<std::mutex> lock(cuda->lock);
     struct cuda_graph *graph;
 
-    cuda_flush(cuda);
     walk(cuda, stage_function, arg);
     if (!cuda->base.failure && !scratch_suffices(cuda)) {
         grow_scratch(cuda);
         walk(cuda, stage_function, arg);
     }
-    if (cuda->base.failure) return;
+    if (cuda->base.failure) return NULL;
     graph = find(cuda);
-    if (!graph) graph = capture(cuda, stage_function, arg);
+    return graph ? graph : capture(cuda, stage_function, arg);
+}
+
+static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
+                      void *arg, size_t arg_bytes)
+{
+    std::lock_guard<std::mutex> lock(cuda->lock);
+    uint64_t key = arg_bytes ? key_of(cuda, stage_function, arg, arg_bytes) : 0;
+    struct cuda_graph *graph;
+
+    cuda_flush(cuda);
+    graph = find_key(cuda, key);
+    if (!graph) graph = look(cuda, stage_function, arg);
     if (!graph) return;
+    if (key) graph->key = key;
     graph->used = ++cuda->runs;
     cuda_good(cuda, cudaGraphLaunch(graph->executable, cuda->stream), "a graph's launch");
 }
 
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
-             void *arg)
+             void *arg, size_t arg_bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     int status;
@@ -153,7 +186,7 @@ int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct b
         cuda_flush(cuda);
         stage_function(backend, arg);
     } else {
-        run_graph(cuda, stage_function, arg);
+        run_graph(cuda, stage_function, arg, arg_bytes);
     }
     status = backend->failure;
     backend->failure = MOSHI_OK;

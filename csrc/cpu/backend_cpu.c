@@ -258,11 +258,11 @@ static int cpu_sync(struct backend *backend)
 }
 
 static int cpu_run(struct backend *backend, int stage,
-                   void (*stage_function)(struct backend *, void *), void *arg)
+                   void (*stage_function)(struct backend *, void *), void *arg, size_t arg_bytes)
 {
     unsigned mode = float_mode_flush();
 
-    (void)stage;
+    (void)stage, (void)arg_bytes;
     stage_function(backend, arg);
     float_mode_restore(mode);
     return cpu_sync(backend);
