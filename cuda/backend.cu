@@ -46,23 +46,25 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared)
 
 /* ---- memory ----------------------------------------------------------------------------- */
 
+void cuda_out_of_memory(struct cuda_backend *cuda, size_t bytes)
+{
+    size_t free_bytes = 0, total = 0;
+
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    cuda_fail(cuda, MOSHI_ERROR_MEMORY,
+              "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
+              "fewer sessions or a shorter context need less",
+              cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
+              (double)total / 0x1p20);
+}
+
 void *cuda_take(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes);
 
-    if (error == cudaErrorMemoryAllocation) {
-        size_t free_bytes = 0, total = 0;
-
-        cudaGetLastError();
-        cudaMemGetInfo(&free_bytes, &total);
-        cuda_fail(cuda, MOSHI_ERROR_MEMORY,
-                  "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
-                  "fewer sessions or a shorter context need less",
-                  cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
-                  (double)total / 0x1p20);
-        return NULL;
-    }
+    if (error == cudaErrorMemoryAllocation) return cuda_out_of_memory(cuda, bytes), nullptr;
     return cuda_good(cuda, error, "an allocation") ? memory : NULL;
 }
 
@@ -86,7 +88,7 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cuda->releases++;
     cuda_flush(cuda);
     cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
-    cudaFree(memory);
+    if (!cuda_release_pages(cuda, memory)) cudaFree(memory);
     cudaGetLastError();
 }
 
@@ -105,11 +107,6 @@ void cuda_wait(struct cuda_backend *cuda)
     if (report.trouble == TROUBLE_LOGITS)
         cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "sample: a logit of stream %d is not finite (row %d)",
                   report.found, report.row);
-}
-
-static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
-{
-    cuda_clear(backend, device, 0, bytes);
 }
 
 static int64_t cuda_memory_free(struct backend *backend)
@@ -227,6 +224,7 @@ static void cuda_destroy(struct backend *backend)
     cudaSetDevice(cuda->card);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     cuda_forget_graphs(cuda);
+    while (cuda->ranges) cuda_release_pages(cuda, cuda->ranges->base);
     cudaFree(cuda->scratch);
     cudaFree(cuda->landing);
     if (cuda->staging) cudaFreeHost(cuda->staging);
@@ -247,6 +245,8 @@ static struct backend_ops make_ops(void)
     ops.download = cuda_download;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
+    ops.allocate_pages = cuda_allocate_pages;
+    ops.commit = cuda_commit;
     ops.decommit = cuda_decommit;
     ops.memory_free = cuda_memory_free;
     ops.prepare_matrix = cuda_prepare_matrix;
@@ -343,13 +343,15 @@ static int open_card(struct cuda_backend *cuda, int card)
         cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s can't be used: %s", cuda->device, reason);
         return 0;
     }
+    virtual_open(&cuda->virtual_memory, card);
     cuda->processors = properties.multiProcessorCount;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
     if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
     if (!cuda_has_kernels()) {
         cuda_fail(cuda, MOSHI_ERROR_DEVICE,
-                  "%s can't be used: " CUDA_LIBRARY " was built without kernels for the card %.60s, "
+                  "%s can't be used: " CUDA_LIBRARY
+                  " was built without kernels for the card %.60s, "
                   "whose compute capability is %d.%d",
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
@@ -411,7 +413,8 @@ static void *share_memory(size_t bytes)
 
 static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
                                             count_cards,    describe_card,
-                                            create_backend, share_memory};
+                                            create_backend, cuda_probe,
+                                            share_memory};
 
 extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
     void)
