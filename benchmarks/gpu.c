@@ -1,6 +1,8 @@
 /* gpu.c: what a frame costs on a card, beside what the card's memory can do. Usage:
  *
  *   gpu FOLDER OUT.json [dry]      FOLDER: a model of the 7B's shapes with a codec of the real size
+ *   gpu FOLDER follow              for each line of the input, 50 frames with the ring full: prints
+ *                                  the median in ms, so that a peer can be timed in turn
  *
  * One engine of one session, its ring full of noise: frames from samples to samples, back to back and
  * at 12.5 Hz; the parts of the language model; the codec for 1 and 64 signals; the large products.
@@ -212,6 +214,33 @@ static void measure_frames(struct moshi_session *session, int ticks, int paced, 
     report_times(name, seconds, ticks, bytes);
 }
 
+static void follow(struct moshi_model *model)
+{
+    struct moshi_engine *engine;
+    struct moshi_session *session;
+    double seconds[50];
+
+    if (moshi_engine_create(model, &(struct moshi_engine_options){.max_sessions = 1}, &engine) ||
+        moshi_session_create(engine, NULL, &session))
+        stop("an engine");
+    for (int i = 0; i < engine->lm.delay.columns; ++i) step(session);
+    fill_ring(engine, session);
+    for (int c = getchar(); c != EOF; c = getchar()) {
+        if (c != '\n') continue;
+        for (int i = -5; i < 50; ++i) {
+            double began = os_clock();
+
+            step(session);
+            if (i >= 0) seconds[i] = os_clock() - began;
+        }
+        qsort(seconds, 50, sizeof *seconds, compare_doubles);
+        printf("%.4f\n", 1e3 * seconds[25]);
+        fflush(stdout);
+    }
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+}
+
 static void measure_part(struct moshi_engine *engine, const char *name, double bytes,
                          int (*part)(struct lm_state *, const struct lm_shape *))
 {
@@ -296,15 +325,22 @@ int main(int argc, char **argv)
 {
     struct moshi_model *model;
 
+    const int follows = argc == 3 && strcmp(argv[2], "follow") == 0;
+
     dry = argc > 3 && strcmp(argv[3], "dry") == 0;
-    out = argc > 2 ? fopen(argv[2], "w") : NULL;
-    if (!out) {
-        fprintf(stderr, "usage: gpu FOLDER OUT.json [dry]\n");
+    out = argc > 2 && !follows ? fopen(argv[2], "w") : NULL;
+    if (!out && !follows) {
+        fprintf(stderr, "usage: gpu FOLDER OUT.json [dry]\n       gpu FOLDER follow\n");
         return 2;
     }
     if (moshi_model_open(&(struct moshi_model_options){.folder = argv[1], .device = "cuda"},
                          &model))
         stop(argv[1]);
+    if (follows) {
+        follow(model);
+        moshi_model_close(model);
+        return 0;
+    }
     measure_floors(model->backend, "before");
     measure_products(model->backend);
     measure_language(model);

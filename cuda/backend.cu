@@ -343,7 +343,6 @@ static int open_card(struct cuda_backend *cuda, int card)
         cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s can't be used: %s", cuda->device, reason);
         return 0;
     }
-    virtual_open(&cuda->virtual_memory, card);
     cuda->processors = properties.multiProcessorCount;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
@@ -366,6 +365,7 @@ static int open_card(struct cuda_backend *cuda, int card)
     if (!cuda_good(cuda, cudaMallocHost(&report, sizeof *cuda->report), "pinned memory")) return 0;
     cuda->report = (struct cuda_report *)report;
     cuda->report->trouble = TROUBLE_NONE;
+    virtual_open(&cuda->virtual_memory, card);
     return 1;
 }
 
