@@ -447,13 +447,18 @@ void mimi_state_destroy(struct mimi_state *state)
     memset(state, 0, sizeof *state);
 }
 
-void mimi_state_reset(struct mimi_state *state, int lane)
+void mimi_encoder_reset(struct mimi_state *state, int lane)
 {
     state_reset_lane(&state->encoder, lane);
-    state_reset_lane(&state->decoder, lane);
     kv_pages_reset(&state->encoder_kv, lane);
-    kv_pages_reset(&state->decoder_kv, lane);
     state->encoder_offset[lane] = 0;
+}
+
+void mimi_state_reset(struct mimi_state *state, int lane)
+{
+    mimi_encoder_reset(state, lane);
+    state_reset_lane(&state->decoder, lane);
+    kv_pages_reset(&state->decoder_kv, lane);
     state->decoder_offset[lane] = 0;
 }
 
@@ -525,19 +530,29 @@ size_t mimi_state_lane_bytes(const struct mimi_state *state)
            2 * (size_t)state->encoder_kv.cache.pages_per_lane * state->encoder_kv.cache.page_bytes;
 }
 
+int mimi_encode_room(struct mimi_state *state, int lane, int frames)
+{
+    return kv_pages_grow(&state->encoder_kv, lane, state->encoder_offset[lane],
+                         frames * state->mimi->config.stride);
+}
+
+int mimi_decode_room(struct mimi_state *state, int lane, int frames)
+{
+    return kv_pages_grow(&state->decoder_kv, lane, state->decoder_offset[lane],
+                         frames * state->mimi->config.stride);
+}
+
 int mimi_encode_grow(struct mimi_state *state, int lane, int frames)
 {
-    int steps = frames * state->mimi->config.stride;
-    int status = kv_pages_grow(&state->encoder_kv, lane, state->encoder_offset[lane], steps);
-    if (!status) state->encoder_offset[lane] += steps;
+    int status = mimi_encode_room(state, lane, frames);
+    if (!status) state->encoder_offset[lane] += frames * state->mimi->config.stride;
     return status;
 }
 
 int mimi_decode_grow(struct mimi_state *state, int lane, int frames)
 {
-    int steps = frames * state->mimi->config.stride;
-    int status = kv_pages_grow(&state->decoder_kv, lane, state->decoder_offset[lane], steps);
-    if (!status) state->decoder_offset[lane] += steps;
+    int status = mimi_decode_room(state, lane, frames);
+    if (!status) state->decoder_offset[lane] += frames * state->mimi->config.stride;
     return status;
 }
 
@@ -750,7 +765,7 @@ void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const f
 }
 
 void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const int32_t *codes,
-                 int levels, float *pcm)
+                 int levels, int code_stride, float *pcm)
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
@@ -760,7 +775,7 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
     ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_first",
                                                             .n = rows.n * frames,
                                                             .levels = 1,
-                                                            .code_stride = levels,
+                                                            .code_stride = code_stride,
                                                             .rvq = &mimi->first,
                                                             .codes = codes,
                                                             .work = state->work,
@@ -769,7 +784,7 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
         ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_rest",
                                                                 .n = rows.n * frames,
                                                                 .levels = levels - 1,
-                                                                .code_stride = levels,
+                                                                .code_stride = code_stride,
                                                                 .accumulate = 1,
                                                                 .rvq = &mimi->rest,
                                                                 .codes = codes + 1,

@@ -1,7 +1,5 @@
 /* backend.cu: the CUDA backend as an object: the card, its memory, copies, matrices, and what the
- * library exports. Nothing here is on the way of a frame but upload and download, which pass through
- * pinned memory: an upload has read its source when it returns and is done in the stream's order, a
- * download waits. */
+ * library exports. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,33 +46,25 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared)
 
 /* ---- memory ----------------------------------------------------------------------------- */
 
-/* What an entry of the table holds while it works: the lock, and the card as the current one. */
-struct cuda_turn {
-    std::lock_guard<std::mutex> lock;
+void cuda_out_of_memory(struct cuda_backend *cuda, size_t bytes)
+{
+    size_t free_bytes = 0, total = 0;
 
-    explicit cuda_turn(struct cuda_backend *cuda) : lock(cuda->lock)
-    {
-        cudaSetDevice(cuda->card);
-    }
-};
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    cuda_fail(cuda, MOSHI_ERROR_MEMORY,
+              "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
+              "fewer sessions or a shorter context need less",
+              cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
+              (double)total / 0x1p20);
+}
 
-static void *allocate(struct cuda_backend *cuda, size_t bytes)
+void *cuda_take(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes);
 
-    if (error == cudaErrorMemoryAllocation) {
-        size_t free_bytes = 0, total = 0;
-
-        cudaGetLastError();
-        cudaMemGetInfo(&free_bytes, &total);
-        cuda_fail(cuda, MOSHI_ERROR_MEMORY,
-                  "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
-                  "fewer sessions or a shorter context need less",
-                  cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
-                  (double)total / 0x1p20);
-        return NULL;
-    }
+    if (error == cudaErrorMemoryAllocation) return cuda_out_of_memory(cuda, bytes), nullptr;
     return cuda_good(cuda, error, "an allocation") ? memory : NULL;
 }
 
@@ -82,8 +72,9 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     cuda_turn turn(cuda);
-    void *memory = allocate(cuda, bytes ? bytes : 1);
+    void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
+    cuda_flush(cuda);
     if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
     return memory;
 }
@@ -94,8 +85,10 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cuda_turn turn(cuda);
 
     (void)bytes;
+    cuda->releases++;
+    cuda_flush(cuda);
     cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
-    cudaFree(memory);
+    if (!cuda_release_pages(cuda, memory)) cudaFree(memory);
     cudaGetLastError();
 }
 
@@ -103,6 +96,7 @@ void cuda_wait(struct cuda_backend *cuda)
 {
     struct cuda_report report;
 
+    cuda_flush(cuda);
     cuda->staged = 0;
     if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
     report = *cuda->report;
@@ -115,76 +109,15 @@ void cuda_wait(struct cuda_backend *cuda)
                   report.found, report.row);
 }
 
-/* A piece of pinned memory that nothing in the stream reads or writes any more. */
-static char *stage_bytes(struct cuda_backend *cuda, size_t bytes)
-{
-    char *piece;
-
-    if (bytes > STAGING_BYTES - cuda->staged) cuda_wait(cuda);
-    piece = cuda->staging + cuda->staged;
-    cuda->staged += (bytes + 63) / 64 * 64;
-    return piece;
-}
-
-static void upload(struct cuda_backend *cuda, void *device, const void *host, size_t bytes)
-{
-    const char *from = (const char *)host;
-    char *to = (char *)device;
-
-    while (bytes && !cuda->base.failure) {
-        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
-        char *piece = stage_bytes(cuda, n);
-
-        memcpy(piece, from, n);
-        cuda_good(cuda, cudaMemcpyAsync(to, piece, n, cudaMemcpyDefault, cuda->stream), "a copy");
-        from += n, to += n, bytes -= n;
-    }
-}
-
-static void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes)
-{
-    cuda_turn turn(cuda_of(backend));
-
-    upload(cuda_of(backend), device, host, bytes);
-}
-
-static void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes)
+static int64_t cuda_memory_free(struct backend *backend)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     cuda_turn turn(cuda);
-    const char *from = (const char *)device;
-    char *to = (char *)host;
+    size_t free_bytes = 0, total = 0;
 
-    while (bytes && !cuda->base.failure) {
-        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
-        char *piece = stage_bytes(cuda, n);
-
-        cuda_good(cuda, cudaMemcpyAsync(piece, from, n, cudaMemcpyDefault, cuda->stream), "a copy");
-        cuda_wait(cuda);
-        memcpy(to, piece, n);
-        from += n, to += n, bytes -= n;
-    }
-}
-
-static void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes)
-{
-    struct cuda_backend *cuda = cuda_of(backend);
-    cuda_turn turn(cuda);
-
-    cuda_good(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda->stream), "a copy");
-}
-
-static void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes)
-{
-    struct cuda_backend *cuda = cuda_of(backend);
-    cuda_turn turn(cuda);
-
-    if (bytes) cuda_good(cuda, cudaMemsetAsync(device, byte, bytes, cuda->stream), "a fill");
-}
-
-static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
-{
-    cuda_clear(backend, device, 0, bytes);
+    if (cudaMemGetInfo(&free_bytes, &total) == cudaSuccess) return (int64_t)free_bytes;
+    cudaGetLastError(); /* who uses the card next is told */
+    return 0;
 }
 
 /* ---- matrices --------------------------------------------------------------------------- */
@@ -224,8 +157,11 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
-    void *memory = allocate(cuda, bytes);
-    if (memory && remember(cuda, memory)) upload(cuda, memory, w->data, bytes);
+    void *memory = cuda_take(cuda, bytes);
+    if (memory && remember(cuda, memory)) {
+        cuda_send(cuda, memory, w->data, bytes);
+        cuda_flush(cuda);
+    }
     status = backend->failure;
     backend->failure = MOSHI_OK;
     if (status) {
@@ -288,7 +224,9 @@ static void cuda_destroy(struct backend *backend)
     cudaSetDevice(cuda->card);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     cuda_forget_graphs(cuda);
+    while (cuda->ranges) cuda_release_pages(cuda, cuda->ranges->base);
     cudaFree(cuda->scratch);
+    cudaFree(cuda->landing);
     if (cuda->staging) cudaFreeHost(cuda->staging);
     if (cuda->report) cudaFreeHost(cuda->report);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
@@ -307,7 +245,10 @@ static struct backend_ops make_ops(void)
     ops.download = cuda_download;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
+    ops.allocate_pages = cuda_allocate_pages;
+    ops.commit = cuda_commit;
     ops.decommit = cuda_decommit;
+    ops.memory_free = cuda_memory_free;
     ops.prepare_matrix = cuda_prepare_matrix;
     ops.quantise_matrix = cuda_quantise_matrix;
     ops.release_matrix = cuda_release_matrix;
@@ -405,15 +346,26 @@ static int open_card(struct cuda_backend *cuda, int card)
     cuda->processors = properties.multiProcessorCount;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
-    if (!cuda_good(cuda, cudaSetDevice(card), "its choice") ||
-        !cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
+    if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
+    if (!cuda_has_kernels()) {
+        cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+                  "%s can't be used: " CUDA_LIBRARY
+                  " was built without kernels for the card %.60s, "
+                  "whose compute capability is %d.%d",
+                  cuda->device, properties.name, properties.major, properties.minor);
+        return 0;
+    }
+    if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
         return 0;
     cuda->staging = (char *)staging;
+    cuda->landing = (char *)cuda_take(cuda, STAGING_BYTES);
+    if (!cuda->landing) return 0;
     if (!cuda_good(cuda, cudaMallocHost(&report, sizeof *cuda->report), "pinned memory")) return 0;
     cuda->report = (struct cuda_report *)report;
     cuda->report->trouble = TROUBLE_NONE;
+    virtual_open(&cuda->virtual_memory, card);
     return 1;
 }
 
@@ -440,6 +392,7 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
     cuda->base.device = cuda->device;
     cuda->base.isa = cuda->isa;
     cuda->base.threads = 1;
+    cuda->base.whole_ticks = 1;
     cuda->fail = fail;
     if (!open_card(cuda, card)) {
         snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);
@@ -460,7 +413,8 @@ static void *share_memory(size_t bytes)
 
 static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
                                             count_cards,    describe_card,
-                                            create_backend, share_memory};
+                                            create_backend, cuda_probe,
+                                            share_memory};
 
 extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
     void)

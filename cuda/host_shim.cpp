@@ -272,13 +272,15 @@ typedef std::lock_guard<std::recursive_mutex> shim_lock;
 static unsigned char *device_memory; /* protected but while work is done */
 static size_t device_high;           /* what has ever been used of it */
 static std::map<size_t, size_t> pieces; /* offset -> bytes with the zone behind them */
+static std::map<size_t, size_t> ranges; /* those of them that are only addresses -> bytes */
+static size_t mapped_bytes;              /* behind such addresses */
 static std::map<uintptr_t, size_t> host_blocks, managed_blocks;
 
 static cudaError_t broken; /* sticky */
 static cudaError_t last_error;
 static int countdowns[SHIM_FAULT_KINDS] = {-1, -1, -1};
 
-static long preparations;
+static long counts[SHIM_EVENTS];
 
 static cudaError_t give(cudaError_t error)
 {
@@ -337,30 +339,105 @@ static int looks_like_host(uintptr_t word)
            !is_device(word) && !inside(host_blocks, word) && !inside(managed_blocks, word);
 }
 
-cudaError_t cudaMalloc(void **memory, size_t bytes)
+/* A place for so many bytes, which nothing may touch yet; DEVICE_BYTES if there is none. */
+static size_t take_place(size_t bytes)
 {
-    shim_lock lock(shim_mutex);
     size_t wanted = (bytes + REDZONE - 1) / REDZONE * REDZONE + REDZONE, at = 0;
 
-    *memory = NULL;
     initialise();
-    if (broken != cudaSuccess) return give(broken);
-    ++preparations;
-    if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
     for (auto &block : pieces) {
         if (block.first - at >= wanted) break;
         at = block.first + block.second;
     }
-    if (bytes > DEVICE_BYTES || at + wanted > DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
+    if (bytes > DEVICE_BYTES || at + wanted > DEVICE_BYTES) return DEVICE_BYTES;
     pieces[at] = wanted;
     if (at + wanted > device_high) device_high = (at + wanted + 4095) / 4096 * 4096;
+    ASAN_POISON_MEMORY_REGION(device_memory + at, wanted);
+    return at;
+}
+
+/* Memory has come behind the addresses. */
+static void fill_place(void *memory, size_t bytes)
+{
     protect(PROT_READ | PROT_WRITE);
-    ASAN_UNPOISON_MEMORY_REGION(device_memory + at, bytes);
-    memset(device_memory + at, 0xff, bytes);
-    ASAN_POISON_MEMORY_REGION(device_memory + at + bytes, wanted - bytes);
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+    memset(memory, 0xff, bytes);
     protect(PROT_NONE);
+}
+
+cudaError_t cudaMalloc(void **memory, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+
+    *memory = NULL;
+    if (broken != cudaSuccess) return give(broken);
+    ++counts[SHIM_PREPARED];
+    if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
+    size_t at = take_place(bytes);
+
+    if (at == DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
     *memory = device_memory + at;
+    fill_place(*memory, bytes);
     return cudaSuccess;
+}
+
+#define GRANULARITY (size_t)(64 << 10)
+
+void virtual_open(struct virtual_memory *memory, int card)
+{
+    (void)card;
+    memory->granularity = GRANULARITY;
+}
+
+cudaError_t virtual_reserve(struct virtual_memory *memory, void **address, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory;
+    *address = NULL;
+    if (broken != cudaSuccess) return broken;
+    if (bytes % GRANULARITY) return cudaErrorInvalidValue;
+    size_t at = take_place(bytes);
+
+    if (at == DEVICE_BYTES) return cudaErrorMemoryAllocation;
+    ranges[at] = bytes;
+    *address = device_memory + at;
+    return cudaSuccess;
+}
+
+cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t bytes,
+                        virtual_handle *handle)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory;
+    *handle = 0;
+    if (broken != cudaSuccess) return broken;
+    ++counts[SHIM_PREPARED];
+    if (strikes(SHIM_FAULT_MALLOC)) return cudaErrorMemoryAllocation;
+    mapped_bytes += bytes;
+    fill_place(address, bytes);
+    return cudaSuccess;
+}
+
+void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
+                   virtual_handle handle)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory, (void)handle;
+    mapped_bytes -= bytes;
+    ASAN_POISON_MEMORY_REGION(address, bytes);
+}
+
+void virtual_free(struct virtual_memory *memory, void *address, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+    size_t at = (size_t)((unsigned char *)address - device_memory);
+
+    (void)memory, (void)bytes;
+    ranges.erase(at);
+    pieces.erase(at);
 }
 
 cudaError_t cudaFree(void *memory)
@@ -432,7 +509,9 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total)
     shim_lock lock(shim_mutex);
 
     *free_bytes = *total = DEVICE_BYTES;
-    for (auto &block : pieces) *free_bytes -= block.second;
+    for (auto &block : pieces)
+        if (!ranges.count(block.first)) *free_bytes -= block.second;
+    *free_bytes -= mapped_bytes < *free_bytes ? mapped_bytes : *free_bytes;
     return give(broken);
 }
 
@@ -497,6 +576,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
 
     (void)kind;
     cudaPointerGetAttributes(&source, from);
+    ++counts[!is_device((uintptr_t)to)             ? SHIM_FETCHED
+             : source.type == cudaMemoryTypeDevice ? SHIM_MOVED
+                                                   : SHIM_SENT];
     if (source.type == cudaMemoryTypeUnregistered) { /* such memory is read at once */
         std::vector<unsigned char> staged((const unsigned char *)from,
                                           (const unsigned char *)from + bytes);
@@ -516,6 +598,7 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t bytes, cudaStream_t s
 {
     shim_lock lock(shim_mutex);
 
+    ++counts[SHIM_MOVED];
     return enqueue(stream, [memory, byte, bytes] {
         memset(memory, byte, bytes);
         return cudaSuccess;
@@ -560,6 +643,7 @@ cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t strea
                 (void *)word);
         return give(cudaErrorInvalidValue);
     }
+    if (!stream->captured) ++counts[SHIM_LAUNCHED];
     return enqueue(stream, [grid, block, shared, body = std::move(body)] {
         return run_grid(grid, block, shared, body);
     });
@@ -589,7 +673,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
                                  unsigned long long flags)
 {
     (void)flags;
-    ++preparations;
+    ++counts[SHIM_PREPARED];
     *executable = new shim_graph(*graph);
     return give(broken);
 }
@@ -598,6 +682,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream)
 {
     shim_lock lock(shim_mutex);
 
+    ++counts[SHIM_REPLAYED];
     for (auto &node : executable->nodes) {
         cudaError_t error = enqueue(stream, node);
 
@@ -653,7 +738,8 @@ cudaError_t cudaGetLastError(void)
     return error;
 }
 
-/* SHIM_FAULT_DRIVER: 0 none is installed, 1 it is too old, 2 it sees no card. */
+/* SHIM_FAULT_DRIVER: 0 none is installed, 1 it is too old, 2 it sees no card, 3 the card is too old,
+ * 4 the library was built for others. */
 cudaError_t cudaDriverGetVersion(int *version)
 {
     int fault = countdowns[SHIM_FAULT_DRIVER];
@@ -666,7 +752,7 @@ cudaError_t cudaGetDeviceCount(int *count)
 {
     int fault = countdowns[SHIM_FAULT_DRIVER];
 
-    *count = fault < 0 || fault == 3;
+    *count = fault < 0 || fault >= 3;
     return give(*count       ? cudaSuccess
                 : fault == 2 ? cudaErrorNoDevice
                              : cudaErrorInsufficientDriver);
@@ -680,10 +766,14 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
     properties->totalGlobalMem = DEVICE_BYTES;
     properties->sharedMemPerBlockOptin = SHARED_LIMIT;
     properties->major = 9;
-    /* SHIM_FAULT_DRIVER 3: a card that is too old. */
     if (countdowns[SHIM_FAULT_DRIVER] == 3) properties->major = 7;
     properties->multiProcessorCount = 132;
     return cudaSuccess;
+}
+
+int shim_has_kernels(void)
+{
+    return countdowns[SHIM_FAULT_DRIVER] != 4;
 }
 
 cudaError_t cudaGetDevice(int *device)
@@ -712,9 +802,9 @@ void shim_repair(void)
     for (int &countdown : countdowns) countdown = -1;
 }
 
-long shim_preparations(void)
+long shim_count(int event)
 {
     shim_lock lock(shim_mutex);
 
-    return preparations;
+    return counts[event];
 }

@@ -17,6 +17,19 @@ static void *cpu_allocate(struct backend *backend, size_t bytes)
     return os_reserve(bytes);
 }
 
+static void *cpu_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
+{
+    (void)backend, (void)page_bytes;
+    return os_reserve(bytes);
+}
+
+/* The system does it when they are touched. */
+static int cpu_commit(struct backend *backend, void *device, size_t bytes)
+{
+    (void)backend, (void)device, (void)bytes;
+    return MOSHI_OK;
+}
+
 static void cpu_release(struct backend *backend, void *memory, size_t bytes)
 {
     (void)backend;
@@ -51,6 +64,12 @@ static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
 {
     (void)backend;
     os_decommit(device, bytes);
+}
+
+static int64_t cpu_memory_free(struct backend *backend)
+{
+    (void)backend;
+    return os_memory_free();
 }
 
 /* ---- matrices --------------------------------------------------------------------------- */
@@ -256,11 +275,11 @@ static int cpu_sync(struct backend *backend)
 }
 
 static int cpu_run(struct backend *backend, int stage,
-                   void (*stage_function)(struct backend *, void *), void *arg)
+                   void (*stage_function)(struct backend *, void *), void *arg, size_t arg_bytes)
 {
     unsigned mode = float_mode_flush();
 
-    (void)stage;
+    (void)stage, (void)arg_bytes;
     stage_function(backend, arg);
     float_mode_restore(mode);
     return cpu_sync(backend);
@@ -289,7 +308,10 @@ static const struct backend_ops cpu_ops = {
     .download = cpu_download,
     .copy = cpu_copy,
     .clear = cpu_clear,
+    .allocate_pages = cpu_allocate_pages,
+    .commit = cpu_commit,
     .decommit = cpu_decommit,
+    .memory_free = cpu_memory_free,
     .prepare_matrix = cpu_prepare_matrix,
     .quantise_matrix = cpu_quantise_matrix,
     .release_matrix = cpu_release_matrix,
@@ -332,6 +354,7 @@ int cpu_backend_create(int threads, struct backend **backend)
     cpu->base.ops = &cpu_ops;
     cpu->base.device = "cpu";
     cpu->base.threads = threads;
+    cpu->base.int8_cache = 1;
     status = kernels_choose(&cpu->kernels);
     if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
     if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);
