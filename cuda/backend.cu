@@ -9,6 +9,7 @@
 #include <new>
 
 #include "backend_cuda.h"
+#include "blocks.h"
 
 #define LEAST_MAJOR 8 /* compute capability 8.0 */
 
@@ -58,7 +59,7 @@ struct cuda_turn {
     }
 };
 
-static void *allocate(struct cuda_backend *cuda, size_t bytes)
+void *cuda_take(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes);
@@ -82,7 +83,7 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     cuda_turn turn(cuda);
-    void *memory = allocate(cuda, bytes ? bytes : 1);
+    void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
     if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
     return memory;
@@ -113,6 +114,10 @@ void cuda_wait(struct cuda_backend *cuda)
     if (report.trouble == TROUBLE_LOGITS)
         cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "sample: a logit of stream %d is not finite (row %d)",
                   report.found, report.row);
+    if (report.trouble == TROUBLE_WEIGHT)
+        cuda_fail(cuda, MOSHI_ERROR_CHECKPOINT,
+                  "a weight is not finite or beyond the range of a 16-bit scale, which a block "
+                  "format can't hold");
 }
 
 /* A piece of pinned memory that nothing in the stream reads or writes any more. */
@@ -189,7 +194,7 @@ static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
 
 /* ---- matrices --------------------------------------------------------------------------- */
 
-static int remember(struct cuda_backend *cuda, const void *rows)
+int cuda_remember(struct cuda_backend *cuda, const void *rows)
 {
     if (cuda->n_moved == cuda->moved_capacity) {
         int capacity = cuda->moved_capacity ? 2 * cuda->moved_capacity : 256;
@@ -206,7 +211,18 @@ static int remember(struct cuda_backend *cuda, const void *rows)
     return 1;
 }
 
-/* Rows stay as they are; those in the host's memory move to the card. */
+int cuda_forget(struct cuda_backend *cuda, const void *rows)
+{
+    for (int i = 0; i < cuda->n_moved; i++) {
+        if (cuda->moved[i] != rows) continue;
+        cuda->moved[i] = cuda->moved[--cuda->n_moved];
+        return 1;
+    }
+    return 0;
+}
+
+/* Rows stay as they are; those in the host's memory move to the card. The panels of a file become
+ * blocks. */
 static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -216,20 +232,16 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     int status;
 
     (void)pack;
-    if (w->packed || (w->format != WEIGHT_F32 && w->format != WEIGHT_BF16))
-        return cuda->fail(
-            MOSHI_ERROR_DEVICE,
-            "the CUDA backend reads weights in f32 and bf16, and these are in another "
-            "format: open the model with one of those dtypes, or on \"cpu\"");
+    if (w->packed) return cuda_make_blocks(cuda, w, w->format);
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
-    void *memory = allocate(cuda, bytes);
-    if (memory && remember(cuda, memory)) upload(cuda, memory, w->data, bytes);
+    void *memory = cuda_take(cuda, bytes);
+    if (memory && cuda_remember(cuda, memory)) upload(cuda, memory, w->data, bytes);
     status = backend->failure;
     backend->failure = MOSHI_OK;
     if (status) {
-        if (cuda->n_moved && cuda->moved[cuda->n_moved - 1] == memory) cuda->n_moved--;
+        cuda_forget(cuda, memory);
         cudaFree(memory);
         return cuda->fail(status, backend->sentence);
     }
@@ -240,23 +252,19 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
 static int cuda_quantise_matrix(struct backend *backend, struct matrix *w,
                                 enum weight_format format)
 {
-    (void)w, (void)format;
-    return cuda_of(backend)->fail(
-        MOSHI_ERROR_DEVICE,
-        "the CUDA backend has no block formats yet, expected dtype f32 or bf16");
+    cuda_turn turn(cuda_of(backend));
+
+    return cuda_make_blocks(cuda_of(backend), w, format);
 }
 
 static void cuda_release_matrix(struct backend *backend, struct matrix *w)
 {
-    struct cuda_backend *cuda = cuda_of(backend);
+    const void *rows = w->packed ? w->packed : w->data;
 
-    for (int i = 0; i < cuda->n_moved; i++) {
-        if (cuda->moved[i] != w->data) continue;
-        cuda->moved[i] = cuda->moved[--cuda->n_moved];
-        cuda_release(backend, (void *)w->data, 0);
-        w->data = NULL;
-        return;
-    }
+    if (!cuda_forget(cuda_of(backend), rows)) return;
+    cuda_release(backend, (void *)rows, 0);
+    w->packed = NULL;
+    w->data = NULL;
 }
 
 /* ---- the object ------------------------------------------------------------------------- */

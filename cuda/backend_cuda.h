@@ -22,7 +22,7 @@ extern "C" {
 #define GRAPHS 64 /* kept; the one that was not used for longest makes room */
 #define STAGING_BYTES (size_t)(4 << 20)
 
-enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS };
+enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS, TROUBLE_WEIGHT };
 
 /* Written by kernels, read by the host when it has waited for them; in memory of the host that the
  * card sees. */
@@ -83,6 +83,11 @@ void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
              void *arg);
 void cuda_forget_graphs(struct cuda_backend *cuda);
+/* Device memory of any content; NULL after a sentence that says what was needed and what is free. */
+void *cuda_take(struct cuda_backend *cuda, size_t bytes);
+/* That release_matrix gives those rows back; whether it was so. */
+int cuda_remember(struct cuda_backend *cuda, const void *rows);
+int cuda_forget(struct cuda_backend *cuda, const void *rows);
 /* Waits for the stream and looks at what the kernels reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
@@ -112,22 +117,12 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
               "a launch");
 }
 
-/* Whether kernels know keys and values of that kind; fails otherwise. */
-static inline bool cuda_reads(struct cuda_backend *cuda, const struct kv_cache *cache)
-{
-    if (cache->dtype == MOSHI_F32 || cache->dtype == MOSHI_BF16) return true;
-    cuda_fail(cuda, MOSHI_ERROR_DEVICE,
-              "the CUDA backend keeps keys and values in f32 and bf16 so far: open the engine with "
-              "one of those, or the model on \"cpu\"");
-    return false;
-}
-
-static inline int ceil_div(int a, int b)
+__host__ __device__ static inline int ceil_div(int a, int b)
 {
     return (a + b - 1) / b;
 }
 
-static inline int round_up(int a, int b)
+__host__ __device__ static inline int round_up(int a, int b)
 {
     return ceil_div(a, b) * b;
 }
@@ -167,7 +162,7 @@ struct product_rows {
 void cuda_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                   const struct product_rows *rows);
 /* The same sums for many rows of a small matrix, by tiles; no norm. */
-void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
+void cuda_tiles(struct cuda_backend *cuda, const struct matrix *weight,
                 const struct product_rows *rows);
 
 #endif

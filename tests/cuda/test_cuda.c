@@ -301,30 +301,6 @@ static int test_a_missing_driver_or_card_is_said(void)
     return 1;
 }
 
-static int test_formats_that_cards_do_not_read_are_said(void)
-{
-    struct moshi_model *model;
-    struct moshi_engine *engine;
-    struct moshi_session *session;
-    static float pcm[FRAME_SIZE];
-    struct moshi_frame frame = {.pcm = NULL};
-
-    CHECK(open_model("cuda", MOSHI_Q8, &model) == MOSHI_ERROR_DEVICE && says("dtype f32 or bf16"));
-    CHECK(open_model("auto", MOSHI_Q8, &model) == MOSHI_OK);
-    moshi_model_close(model);
-    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
-    CHECK(moshi_engine_create(
-              model, &(struct moshi_engine_options){.max_sessions = 1, .kv_dtype = MOSHI_INT8},
-              &engine) == MOSHI_OK);
-    CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
-    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_ERROR_DEVICE);
-    CHECK(says("keys and values in f32 and bf16"));
-    moshi_session_destroy(session);
-    moshi_engine_destroy(engine);
-    moshi_model_close(model);
-    return 1;
-}
-
 static int test_the_right_library_is_found_and_another_refused(void)
 {
     struct moshi_model *model;
@@ -349,8 +325,6 @@ static void run_faults(void)
     run_repaired("a card that fails ends its sessions with a reason",
                  test_a_card_that_fails_ends_its_sessions_with_a_reason);
     run_repaired("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
-    run_repaired("formats that cards do not read are said",
-                 test_formats_that_cards_do_not_read_are_said);
     run_repaired("the right library is found and another refused",
                  test_the_right_library_is_found_and_another_refused);
 }
