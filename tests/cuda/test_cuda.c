@@ -41,10 +41,12 @@ static int open_model(const char *device, enum moshi_dtype dtype, struct moshi_m
         &(struct moshi_model_options){.folder = folder, .device = device, .dtype = dtype}, model);
 }
 
+static enum moshi_dtype kv_dtype; /* of every engine */
+
 static int open_engine(struct moshi_model *model, int slots, struct moshi_engine **engine)
 {
-    return moshi_engine_create(model, &(struct moshi_engine_options){.max_sessions = slots},
-                               engine);
+    return moshi_engine_create(
+        model, &(struct moshi_engine_options){.max_sessions = slots, .kv_dtype = kv_dtype}, engine);
 }
 
 /* Something speech-like for caller `who`. */
@@ -159,6 +161,31 @@ static int test_conversations_in_f32_are_those_of_the_cpu(void)
 static int test_conversations_in_bf16_are_those_of_the_cpu(void)
 {
     return compare(MOSHI_BF16);
+}
+
+static int compare_coded(enum moshi_dtype dtype)
+{
+    int good;
+
+    kv_dtype = MOSHI_INT8;
+    good = compare(dtype);
+    kv_dtype = MOSHI_AUTO;
+    return good;
+}
+
+static int test_conversations_in_int8_are_those_of_the_cpu(void)
+{
+    return compare_coded(MOSHI_INT8);
+}
+
+static int test_conversations_in_q8_are_those_of_the_cpu(void)
+{
+    return compare_coded(MOSHI_Q8);
+}
+
+static int test_conversations_in_q4_are_those_of_the_cpu(void)
+{
+    return compare_coded(MOSHI_Q4);
 }
 
 /* After the test before. */
@@ -349,6 +376,12 @@ int main(int argc, char **argv)
     run_repaired("conversations in bf16 are those of the CPU",
                  test_conversations_in_bf16_are_those_of_the_cpu);
     run_repaired("company changes no bit", test_company_changes_no_bit);
+    run_repaired("conversations in int8, with int8 keys and values, are those of the CPU",
+                 test_conversations_in_int8_are_those_of_the_cpu);
+    run_repaired("conversations in q8, with int8 keys and values, are those of the CPU",
+                 test_conversations_in_q8_are_those_of_the_cpu);
+    run_repaired("conversations in q4, with int8 keys and values, are those of the CPU",
+                 test_conversations_in_q4_are_those_of_the_cpu);
     if (inject) run_repaired("a frame is captured once", test_a_frame_is_captured_once);
     if (inject) run_faults();
     printf("%d passed, %d failed\n", passed, failed);
