@@ -105,8 +105,9 @@ struct rvq {
 };
 
 /* A stage of `run` whose sizes change from call to call: for a backend that captures stages, one to
- * execute as it comes. The others are 0 to 3. */
+ * execute as it comes. The others are 0 to 3, the parts of a tick. */
 #define STAGE_GIVEN 4
+#define STAGE_TICK 5 /* a tick as a whole */
 
 #define TOKEN_FREE INT32_MIN /* "not forced", in slot_params */
 #define TOKEN_ZERO (-1) /* embeds as zeros */
@@ -304,6 +305,7 @@ struct op_delay_input {
     const struct delay_cache *cache;
     const struct slot_params *params; /* [slots] */
     const int32_t *user; /* [n][streams - 1 - dep_q] */
+    const int32_t *given; /* the same shape, or NULL: what is not TOKEN_FREE stands for user's */
     const int32_t *null_row; /* [n] */
     int32_t *tokens; /* [rows][streams] */
 };
@@ -370,6 +372,7 @@ struct backend_ops {
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Gives pages of device memory back to the system; they read as zeros later. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
+    int64_t (*memory_free)(struct backend *backend); /* bytes of the device; 0 if unknown */
     /* May repack w (then it is packed, f32, and its rows no longer needed) or move its rows to the
      * device, where w.data then points. pack == 0 leaves a mapped matrix in place where the backend
      * can read it so. A w that is packed already has the panels of a file; a backend that reads them
@@ -382,9 +385,11 @@ struct backend_ops {
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */
     int (*reserve)(struct backend *backend, int rows, int columns, int keys);
     /* Executes a stage. The returned status is that of sync on the CPU, of the launch on CUDA,
-     * which captures a stage whose operations it has not seen yet. */
+     * which captures a stage whose operations it has not seen yet. arg_bytes > 0: those bytes at arg,
+     * padding too, say all that the stage depends on, while no memory is released; then it need not
+     * be looked at again. */
     int (*run)(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
-               void *arg);
+               void *arg, size_t arg_bytes);
     int (*sync)(struct backend *backend); /* waits; reports and clears a sticky failure */
     void (*destroy)(struct backend *backend);
 
@@ -416,6 +421,7 @@ struct backend {
     const char *device; /* "cpu" */
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
+    int whole_ticks; /* a tick is best run as one stage */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */

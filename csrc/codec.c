@@ -55,7 +55,7 @@ static void decode_stage(struct backend *backend, void *arg)
     const struct codec_call *call = arg;
     struct codec *codec = call->codec;
     (void)backend;
-    mimi_decode(&codec->state, all_rows(codec), call->frames, codec->codes, call->levels,
+    mimi_decode(&codec->state, all_rows(codec), call->frames, codec->codes, call->levels, call->levels,
                 codec->pcm);
 }
 
@@ -249,7 +249,8 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
         ops->upload(engine->backend, codec->pcm, pcm, samples * sizeof *pcm);
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
-                              &(struct codec_call){codec, 1, levels});
+                              &(struct codec_call){codec, 1, levels},
+                              sizeof(struct codec_call));
         ops->download(engine->backend, codes, codec->codes,
                       (size_t)codec->batch * (size_t)levels * sizeof *codes);
         if (!status) status = ops->sync(engine->backend);
@@ -275,7 +276,8 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
         ops->upload(engine->backend, codec->codes, codes, count * sizeof *codes);
         if (!status)
             status = ops->run(engine->backend, 3, decode_stage,
-                              &(struct codec_call){codec, 1, n_codes});
+                              &(struct codec_call){codec, 1, n_codes},
+                              sizeof(struct codec_call));
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
         if (!status) status = ops->sync(engine->backend);
@@ -439,7 +441,8 @@ static int encode_passes(struct codec *codec, int32_t *room, const float *pcm, i
         }
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
-                              &(struct codec_call){codec, (int)count, levels});
+                              &(struct codec_call){codec, (int)count, levels},
+                              sizeof(struct codec_call));
         ops->download(engine->backend, room, codec->codes,
                       (size_t)batch * (size_t)count * (size_t)levels * sizeof *codes);
         if (!status) status = ops->sync(engine->backend);
@@ -510,7 +513,8 @@ static int decode_passes(struct codec *codec, int32_t *room, const int32_t *code
             status = mimi_decode_grow(&codec->state, b, (int)count);
         if (!status)
             status = ops->run(engine->backend, 3, decode_stage,
-                              &(struct codec_call){codec, (int)count, n_codes});
+                              &(struct codec_call){codec, (int)count, n_codes},
+                              sizeof(struct codec_call));
         for (int b = 0; b < batch; ++b)
             ops->download(engine->backend, pcm + (b * frames + first) * frame_size,
                           codec->pcm + (int64_t)b * count * frame_size,

@@ -96,25 +96,35 @@ static void engine_loop(void *arg)
     os_mutex_unlock(engine->lock);
 }
 
+/* What a tick may bring to the host. */
+static size_t result_bytes(const struct moshi_engine *engine)
+{
+    const size_t n = (size_t)engine->max_sessions;
+    return engine->lm.results_bytes + n * MOSHI_MAX_CODEBOOKS * sizeof(int32_t) +
+           n * (size_t)engine->frame_size * sizeof(float);
+}
+
 static int create_state(struct moshi_engine *engine, const struct moshi_engine_options *options)
 {
     struct moshi_model *model = engine->model;
     struct backend *backend = engine->backend;
     const struct moshi_model_info *info = &model->info;
     const int slots = engine->max_sessions;
+    const size_t n = (size_t)slots, codes = n * MOSHI_MAX_CODEBOOKS;
+    const size_t samples = n * (size_t)engine->frame_size;
     int status = MOSHI_OK;
     if (info->has_lm) {
         int context = options->context ? options->context : info->context;
         enum moshi_dtype kv_dtype = options->kv_dtype;
         if (kv_dtype == MOSHI_AUTO)
             kv_dtype = model->lm.text_head.format == WEIGHT_F32 ? MOSHI_F32 : MOSHI_BF16;
-        status = lm_state_create(&engine->lm, &model->lm, backend, slots, context, kv_dtype);
+        status = lm_state_create(&engine->lm, &model->lm, backend, slots, context, kv_dtype,
+                                 codes * sizeof(int32_t) + samples * sizeof(float));
     }
     if (!status && info->has_mimi && info->has_lm)
         status = mimi_state_create(&engine->mimi, &model->mimi, backend, slots, 1, 0);
     if (status) return status;
 
-    const size_t n = (size_t)slots, codes = n * MOSHI_MAX_CODEBOOKS;
     engine->slots = calloc(n, sizeof *engine->slots);
     engine->batch = calloc(n, sizeof *engine->batch);
     engine->subset = calloc(n, sizeof *engine->subset);
@@ -122,22 +132,27 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     engine->guided = calloc(n, sizeof *engine->guided);
     engine->user = calloc(codes, sizeof *engine->user);
     engine->codes = calloc(codes, sizeof *engine->codes);
-    engine->output = calloc(n * (MOSHI_MAX_CODEBOOKS + 1), sizeof *engine->output);
-    engine->tokens = calloc(2 * (MOSHI_MAX_CODEBOOKS + 1), sizeof *engine->tokens);
+    engine->params = calloc(n, sizeof *engine->params);
+    engine->heard = calloc(n, sizeof *engine->heard);
+    engine->spoken = calloc(n, sizeof *engine->spoken);
+    engine->sound = calloc(samples + 1, sizeof *engine->sound);
+    engine->results = calloc(result_bytes(engine) + 1, 1);
     engine->renewing = calloc(n, sizeof *engine->renewing);
     engine->renewed = calloc(n, sizeof *engine->renewed);
     engine->row_lane = backend->ops->allocate(backend, n * 4);
     engine->row_active = backend->ops->allocate(backend, n);
-    engine->pcm = backend->ops->allocate(backend, n * (size_t)engine->frame_size * 4);
-    engine->device_codes = backend->ops->allocate(backend, codes * 4);
+    engine->row_heard = backend->ops->allocate(backend, n);
+    engine->row_spoken = backend->ops->allocate(backend, n);
+    engine->device_codes = engine->lm.beside;
+    engine->pcm = engine->lm.beside ? (float *)(void *)(engine->device_codes + codes) : NULL;
     engine->lock = os_mutex_create();
     engine->submitted = os_condition_create();
     engine->done = os_condition_create();
     if (!engine->slots || !engine->batch || !engine->subset || !engine->row_slots ||
-        !engine->guided || !engine->user || !engine->codes || !engine->output || !engine->tokens ||
-        !engine->renewing || !engine->renewed || !engine->row_lane || !engine->row_active ||
-        !engine->pcm || !engine->device_codes || !engine->lock || !engine->submitted ||
-        !engine->done)
+        !engine->guided || !engine->user || !engine->codes || !engine->params || !engine->heard ||
+        !engine->spoken || !engine->sound || !engine->results || !engine->renewing ||
+        !engine->renewed || !engine->row_lane || !engine->row_active || !engine->row_heard ||
+        !engine->row_spoken || !engine->lock || !engine->submitted || !engine->done)
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine of %d sessions", slots);
     backend->ops->clear(backend, engine->row_active, 1, n);
     return os_thread_start(&engine->thread, engine_loop, engine);
@@ -202,9 +217,8 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     const size_t n = (size_t)engine->max_sessions;
     if (engine->row_lane) ops->release(engine->backend, engine->row_lane, n * 4);
     if (engine->row_active) ops->release(engine->backend, engine->row_active, n);
-    if (engine->pcm) ops->release(engine->backend, engine->pcm, n * (size_t)engine->frame_size * 4);
-    if (engine->device_codes)
-        ops->release(engine->backend, engine->device_codes, n * MOSHI_MAX_CODEBOOKS * 4);
+    if (engine->row_heard) ops->release(engine->backend, engine->row_heard, n);
+    if (engine->row_spoken) ops->release(engine->backend, engine->row_spoken, n);
     free(engine->slots);
     free(engine->batch);
     free(engine->subset);
@@ -212,8 +226,11 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     free(engine->guided);
     free(engine->user);
     free(engine->codes);
-    free(engine->output);
-    free(engine->tokens);
+    free(engine->params);
+    free(engine->heard);
+    free(engine->spoken);
+    free(engine->sound);
+    free(engine->results);
     free(engine->renewing);
     free(engine->renewed);
     os_mutex_destroy(engine->lock);
@@ -228,7 +245,7 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     if (status) return status;
     memset(memory, 0, sizeof *memory);
     memory->weights_bytes = engine->model->info.weight_bytes;
-    memory->free_bytes = os_memory_free();
+    memory->free_bytes = engine->backend->ops->memory_free(engine->backend);
     if (engine->lm.backend) {
         memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
         memory->kv_bytes = (int64_t)(engine->lm.kv.cache.page_bytes / KV_PAGE_POSITIONS) *
@@ -303,7 +320,18 @@ static void decode_stage(struct backend *backend, void *arg)
     struct moshi_engine *engine = pass->engine;
     (void)backend;
     mimi_decode(&engine->mimi, codec_rows(pass), 1, engine->device_codes, engine->decode_q,
-                engine->pcm);
+                engine->decode_q, engine->pcm);
+}
+
+/* After a session's frame has been encoded. The first frame's codes fall into the slot that the model
+ * never sees; clearing the codec lets the next frame start with the padding that a first frame has. Its
+ * other half has not begun. */
+static void take_codes(struct moshi_engine *engine, struct moshi_session *session,
+                       const int32_t *codes)
+{
+    memcpy(session->user_codes, codes, (size_t)engine->user_q * sizeof *codes);
+    if (session->index == 0 && session->options.start == MOSHI_START_LIVE)
+        mimi_encoder_reset(&engine->mimi, session->slot);
 }
 
 /* Encodes the frames of the sessions that gave samples; codes go to session->user_codes. */
@@ -322,76 +350,106 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 0, encode_stage, &(struct codec_pass){engine, rows});
+    status = ops->run(engine->backend, 0, encode_stage, &(struct codec_pass){engine, rows}, 0);
     if (status) return status;
     const size_t codes = (size_t)engine->user_q;
     ops->download(engine->backend, engine->codes, engine->device_codes,
                   (size_t)rows * codes * sizeof(int32_t));
     status = ops->sync(engine->backend);
     if (status) return status;
-    for (int i = 0; i < rows; ++i) {
-        struct moshi_session *session = engine->subset[i];
-        memcpy(session->user_codes, engine->codes + (size_t)i * codes, codes * sizeof(int32_t));
-        /* The first frame's codes fall into the slot the model never sees; clearing the codec lets
-         * the next frame start with the padding that a first frame has. */
-        if (session->index == 0 && session->options.start == MOSHI_START_LIVE)
-            mimi_state_reset(&engine->mimi, session->slot);
-    }
+    for (int i = 0; i < rows; ++i)
+        take_codes(engine, engine->subset[i], engine->codes + (size_t)i * codes);
     return MOSHI_OK;
 }
 
-void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy)
+/* Where the host has what the last step gave at that place of the device. */
+static const void *result(const struct moshi_engine *engine, const void *device)
+{
+    return engine->results + ((const char *)device - engine->lm.results);
+}
+
+static int32_t next_text(const struct moshi_session *session)
+{
+    if (session->next_text[0] == TOKEN_FREE && session->forced_first < session->forced_end)
+        return session->forced[session->forced_first];
+    return session->next_text[0];
+}
+
+/* What is stored instead of what is sampled; nothing without `policy`. */
+static void set_policy(struct moshi_session *session, int policy)
 {
     struct slot_params *params = &session->params;
-    params->forced_text = policy ? session->next_text[0] : TOKEN_FREE;
-    if (policy && params->forced_text == TOKEN_FREE && session->forced_first < session->forced_end)
-        params->forced_text = session->forced[session->forced_first];
+    params->forced_text = policy ? next_text(session) : TOKEN_FREE;
     for (int k = 0; k < MOSHI_MAX_CODEBOOKS; ++k)
-        params->forced_audio[k] = policy && k < engine->dep_q ? session->next_audio[k] : TOKEN_FREE;
-    engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot, params,
-                                 sizeof *params);
+        params->forced_audio[k] = policy && k < session->engine->dep_q ? session->next_audio[k]
+                                                                       : TOKEN_FREE;
 }
 
-/* Keeps what the sessions have read that may have to read it again. */
-static void record_tokens(struct moshi_engine *engine, struct moshi_session **batch, int n)
+void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session)
 {
-    int32_t *const tokens[2] = {engine->tokens, engine->tokens + engine->lm.delay.streams};
-    int null_row = n;
-    for (int i = 0; i < n; ++i) {
-        if (batch[i]->refresh) {
-            lm_step_tokens(&engine->lm, i, tokens[0]);
-            if (engine->guided[i]) lm_step_tokens(&engine->lm, null_row, tokens[1]);
-            refresh_record(batch[i]->refresh, 1, (const int32_t *const[2]){tokens[0], tokens[1]});
-        }
-        null_row += engine->guided[i] != 0;
-    }
+    set_policy(session, 0);
+    engine->backend->ops->upload(engine->backend, engine->lm.params + session->slot,
+                                 &session->params, sizeof session->params);
 }
 
-/* One step of the language model; the output tokens of row i land in engine->output. */
-static int language_step(struct moshi_engine *engine, struct moshi_session **batch, int n,
-                         int policy, double *temporal_s, double *depth_s)
+/* Fills the engine's arrays for a step of the sessions, and uploads their settings. */
+static struct lm_step describe_step(struct moshi_engine *engine, struct moshi_session **batch,
+                                    int n, int policy)
 {
     for (int i = 0; i < n; ++i) {
         engine->row_slots[i] = batch[i]->slot;
         engine->guided[i] = (uint8_t)session_is_guided(batch[i]);
         memcpy(engine->user + (size_t)i * (size_t)engine->user_q, batch[i]->user_codes,
                (size_t)engine->user_q * sizeof(int32_t));
-        engine_upload_params(engine, batch[i], policy);
+        set_policy(batch[i], policy);
+        engine->params[batch[i]->slot] = batch[i]->params;
     }
-    const struct lm_step step = {
+    engine->backend->ops->upload(engine->backend, engine->lm.params, engine->params,
+                                 (size_t)engine->max_sessions * sizeof *engine->params);
+    return (struct lm_step){
         .n = n, .slots = engine->row_slots, .guided = engine->guided, .user = engine->user};
+}
+
+/* Keeps what the sessions have read that may have to read it again. */
+static void record_tokens(struct moshi_engine *engine, struct moshi_session **batch, int n,
+                          const struct lm_shape *shape)
+{
+    const int32_t *read = result(engine, engine->lm.tokens);
+    const size_t streams = (size_t)engine->lm.delay.streams;
+    size_t null_row = (size_t)shape->slots;
+    for (int i = 0; i < n; ++i) {
+        if (batch[i]->refresh)
+            refresh_record(batch[i]->refresh, 1,
+                           (const int32_t *const[2]){read + (size_t)i * streams,
+                                                     read + null_row * streams});
+        null_row += engine->guided[i] != 0;
+    }
+}
+
+/* Seconds of one tick's parts. */
+struct tick_times {
+    double encode_s, temporal_s, depth_s, decode_s;
+};
+
+/* One step of the language model; what it gives lands in engine->results. */
+static int language_step(struct moshi_engine *engine, struct moshi_session **batch, int n,
+                         int policy, struct lm_shape *shape, struct tick_times *times)
+{
+    const struct lm_step step = describe_step(engine, batch, n, policy);
+    *shape = lm_shape_exact(&step);
     double start = os_clock();
-    int status = lm_step_prepare(&engine->lm, &step);
-    if (!status) status = lm_step_temporal(&engine->lm, &step);
+    int status = lm_step_prepare(&engine->lm, &step, shape);
+    if (!status) status = lm_step_temporal(&engine->lm, shape);
     double middle = os_clock();
-    if (!status) record_tokens(engine, batch, n);
-    if (!status) status = lm_step_depth(&engine->lm, &step);
-    *temporal_s += middle - start;
-    *depth_s += os_clock() - middle;
+    if (!status) status = lm_step_depth(&engine->lm, shape);
+    times->temporal_s += middle - start;
+    times->depth_s += os_clock() - middle;
     if (!status)
-        engine->backend->ops->download(engine->backend, engine->output, engine->lm.output,
-                                       (size_t)n * (size_t)(1 + engine->dep_q) * sizeof(int32_t));
-    return status ? status : engine->backend->ops->sync(engine->backend);
+        engine->backend->ops->download(engine->backend, engine->results, engine->lm.results,
+                                       engine->lm.results_bytes);
+    if (!status) status = engine->backend->ops->sync(engine->backend);
+    if (!status) record_tokens(engine, batch, n, shape);
+    return status;
 }
 
 static void keep_logits(struct moshi_engine *engine, struct moshi_session *session, int row,
@@ -413,7 +471,10 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
 {
     const struct moshi_model_info *info = &engine->model->info;
     struct moshi_frame *frame = session->frame;
-    const int32_t *output = engine->output + (size_t)row * (size_t)(1 + engine->dep_q);
+    const size_t heads = (size_t)(info->heads * info->head_dim);
+    const int32_t *output = (const int32_t *)result(engine, engine->lm.output) +
+                            (size_t)row * (size_t)(1 + engine->dep_q);
+    const float *classes = (const float *)result(engine, engine->lm.heads) + (size_t)row * heads;
     frame->index = session->index;
     frame->event = MOSHI_EVENT_NONE;
     frame->n_user_codes = engine->user_q;
@@ -424,9 +485,18 @@ static void fill_frame(struct moshi_engine *engine, struct moshi_session *sessio
     memcpy(frame->codes, output + 1, (size_t)frame->n_codes * sizeof(int32_t));
     frame->n_heads = info->heads;
     for (int h = 0; h < info->heads; ++h)
-        engine->backend->ops->download(engine->backend, frame->heads[h],
-                                       engine->lm.heads + (row * info->heads + h) * info->head_dim,
-                                       (size_t)info->head_dim * sizeof(float));
+        memcpy(frame->heads[h], classes + h * info->head_dim,
+               (size_t)info->head_dim * sizeof(float));
+}
+
+/* A frame's sound has come, where it was wanted. */
+static void check_voice(struct moshi_engine *engine, struct moshi_session *session)
+{
+    if (!samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
+        session_end(session, moshi_fail(MOSHI_ERROR_SESSION,
+                                        "the voice of frame %lld is not finite, expected numbers: "
+                                        "the weights of the codec are damaged",
+                                        (long long)session->index));
 }
 
 /* Decodes the frames of the sessions that have output and want sound. */
@@ -450,19 +520,134 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows});
+    status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows}, 0);
     for (int i = 0; i < rows && !status; ++i) {
         struct moshi_session *session = engine->subset[i];
         ops->download(engine->backend, session->frame->pcm,
                       engine->pcm + (size_t)i * (size_t)engine->frame_size, frame_bytes);
         status = ops->sync(engine->backend);
-        if (!status && !samples_are_finite(session->frame->pcm, (size_t)engine->frame_size))
-            session_end(session, moshi_fail(MOSHI_ERROR_SESSION,
-                                            "the voice of frame %lld is not finite, expected "
-                                            "numbers: the weights of the codec are damaged",
-                                            (long long)session->index));
+        if (!status) check_voice(engine, session);
     }
     return status;
+}
+
+/* ---- the tick as one stage -------------------------------------------------------------- */
+
+/* Without padding: its bytes name the graph. */
+struct tick {
+    struct moshi_engine *engine;
+    struct lm_shape shape;
+    size_t spoken; /* some session's codes are decoded */
+};
+
+static void tick_stage(struct backend *backend, void *arg)
+{
+    const struct tick *tick = arg;
+    struct moshi_engine *engine = tick->engine;
+    struct rows rows = {.n = tick->shape.slots, .lane = engine->lm.row_slot};
+    (void)backend;
+    rows.active = engine->row_heard;
+    if (tick->shape.heard)
+        mimi_encode(&engine->mimi, rows, 1, engine->pcm, engine->user_q, engine->device_codes);
+    lm_step_stage(&engine->lm, &tick->shape);
+    rows.active = engine->row_spoken;
+    if (tick->spoken)
+        mimi_decode(&engine->mimi, rows, 1, engine->lm.output + 1, engine->decode_q,
+                    1 + engine->dep_q, engine->pcm);
+}
+
+/* Marks the rows that are encoded and decoded, with room for both; what others say is given. Whether
+ * there is an output to decode follows from how many frames there were. */
+static int mark_rows(struct moshi_engine *engine, struct moshi_session **batch, int n, int *heard,
+                     int *spoken)
+{
+    const size_t samples = (size_t)engine->frame_size, user_q = (size_t)engine->user_q;
+    int status = MOSHI_OK;
+    *heard = *spoken = 0;
+    memset(engine->heard, 0, (size_t)engine->max_sessions);
+    memset(engine->spoken, 0, (size_t)engine->max_sessions);
+    for (int i = 0; i < n && !status; ++i) {
+        const int slot = batch[i]->slot;
+        const int has_output = engine->lm.offset[slot] >= engine->lm.delay.max_delay;
+        if (batch[i]->has_pcm) {
+            memcpy(engine->sound + (size_t)i * samples, batch[i]->pcm, samples * sizeof(float));
+            for (size_t j = 0; j < user_q; ++j) engine->user[(size_t)i * user_q + j] = TOKEN_FREE;
+            engine->heard[i] = 1;
+            *heard = i + 1;
+            status = mimi_encode_grow(&engine->mimi, slot, 1);
+        }
+        if (batch[i]->frame->pcm && engine->mimi.backend && has_output && engine->dep_q && !status) {
+            engine->spoken[i] = 1;
+            *spoken = i + 1;
+            status = mimi_decode_grow(&engine->mimi, slot, 1);
+        }
+    }
+    return status;
+}
+
+/* A frame of all sessions from samples to samples: one copy to the device, one launch, one copy back. */
+static int step_at_once(struct moshi_engine *engine, struct moshi_session **batch, int n,
+                        struct lm_shape *shape)
+{
+    const struct backend_ops *ops = engine->backend->ops;
+    const size_t samples = (size_t)engine->frame_size, slots = (size_t)engine->max_sessions;
+    const struct lm_step step = describe_step(engine, batch, n, 1);
+    int heard, spoken;
+    int status = mark_rows(engine, batch, n, &heard, &spoken);
+    if (status) return status;
+    *shape = lm_shape_padded(&engine->lm, &step);
+    if (heard) shape->heard = engine->device_codes;
+    struct tick tick = {.engine = engine, .shape = *shape, .spoken = spoken > 0};
+    status = lm_step_prepare(&engine->lm, &step, shape);
+    if (status) return status;
+    if (heard) {
+        ops->upload(engine->backend, engine->row_heard, engine->heard, slots);
+        ops->upload(engine->backend, engine->pcm, engine->sound,
+                    (size_t)heard * samples * sizeof(float));
+    }
+    if (spoken) ops->upload(engine->backend, engine->row_spoken, engine->spoken, slots);
+    status = ops->run(engine->backend, STAGE_TICK, tick_stage, &tick, sizeof tick);
+    if (status) return status;
+    ops->download(engine->backend, engine->results, engine->lm.results,
+                  (size_t)((char *)(engine->pcm + (size_t)spoken * samples) - engine->lm.results));
+    status = ops->sync(engine->backend);
+    if (status) return status;
+    record_tokens(engine, batch, n, shape);
+    for (int i = 0; i < n; ++i)
+        if (engine->heard[i])
+            take_codes(engine, batch[i],
+                       (const int32_t *)result(engine, engine->device_codes) +
+                           (size_t)i * (size_t)engine->user_q);
+    return MOSHI_OK;
+}
+
+/* Gives the sessions the sound that came with the step. */
+static void take_voices(struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    const size_t frame_bytes = (size_t)engine->frame_size * sizeof(float);
+    const char *sound = result(engine, engine->pcm);
+    for (int i = 0; i < n; ++i) {
+        if (!batch[i]->frame->pcm || batch[i]->dead) continue;
+        if (!engine->spoken[i]) {
+            memset(batch[i]->frame->pcm, 0, frame_bytes);
+            continue;
+        }
+        memcpy(batch[i]->frame->pcm, sound + (size_t)i * frame_bytes, frame_bytes);
+        check_voice(engine, batch[i]);
+    }
+}
+
+/* An offline start steps its first frame twice: the first time fills the slot never seen. */
+static int starts_offline(const struct moshi_session *session)
+{
+    return session->index == 0 && session->options.start == MOSHI_START_OFFLINE;
+}
+
+static int runs_at_once(const struct moshi_engine *engine, struct moshi_session **batch, int n)
+{
+    for (int i = 0; i < n; ++i)
+        if (starts_offline(batch[i])) return 0;
+    return engine->backend->whole_ticks;
 }
 
 /* ---- contexts that are renewed ---------------------------------------------------------- */
@@ -524,29 +709,34 @@ static void next_step(struct moshi_session *session)
     session_free_next(session, session->next_steps - 1);
 }
 
+/* The same in parts: encode, language model; decode follows. */
+static int step_in_parts(struct moshi_engine *engine, struct moshi_session **batch, int n,
+                         struct lm_shape *shape, struct tick_times *times)
+{
+    double start = os_clock();
+    int twice = 0, status = encode(engine, batch, n);
+    times->encode_s = os_clock() - start;
+    for (int i = 0; i < n; ++i)
+        if (starts_offline(batch[i])) engine->subset[twice++] = batch[i];
+    if (!status && twice)
+        status = language_step(engine, engine->subset, twice, 0, shape, times);
+    return status ? status : language_step(engine, batch, n, 1, shape, times);
+}
+
 void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
-    double start = os_clock(), temporal_s = 0, depth_s = 0;
-    int status = encode(engine, batch, n);
-    double encoded = os_clock();
-    if (!status) status = end_refreshes(engine, batch, n);
-
-    /* An offline start steps its first frame twice: the first time fills the slot never seen. */
-    int twice = 0;
-    for (int i = 0; i < n; ++i)
-        if (batch[i]->index == 0 && batch[i]->options.start == MOSHI_START_OFFLINE)
-            engine->subset[twice++] = batch[i];
-    if (!status && twice)
-        status = language_step(engine, engine->subset, twice, 0, &temporal_s, &depth_s);
-    if (!status) status = language_step(engine, batch, n, 1, &temporal_s, &depth_s);
-    int rows = n;
-    for (int i = 0; i < n; ++i) rows += engine->guided[i] != 0;
+    const int at_once = runs_at_once(engine, batch, n);
+    struct tick_times times = {0};
+    struct lm_shape shape = {0};
+    double start = os_clock();
+    int status = end_refreshes(engine, batch, n);
+    if (!status)
+        status = at_once ? step_at_once(engine, batch, n, &shape)
+                         : step_in_parts(engine, batch, n, &shape, &times);
+    const uint8_t *failed = result(engine, engine->lm.failed);
     for (int i = 0; i < n && !status; ++i) {
-        uint8_t failed = 0;
-        engine->backend->ops->download(engine->backend, &failed, engine->lm.failed + batch[i]->slot,
-                                       sizeof failed);
         /* A number that is not finite ends this conversation and no other. */
-        if (failed)
+        if (failed[batch[i]->slot])
             session_end(
                 batch[i],
                 moshi_fail(MOSHI_ERROR_SESSION,
@@ -555,10 +745,11 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
                            "options of this session are absurd",
                            (long long)batch[i]->index));
         fill_frame(engine, batch[i], i);
-        if (batch[i]->logits) keep_logits(engine, batch[i], i, rows);
+        if (batch[i]->logits) keep_logits(engine, batch[i], i, shape.rows);
     }
     double stepped = os_clock();
-    if (!status) status = decode(engine, batch, n);
+    if (!status && at_once) take_voices(engine, batch, n);
+    if (!status && !at_once) status = decode(engine, batch, n);
     double end = os_clock();
 
     for (int i = 0; i < n; ++i) {
@@ -575,10 +766,12 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
     os_mutex_lock(engine->lock);
     ++engine->stats.ticks;
     engine->stats.frames += n;
-    engine->stats.encode_s += encoded - start;
-    engine->stats.temporal_s += temporal_s;
-    engine->stats.depth_s += depth_s;
-    engine->stats.decode_s += end - stepped;
-    engine->stats.other_s += (stepped - encoded) - temporal_s - depth_s;
+    if (!at_once) times.decode_s = end - stepped;
+    engine->stats.encode_s += times.encode_s;
+    engine->stats.temporal_s += times.temporal_s;
+    engine->stats.depth_s += times.depth_s;
+    engine->stats.decode_s += times.decode_s;
+    engine->stats.other_s += (end - start) - times.encode_s - times.temporal_s - times.depth_s -
+                             times.decode_s;
     os_mutex_unlock(engine->lock);
 }

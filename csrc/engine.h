@@ -64,16 +64,19 @@ struct moshi_engine {
 
     /* one tick; host arrays of max_sessions rows, then device arrays */
     struct moshi_session **batch, **subset;
-    int32_t *row_slots, *user, *codes, *output;
-    int32_t *tokens; /* [2][streams] that one session has read */
+    int32_t *row_slots, *user, *codes;
+    struct slot_params *params; /* [max_sessions] by slot */
+    char *results; /* what the step gave: lm.results and what lies behind them */
     uint8_t *guided, *renewed; /* rows of sessions with a null half, with a new context */
+    uint8_t *heard, *spoken; /* rows whose samples are encoded, whose codes are decoded */
     uint8_t *renewing; /* [max_sessions] slots with a pass of a refresh to make after the tick */
     int next_renewed; /* slot */
-    float *pcm_host;
+    float *sound; /* [rows][frame_size] */
     int32_t *row_lane; /* device, rows of a codec pass */
     uint8_t *row_active; /* device, all ones */
-    float *pcm; /* device, [rows][frame_size] */
-    int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS] */
+    uint8_t *row_heard, *row_spoken; /* device */
+    int32_t *device_codes; /* device, [rows][MOSHI_MAX_CODEBOOKS], behind lm.results */
+    float *pcm; /* device, [rows][frame_size], behind device_codes */
 };
 
 /* MOSHI_ERROR_AUDIO when a sample is not finite or beyond MOSHI_MAX_SAMPLE; codec.c. */
@@ -108,8 +111,8 @@ void session_free_next(struct moshi_session *session, int first_step);
 /* Every later call is refused with the sentence of the failure that was just recorded. */
 void session_end(struct moshi_session *session, int status);
 
-/* Uploads a session's settings; without `policy` nothing is forced. */
-void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session, int policy);
+/* Uploads a session's settings for given frames, which force nothing. */
+void engine_upload_params(struct moshi_engine *engine, struct moshi_session *session);
 /* For who uses the backend in many short pieces: lets a tick that is due go first. Without the
  * backend's lock. */
 void engine_give_way(struct moshi_engine *engine);

@@ -197,8 +197,50 @@ static int larger(int a, int b)
     return a > b ? a : b;
 }
 
+/* Places what a step gives, one after the other. */
+static int create_results(struct lm_state *state, size_t beside)
+{
+    const struct lm_config *config = &state->lm->config;
+    const size_t r = (size_t)state->rows, s = (size_t)state->slots;
+    struct {
+        void **pointer;
+        size_t bytes;
+    } const parts[] = {
+        {(void **)&state->failed, s},
+        {(void **)&state->tokens, r * (size_t)state->delay.streams * 4},
+        {(void **)&state->output, r * (size_t)(1 + state->delay.dep_q) * 4},
+        {(void **)&state->heads, s * (size_t)(config->heads * config->head_dim) * 4},
+        {&state->beside, beside},
+    };
+    size_t at[sizeof parts / sizeof *parts], bytes = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; ++i) {
+        at[i] = bytes;
+        bytes += (parts[i].bytes + 63) / 64 * 64;
+    }
+    state->results = block(state, bytes);
+    if (!state->results) return MOSHI_ERROR_MEMORY;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; ++i)
+        *parts[i].pointer = state->results + at[i];
+    state->results_bytes = (size_t)((char *)state->beside - state->results);
+    return MOSHI_OK;
+}
+
+static int create_host_rows(struct lm_state *state)
+{
+    const size_t n = (size_t)state->lanes, s = (size_t)state->slots;
+    struct lm_rows *host = &state->host;
+    host->lane = calloc(n, sizeof *host->lane);
+    host->slot = calloc(s, sizeof *host->slot);
+    host->null_row = calloc(s, sizeof *host->null_row);
+    host->active = calloc(n, 1);
+    host->zeros = calloc(s, 1);
+    return host->lane && host->slot && host->null_row && host->active && host->zeros
+               ? MOSHI_OK
+               : MOSHI_ERROR_MEMORY;
+}
+
 int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend *backend, int slots,
-                    int context, enum moshi_dtype kv_dtype)
+                    int context, enum moshi_dtype kv_dtype, size_t beside)
 {
     memset(state, 0, sizeof *state);
     const struct lm_config *config = &lm->config;
@@ -244,10 +286,8 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
         } const wanted[] = {
             {(void **)&state->delays, (size_t)streams * 4},
             {(void **)&state->params, s * sizeof *state->params},
-            {(void **)&state->tokens, r * (size_t)streams * 4},
             {(void **)&state->text, r * 4},
             {(void **)&state->audio, r * (size_t)dep_q * 4},
-            {(void **)&state->output, r * (size_t)(1 + dep_q) * 4},
             {(void **)&state->user, r * (size_t)user_q * 4},
             {(void **)&state->null_row, s * 4},
             {(void **)&state->row_lane, r * 4},
@@ -255,7 +295,7 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
             {(void **)&state->row_number, n * 4},
             {(void **)&state->row_slot, s * 4},
             {(void **)&state->row_active, r},
-            {(void **)&state->failed, s},
+            {(void **)&state->step_active, n},
             {(void **)&state->x, r * width * 4},
             {(void **)&state->z, n * width * 4},
             {(void **)&state->query, r * width * 4},
@@ -264,9 +304,9 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
             {(void **)&state->cos_sin, r * width * 4},
             {(void **)&state->text_logits, n * (size_t)config->text_card_out * 4},
             {(void **)&state->audio_logits, n * (size_t)dep_q * (size_t)config->card * 4},
-            {(void **)&state->heads, s * (size_t)(2 * config->heads * config->head_dim) * 4},
+            {(void **)&state->raw_heads, s * (size_t)(config->heads * config->head_dim) * 4},
         };
-        int failed = 0;
+        int failed = create_results(state, beside) != MOSHI_OK || create_host_rows(state) != MOSHI_OK;
         for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
             *wanted[i].pointer = block(state, wanted[i].bytes);
             failed |= !*wanted[i].pointer;
@@ -309,6 +349,11 @@ void lm_state_destroy(struct lm_state *state)
                                      state->blocks[i].bytes);
     free(state->offset);
     free(state->positions);
+    free(state->host.lane);
+    free(state->host.slot);
+    free(state->host.null_row);
+    free(state->host.active);
+    free(state->host.zeros);
     memset(state, 0, sizeof *state);
 }
 
@@ -433,61 +478,89 @@ size_t lm_state_slot_bytes(const struct lm_state *state)
 
 /* ---- the step --------------------------------------------------------------------------- */
 
-static int count_rows(const struct lm_step *step)
+static int guided_rows(const struct lm_step *step)
 {
-    int rows = step->n;
+    int rows = 0;
     for (int i = 0; i < step->n; ++i) rows += step->guided[i] != 0;
     return rows;
 }
 
-static struct rows slot_rows(const struct lm_state *state, const struct lm_step *step)
+struct lm_shape lm_shape_exact(const struct lm_step *step)
 {
-    return (struct rows){.n = step->n, .lane = state->row_slot, .active = state->row_active};
+    return (struct lm_shape){.slots = step->n, .rows = step->n + guided_rows(step)};
 }
 
-int lm_step_prepare(struct lm_state *state, const struct lm_step *step)
+/* The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...; no more than `most`. */
+static int padded(int n, int most)
+{
+    int size = n < 4 ? n : 4;
+    while (size < n) size = size & (size - 1) ? size / 3 * 4 : size / 2 * 3;
+    return size < most ? size : most;
+}
+
+struct lm_shape lm_shape_padded(const struct lm_state *state, const struct lm_step *step)
+{
+    const int slots = padded(step->n, state->slots);
+    return (struct lm_shape){.slots = slots,
+                             .rows = slots + padded(guided_rows(step), state->slots)};
+}
+
+static struct rows slot_rows(const struct lm_state *state, const struct lm_shape *shape)
+{
+    return (struct rows){.n = shape->slots, .lane = state->row_slot, .active = state->step_active};
+}
+
+int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
+                    const struct lm_shape *shape)
 {
     struct backend *backend = state->backend;
     const struct backend_ops *ops = backend->ops;
-    const int user_q = state->lm->config.n_q - state->lm->config.dep_q;
-    int rows = step->n;
+    const struct lm_rows *host = &state->host;
+    const size_t user_q = (size_t)(state->lm->config.n_q - state->lm->config.dep_q);
+    const size_t slots = (size_t)shape->slots, rows = (size_t)shape->rows;
+    int null_row = shape->slots;
+    memset(host->lane, 0, rows * sizeof *host->lane);
+    memset(host->slot, 0, slots * sizeof *host->slot);
+    memset(host->active, 0, rows);
+    for (int i = 0; i < shape->slots; ++i) host->null_row[i] = -1;
     for (int i = 0; i < step->n; ++i) {
-        int32_t slot = step->slots[i], null_row = -1;
+        const int slot = step->slots[i];
+        host->slot[i] = slot;
+        if (step->guided[i]) host->null_row[i] = null_row++;
         for (int half = 0; half < 1 + (step->guided[i] != 0); ++half) {
-            int32_t lane = half * state->slots + slot;
-            int row = half ? rows++ : i;
-            if (half) null_row = row;
-            ops->upload(backend, state->row_lane + row, &lane, sizeof lane);
+            const int lane = half * state->slots + slot, row = half ? host->null_row[i] : i;
+            host->lane[row] = lane;
+            host->active[row] = 1;
             int status = kv_pages_grow(&state->kv, lane, state->positions[slot], 1);
             if (status) return status;
         }
-        ops->upload(backend, state->row_slot + i, &slot, sizeof slot);
-        ops->clear(backend, state->failed + slot, 0, 1);
-        ops->upload(backend, state->null_row + i, &null_row, sizeof null_row);
         ++state->offset[slot];
         ++state->positions[slot];
     }
-    ops->upload(backend, state->user, step->user, (size_t)step->n * (size_t)user_q * 4);
+    ops->upload(backend, state->row_lane, host->lane, rows * sizeof *host->lane);
+    ops->upload(backend, state->row_slot, host->slot, slots * sizeof *host->slot);
+    ops->upload(backend, state->null_row, host->null_row, slots * sizeof *host->null_row);
+    ops->upload(backend, state->step_active, host->active, rows);
+    ops->upload(backend, state->failed, host->zeros, (size_t)state->slots);
+    ops->upload(backend, state->user, step->user, (size_t)step->n * user_q * sizeof *step->user);
     return MOSHI_OK;
 }
 
 struct stage {
     struct lm_state *state;
-    const struct lm_step *step;
+    const struct lm_shape *shape;
 };
 
-/* Embeds the tokens of `steps` frames of each row, and runs the layers over them; frame_lane[n*steps]
- * are the lanes whose conditions they have. A ring of `capacity` positions. */
-static void read_tokens(struct lm_state *state, struct rows rows, const int32_t *frame_lane,
-                        int steps, int capacity)
+/* Embeds the tokens of `steps` frames of each row, and runs the layers over them; `frames` are n*steps
+ * rows, with the lanes whose conditions they have. A ring of `capacity` positions. */
+static void read_tokens(struct lm_state *state, struct rows rows, struct rows frames, int steps,
+                        int capacity)
 {
     const struct lm *lm = state->lm;
     const struct lm_config *config = &lm->config;
     const struct transformer_config *stack = &config->temporal;
     struct backend *backend = state->backend;
     const struct backend_ops *ops = backend->ops;
-    const struct rows frames = {
-        .n = rows.n * steps, .lane = frame_lane, .active = state->row_active};
     const int streams = config->n_q + 1;
 
     ops->embed(backend, &(struct op_embed){.name = "audio_embedding",
@@ -532,26 +605,27 @@ static void read_tokens(struct lm_state *state, struct rows rows, const int32_t 
                      .name = "advance", .rows = rows, .steps = steps, .position = state->position});
 }
 
-static void temporal_stage(struct backend *backend, void *arg)
+static void step_temporal(struct lm_state *state, const struct lm_shape *shape)
 {
-    struct lm_state *state = ((struct stage *)arg)->state;
-    const struct lm_step *step = ((struct stage *)arg)->step;
+    struct backend *backend = state->backend;
     const struct lm *lm = state->lm;
     const struct lm_config *config = &lm->config;
     const struct transformer_config *stack = &config->temporal;
     const struct backend_ops *ops = backend->ops;
-    const struct rows slots = slot_rows(state, step);
+    const struct rows slots = slot_rows(state, shape);
     const struct rows rows = {
-        .n = count_rows(step), .lane = state->row_lane, .active = state->row_active};
+        .n = shape->rows, .lane = state->row_lane, .active = state->step_active};
 
     ops->delay_input(backend, &(struct op_delay_input){.name = "delay_input",
                                                        .rows = slots,
                                                        .cache = &state->delay,
                                                        .params = state->params,
-                                                       .user = state->user,
+                                                       .user = shape->heard ? shape->heard
+                                                                            : state->user,
+                                                       .given = shape->heard ? state->user : NULL,
                                                        .null_row = state->null_row,
                                                        .tokens = state->tokens});
-    read_tokens(state, rows, rows.lane, 1, state->context);
+    read_tokens(state, rows, rows, 1, state->context);
     ops->norm(backend, &(struct op_norm){.name = "out_norm",
                                          .n = rows.n,
                                          .width = stack->dim,
@@ -577,33 +651,31 @@ static void temporal_stage(struct backend *backend, void *arg)
                                              .token = state->text,
                                              .token_stride = 1});
     if (config->heads) {
-        float *raw = state->heads +
-                     (size_t)state->slots * (size_t)(config->heads * config->head_dim);
         for (int i = 0; i < config->heads; ++i)
             ops->linear(backend, &(struct op_linear){.name = "extra_head",
                                                      .n = slots.n,
                                                      .x = state->z,
                                                      .weight = lm->heads[i],
-                                                     .y = raw + i * config->head_dim,
+                                                     .y = state->raw_heads +
+                                                          i * config->head_dim,
                                                      .y_stride = config->heads * config->head_dim});
         ops->softmax(backend, &(struct op_softmax){.name = "extra_head",
                                                    .n = slots.n * config->heads,
                                                    .width = config->head_dim,
-                                                   .x = raw,
+                                                   .x = state->raw_heads,
                                                    .y = state->heads});
     }
 }
 
-static void depth_stage(struct backend *backend, void *arg)
+static void step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
-    struct lm_state *state = ((struct stage *)arg)->state;
-    const struct lm_step *step = ((struct stage *)arg)->step;
-    const struct rows slots = slot_rows(state, step);
+    struct backend *backend = state->backend;
+    const struct rows slots = slot_rows(state, shape);
     if (state->lm->config.dep_q > 0)
         depth_forward(&state->lm->depth, &state->depth_work,
-                      &(struct depth_run){.rows = {.n = count_rows(step),
+                      &(struct depth_run){.rows = {.n = shape->rows,
                                                    .lane = state->row_number,
-                                                   .active = state->row_active},
+                                                   .active = state->step_active},
                                           .slots = slots,
                                           .z = state->z,
                                           .text = state->text,
@@ -621,22 +693,36 @@ static void depth_stage(struct backend *backend, void *arg)
                                                                   .out = state->output});
 }
 
-int lm_step_temporal(struct lm_state *state, const struct lm_step *step)
+void lm_step_stage(struct lm_state *state, const struct lm_shape *shape)
+{
+    step_temporal(state, shape);
+    step_depth(state, shape);
+}
+
+static void temporal_stage(struct backend *backend, void *arg)
+{
+    const struct stage *stage = arg;
+    (void)backend;
+    step_temporal(stage->state, stage->shape);
+}
+
+static void depth_stage(struct backend *backend, void *arg)
+{
+    const struct stage *stage = arg;
+    (void)backend;
+    step_depth(stage->state, stage->shape);
+}
+
+int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape)
 {
     return state->backend->ops->run(state->backend, 1, temporal_stage,
-                                    &(struct stage){state, step});
+                                    &(struct stage){state, shape}, 0);
 }
 
-int lm_step_depth(struct lm_state *state, const struct lm_step *step)
+int lm_step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, step});
-}
-
-void lm_step_tokens(const struct lm_state *state, int row, int32_t *tokens)
-{
-    const size_t streams = (size_t)state->delay.streams;
-    state->backend->ops->download(state->backend, tokens, state->tokens + (size_t)row * streams,
-                                  streams * sizeof *tokens);
+    return state->backend->ops->run(state->backend, 2, depth_stage,
+                                    &(struct stage){state, shape}, 0);
 }
 
 /* ---- frames that are given -------------------------------------------------------------- */
@@ -701,7 +787,10 @@ static void given_stage(struct backend *backend, void *arg)
                                                     .audio = state->audio + t * delay->dep_q,
                                                     .out = state->output + t * (1 + delay->dep_q)});
     }
-    read_tokens(state, rows, state->row_lane, pass->frames, (int)ring_positions(state));
+    const struct rows frames = {.n = pass->halves * pass->frames,
+                                .lane = state->row_lane,
+                                .active = state->row_active};
+    read_tokens(state, rows, frames, pass->frames, (int)ring_positions(state));
 }
 
 int lm_given_room(const struct lm_state *state, int slot, int guided)
@@ -728,7 +817,7 @@ int lm_step_given(struct lm_state *state, const struct lm_given *given)
     ops->upload(backend, state->text, given->text, n * sizeof *given->text);
     ops->upload(backend, state->audio, given->audio, n * dep_q * sizeof *given->audio);
     ops->upload(backend, state->user, given->user, n * user_q * sizeof *given->user);
-    status = ops->run(backend, STAGE_GIVEN, given_stage, &(struct pass){state, halves, frames, 1});
+    status = ops->run(backend, STAGE_GIVEN, given_stage, &(struct pass){state, halves, frames, 1}, 0);
     if (status) return status;
     state->offset[slot] += frames;
     state->positions[slot] += frames;
@@ -761,7 +850,7 @@ int lm_renew_read(struct lm_state *state, int slot, int guided, int first, int f
     ops->upload(state->backend, state->tokens, tokens,
                 (size_t)halves * (size_t)frames * (size_t)state->delay.streams * sizeof *tokens);
     status = ops->run(state->backend, STAGE_GIVEN, given_stage,
-                      &(struct pass){state, halves, frames, 0});
+                      &(struct pass){state, halves, frames, 0}, 0);
     return status ? status : ops->sync(state->backend);
 }
 

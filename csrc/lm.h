@@ -62,10 +62,10 @@ struct lm_state {
     struct slot_params *params;  /* device, [slots] */
     struct depth_work depth_work;
     /* one step, all device memory */
-    int32_t *tokens;   /* [rows][streams] */
+    int32_t *tokens;   /* [rows][streams], in results */
     int32_t *text;     /* [rows] */
     int32_t *audio;    /* [rows][dep_q] */
-    int32_t *output;   /* [rows][1 + dep_q] */
+    int32_t *output;   /* [rows][1 + dep_q], in results */
     int32_t *user;     /* [rows][user_q] */
     int32_t *null_row; /* [slots] */
     int32_t *row_lane; /* [rows] temporal rows -> lanes */
@@ -73,8 +73,19 @@ struct lm_state {
     int32_t *row_number; /* [lanes] the identity, lanes of the depth pass */
     int32_t *row_slot; /* [slots] */
     uint8_t *row_active; /* [rows] all ones */
+    uint8_t *step_active; /* [lanes] rows of the step that are a session's */
     uint8_t *failed;     /* [slots] a logit of this step was not finite */
-    float *x, *z, *query, *attended, *hidden, *cos_sin, *text_logits, *audio_logits, *heads;
+    float *x, *z, *query, *attended, *hidden, *cos_sin, *text_logits, *audio_logits;
+    float *raw_heads, *heads; /* [slots][heads][head_dim] before and after the softmax */
+    /* What a step gives lies together, for one copy: failed, tokens, output, heads, and behind them
+     * the caller's own. */
+    char *results;
+    size_t results_bytes; /* without the caller's */
+    void *beside;
+    struct lm_rows { /* host: what prepare uploads */
+        int32_t *lane, *slot, *null_row;
+        uint8_t *active, *zeros;
+    } host;
     struct lm_block {
         void *memory;
         size_t bytes;
@@ -82,8 +93,9 @@ struct lm_state {
     int n_blocks;
 };
 
+/* beside: bytes of device memory for the caller, behind the results of a step. */
 int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend *backend, int slots,
-                    int context, enum moshi_dtype kv_dtype);
+                    int context, enum moshi_dtype kv_dtype, size_t beside);
 void lm_state_destroy(struct lm_state *state);
 void lm_state_reset(struct lm_state *state, int slot);
 /* Slot `to` becomes a copy of `from`; keys and values are shared, not copied. */
@@ -104,13 +116,27 @@ struct lm_step {
     const int32_t *user;    /* [n][user_q] */
 };
 
+/* How many rows the operations of a step have. Null halves come after `slots` rows of slots, in the
+ * order of their slots; rows beyond a step's own are inactive. */
+struct lm_shape {
+    int slots, rows;
+    const int32_t *heard; /* device, [slots][user_q]: what the user said where step.user has
+                             TOKEN_FREE; or NULL */
+};
+
+/* No more rows than the step has. */
+struct lm_shape lm_shape_exact(const struct lm_step *step);
+/* As many as the next of a few numbers, so that few shapes occur. */
+struct lm_shape lm_shape_padded(const struct lm_state *state, const struct lm_step *step);
+
 /* Uploads the row map and the user's tokens and makes room in the pages. */
-int lm_step_prepare(struct lm_state *state, const struct lm_step *step);
-/* The two stages; results in state->output (and text_logits, audio_logits, heads). */
-int lm_step_temporal(struct lm_state *state, const struct lm_step *step);
-int lm_step_depth(struct lm_state *state, const struct lm_step *step);
-/* Copies the tokens that row `row` of the last step has read to host memory, [streams]. */
-void lm_step_tokens(const struct lm_state *state, int row, int32_t *tokens);
+int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
+                    const struct lm_shape *shape);
+/* The two stages; what a step gives is in state->results (and text_logits, audio_logits). */
+int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape);
+int lm_step_depth(struct lm_state *state, const struct lm_shape *shape);
+/* The operations of both, inside a stage of the caller's. */
+void lm_step_stage(struct lm_state *state, const struct lm_shape *shape);
 
 /* ---- frames that are given -------------------------------------------------------------- */
 

@@ -447,13 +447,18 @@ void mimi_state_destroy(struct mimi_state *state)
     memset(state, 0, sizeof *state);
 }
 
-void mimi_state_reset(struct mimi_state *state, int lane)
+void mimi_encoder_reset(struct mimi_state *state, int lane)
 {
     state_reset_lane(&state->encoder, lane);
-    state_reset_lane(&state->decoder, lane);
     kv_pages_reset(&state->encoder_kv, lane);
-    kv_pages_reset(&state->decoder_kv, lane);
     state->encoder_offset[lane] = 0;
+}
+
+void mimi_state_reset(struct mimi_state *state, int lane)
+{
+    mimi_encoder_reset(state, lane);
+    state_reset_lane(&state->decoder, lane);
+    kv_pages_reset(&state->decoder_kv, lane);
     state->decoder_offset[lane] = 0;
 }
 
@@ -750,7 +755,7 @@ void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const f
 }
 
 void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const int32_t *codes,
-                 int levels, float *pcm)
+                 int levels, int code_stride, float *pcm)
 {
     const struct mimi *mimi = state->mimi;
     const struct mimi_config *config = &mimi->config;
@@ -760,7 +765,7 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
     ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_first",
                                                             .n = rows.n * frames,
                                                             .levels = 1,
-                                                            .code_stride = levels,
+                                                            .code_stride = code_stride,
                                                             .rvq = &mimi->first,
                                                             .codes = codes,
                                                             .work = state->work,
@@ -769,7 +774,7 @@ void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const i
         ops->rvq_decode(state->backend, &(struct op_rvq_decode){.name = "rvq_rest",
                                                                 .n = rows.n * frames,
                                                                 .levels = levels - 1,
-                                                                .code_stride = levels,
+                                                                .code_stride = code_stride,
                                                                 .accumulate = 1,
                                                                 .rvq = &mimi->rest,
                                                                 .codes = codes + 1,

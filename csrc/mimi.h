@@ -62,6 +62,7 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
                       int lanes, int frames, int exact_window);
 void mimi_state_destroy(struct mimi_state *state);
 void mimi_state_reset(struct mimi_state *state, int lane);
+void mimi_encoder_reset(struct mimi_state *state, int lane); /* that half alone */
 /* Lane `to` becomes a copy of `from`; keys and values are shared, not copied. */
 void mimi_state_copy(struct mimi_state *state, int from, int to);
 size_t mimi_state_lane_bytes(const struct mimi_state *state);
@@ -81,8 +82,8 @@ int mimi_decode_grow(struct mimi_state *state, int lane, int frames);
 /* pcm[n][frames*1920] -> codes[n*frames][levels], device memory. */
 void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
                  int levels, int32_t *codes);
-/* codes[n*frames][levels] -> pcm[n][frames*1920]. */
+/* The first `levels` of codes[n*frames][code_stride] -> pcm[n][frames*1920]. */
 void mimi_decode(struct mimi_state *state, struct rows rows, int frames, const int32_t *codes,
-                 int levels, float *pcm);
+                 int levels, int code_stride, float *pcm);
 
 #endif

@@ -165,7 +165,7 @@ static int pass(const struct prefill *given, int t, int count)
     struct moshi_session *session = given->session;
     struct moshi_engine *engine = session->engine;
     const size_t dep_q = (size_t)engine->dep_q, first = (size_t)t;
-    engine_upload_params(engine, session, 0);
+    engine_upload_params(engine, session);
     /* A context that is being read would end where these frames begin. */
     if (session->refresh) session->refresh->state.left = session->refresh->state.quiet = 0;
     int status = lm_step_given(

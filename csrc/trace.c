@@ -323,6 +323,11 @@ static void trace_clear(struct backend *backend, void *device, int byte, size_t 
     inner_of(backend)->ops->clear(inner_of(backend), device, byte, bytes);
 }
 
+static int64_t trace_memory_free(struct backend *backend)
+{
+    return inner_of(backend)->ops->memory_free(inner_of(backend));
+}
+
 static void trace_decommit(struct backend *backend, void *device, size_t bytes)
 {
     inner_of(backend)->ops->decommit(inner_of(backend), device, bytes);
@@ -380,13 +385,14 @@ static void run_traced(struct backend *inner, void *arg)
 }
 
 static int trace_run(struct backend *backend, int stage,
-                     void (*stage_function)(struct backend *, void *), void *arg)
+                     void (*stage_function)(struct backend *, void *), void *arg, size_t arg_bytes)
 {
     struct call call = {backend, stage_function, arg};
 
+    (void)arg_bytes; /* every call is looked at */
     trace_of(backend)->stage = stage;
     return own_failure(backend,
-                       inner_of(backend)->ops->run(inner_of(backend), stage, run_traced, &call));
+                       inner_of(backend)->ops->run(inner_of(backend), stage, run_traced, &call, 0));
 }
 
 static void trace_destroy(struct backend *backend)
@@ -409,6 +415,7 @@ static const struct backend_ops trace_ops = {
     .copy = trace_copy,
     .clear = trace_clear,
     .decommit = trace_decommit,
+    .memory_free = trace_memory_free,
     .prepare_matrix = trace_prepare_matrix,
     .quantise_matrix = trace_quantise_matrix,
     .release_matrix = trace_release_matrix,
@@ -449,6 +456,7 @@ int trace_backend_create(struct backend *inner, const char *path, struct backend
     }
     trace->base = *inner;
     trace->base.ops = &trace_ops;
+    trace->base.whole_ticks = 0;
     inner->immediate = 1;
     trace->inner = inner;
     *backend = &trace->base;

@@ -1,7 +1,5 @@
 /* backend.cu: the CUDA backend as an object: the card, its memory, copies, matrices, and what the
- * library exports. Nothing here is on the way of a frame but upload and download, which pass through
- * pinned memory: an upload has read its source when it returns and is done in the stream's order, a
- * download waits. */
+ * library exports. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,16 +47,6 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared)
 
 /* ---- memory ----------------------------------------------------------------------------- */
 
-/* What an entry of the table holds while it works: the lock, and the card as the current one. */
-struct cuda_turn {
-    std::lock_guard<std::mutex> lock;
-
-    explicit cuda_turn(struct cuda_backend *cuda) : lock(cuda->lock)
-    {
-        cudaSetDevice(cuda->card);
-    }
-};
-
 void *cuda_take(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = NULL;
@@ -85,6 +73,7 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
     cuda_turn turn(cuda);
     void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
+    cuda_flush(cuda);
     if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
     return memory;
 }
@@ -95,6 +84,8 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cuda_turn turn(cuda);
 
     (void)bytes;
+    cuda->releases++;
+    cuda_flush(cuda);
     cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
     cudaFree(memory);
     cudaGetLastError();
@@ -104,6 +95,7 @@ void cuda_wait(struct cuda_backend *cuda)
 {
     struct cuda_report report;
 
+    cuda_flush(cuda);
     cuda->staged = 0;
     if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
     report = *cuda->report;
@@ -120,76 +112,20 @@ void cuda_wait(struct cuda_backend *cuda)
                   "format can't hold");
 }
 
-/* A piece of pinned memory that nothing in the stream reads or writes any more. */
-static char *stage_bytes(struct cuda_backend *cuda, size_t bytes)
-{
-    char *piece;
-
-    if (bytes > STAGING_BYTES - cuda->staged) cuda_wait(cuda);
-    piece = cuda->staging + cuda->staged;
-    cuda->staged += (bytes + 63) / 64 * 64;
-    return piece;
-}
-
-static void upload(struct cuda_backend *cuda, void *device, const void *host, size_t bytes)
-{
-    const char *from = (const char *)host;
-    char *to = (char *)device;
-
-    while (bytes && !cuda->base.failure) {
-        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
-        char *piece = stage_bytes(cuda, n);
-
-        memcpy(piece, from, n);
-        cuda_good(cuda, cudaMemcpyAsync(to, piece, n, cudaMemcpyDefault, cuda->stream), "a copy");
-        from += n, to += n, bytes -= n;
-    }
-}
-
-static void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes)
-{
-    cuda_turn turn(cuda_of(backend));
-
-    upload(cuda_of(backend), device, host, bytes);
-}
-
-static void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes)
-{
-    struct cuda_backend *cuda = cuda_of(backend);
-    cuda_turn turn(cuda);
-    const char *from = (const char *)device;
-    char *to = (char *)host;
-
-    while (bytes && !cuda->base.failure) {
-        size_t n = bytes < STAGING_BYTES / 2 ? bytes : STAGING_BYTES / 2;
-        char *piece = stage_bytes(cuda, n);
-
-        cuda_good(cuda, cudaMemcpyAsync(piece, from, n, cudaMemcpyDefault, cuda->stream), "a copy");
-        cuda_wait(cuda);
-        memcpy(to, piece, n);
-        from += n, to += n, bytes -= n;
-    }
-}
-
-static void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes)
-{
-    struct cuda_backend *cuda = cuda_of(backend);
-    cuda_turn turn(cuda);
-
-    cuda_good(cuda, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, cuda->stream), "a copy");
-}
-
-static void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes)
-{
-    struct cuda_backend *cuda = cuda_of(backend);
-    cuda_turn turn(cuda);
-
-    if (bytes) cuda_good(cuda, cudaMemsetAsync(device, byte, bytes, cuda->stream), "a fill");
-}
-
 static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
 {
     cuda_clear(backend, device, 0, bytes);
+}
+
+static int64_t cuda_memory_free(struct backend *backend)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    size_t free_bytes = 0, total = 0;
+
+    if (cudaMemGetInfo(&free_bytes, &total) == cudaSuccess) return (int64_t)free_bytes;
+    cudaGetLastError(); /* who uses the card next is told */
+    return 0;
 }
 
 /* ---- matrices --------------------------------------------------------------------------- */
@@ -237,7 +173,10 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
     void *memory = cuda_take(cuda, bytes);
-    if (memory && cuda_remember(cuda, memory)) upload(cuda, memory, w->data, bytes);
+    if (memory && cuda_remember(cuda, memory)) {
+        cuda_send(cuda, memory, w->data, bytes);
+        cuda_flush(cuda);
+    }
     status = backend->failure;
     backend->failure = MOSHI_OK;
     if (status) {
@@ -297,6 +236,7 @@ static void cuda_destroy(struct backend *backend)
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     cuda_forget_graphs(cuda);
     cudaFree(cuda->scratch);
+    cudaFree(cuda->landing);
     if (cuda->staging) cudaFreeHost(cuda->staging);
     if (cuda->report) cudaFreeHost(cuda->report);
     if (cuda->stream) cudaStreamDestroy(cuda->stream);
@@ -316,6 +256,7 @@ static struct backend_ops make_ops(void)
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
     ops.decommit = cuda_decommit;
+    ops.memory_free = cuda_memory_free;
     ops.prepare_matrix = cuda_prepare_matrix;
     ops.quantise_matrix = cuda_quantise_matrix;
     ops.release_matrix = cuda_release_matrix;
@@ -413,12 +354,21 @@ static int open_card(struct cuda_backend *cuda, int card)
     cuda->processors = properties.multiProcessorCount;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
-    if (!cuda_good(cuda, cudaSetDevice(card), "its choice") ||
-        !cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
+    if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
+    if (!cuda_has_kernels()) {
+        cuda_fail(cuda, MOSHI_ERROR_DEVICE,
+                  "%s can't be used: " CUDA_LIBRARY " was built without kernels for the card %.60s, "
+                  "whose compute capability is %d.%d",
+                  cuda->device, properties.name, properties.major, properties.minor);
+        return 0;
+    }
+    if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
         return 0;
     cuda->staging = (char *)staging;
+    cuda->landing = (char *)cuda_take(cuda, STAGING_BYTES);
+    if (!cuda->landing) return 0;
     if (!cuda_good(cuda, cudaMallocHost(&report, sizeof *cuda->report), "pinned memory")) return 0;
     cuda->report = (struct cuda_report *)report;
     cuda->report->trouble = TROUBLE_NONE;
@@ -448,6 +398,7 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
     cuda->base.device = cuda->device;
     cuda->base.isa = cuda->isa;
     cuda->base.threads = 1;
+    cuda->base.whole_ticks = 1;
     cuda->fail = fail;
     if (!open_card(cuda, card)) {
         snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);

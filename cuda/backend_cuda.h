@@ -21,6 +21,7 @@ extern "C" {
 
 #define GRAPHS 64 /* kept; the one that was not used for longest makes room */
 #define STAGING_BYTES (size_t)(4 << 20)
+#define GATHERED 256 /* uploads that cross together */
 
 enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS, TROUBLE_WEIGHT };
 
@@ -30,10 +31,17 @@ struct cuda_report {
     int trouble, row, found, expected;
 };
 
+/* An upload whose bytes wait in the staging memory. */
+struct cuda_piece {
+    char *to;
+    size_t staged, bytes;
+};
+
 enum cuda_mode { CUDA_DIRECT, CUDA_WALK, CUDA_CAPTURE };
 
 struct cuda_graph {
-    uint64_t hash;
+    uint64_t hash; /* of its launches */
+    uint64_t key; /* of the argument of the stage that was looked at last and gave them, or 0 */
     uint64_t used; /* when */
     cudaGraphExec_t executable;
 };
@@ -46,7 +54,7 @@ struct cuda_backend {
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
     enum cuda_mode mode;
-    uint64_t hash, runs;
+    uint64_t hash, runs, releases;
     struct cuda_graph graphs[GRAPHS];
     int n_graphs;
     char *scratch; /* counters, then memory of one operation */
@@ -55,6 +63,9 @@ struct cuda_backend {
     int n_moved, moved_capacity;
     char *staging; /* pinned: where uploads wait and downloads arrive */
     size_t staged;
+    struct cuda_piece pieces[GATHERED]; /* uploads that have not crossed yet */
+    int n_pieces;
+    char *landing; /* on the card: where they arrive together */
     struct cuda_report *report;
     int (*fail)(int status, const char *sentence);
     char isa[16], device[24];
@@ -64,6 +75,16 @@ static inline struct cuda_backend *cuda_of(struct backend *backend)
 {
     return (struct cuda_backend *)backend;
 }
+
+/* What an entry of the table holds while it works: the lock, and the card as the current one. */
+struct cuda_turn {
+    std::lock_guard<std::mutex> lock;
+
+    explicit cuda_turn(struct cuda_backend *cuda) : lock(cuda->lock)
+    {
+        cudaSetDevice(cuda->card);
+    }
+};
 
 /* Sticks the first failure to the backend, as backend_fail does on the other side. */
 void cuda_fail(struct cuda_backend *cuda, int status, const char *format, ...)
@@ -81,13 +102,19 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared);
 
 void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
-             void *arg);
+             void *arg, size_t arg_bytes);
 void cuda_forget_graphs(struct cuda_backend *cuda);
 /* Device memory of any content; NULL after a sentence that says what was needed and what is free. */
 void *cuda_take(struct cuda_backend *cuda, size_t bytes);
 /* That release_matrix gives those rows back; whether it was so. */
 int cuda_remember(struct cuda_backend *cuda, const void *rows);
 int cuda_forget(struct cuda_backend *cuda, const void *rows);
+/* An upload, under the lock. */
+void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes);
+/* Sends what was gathered: before anything is enqueued that could read it or write to the same place. */
+void cuda_flush(struct cuda_backend *cuda);
+/* Whether the library has kernels for the current card. */
+bool cuda_has_kernels(void);
 /* Waits for the stream and looks at what the kernels reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
@@ -127,6 +154,10 @@ __host__ __device__ static inline int round_up(int a, int b)
     return ceil_div(a, b) * b;
 }
 
+void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes);
+void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes);
+void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes);
+void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes);
 void cuda_embed(struct backend *backend, const struct op_embed *op);
 void cuda_norm(struct backend *backend, const struct op_norm *op);
 void cuda_linear(struct backend *backend, const struct op_linear *op);

@@ -239,6 +239,7 @@ static void make_pieces(struct cuda_backend *cuda, const struct matrix *w,
                            : (size_t)w->rows * (size_t)w->cols * weight_bytes(w->format);
     struct making p = blank<struct making>();
 
+    cuda_flush(cuda); /* rows may be on their way to the card */
     if (w->scales)
         cuda_good(cuda,
                   cudaMemcpyAsync(passage, w->scales, (size_t)w->rows * sizeof(float),

@@ -20,6 +20,19 @@ void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count)
     cuda->hash = hash;
 }
 
+/* Names a stage by what it depends on; never 0. */
+static uint64_t key_of(struct cuda_backend *cuda,
+                       void (*stage_function)(struct backend *, void *), const void *arg,
+                       size_t bytes)
+{
+    const uint64_t words[] = {(uint64_t)(uintptr_t)stage_function, cuda->releases};
+
+    cuda->hash = HASH_START;
+    cuda_hash(cuda, words, sizeof words);
+    cuda_hash(cuda, arg, bytes);
+    return cuda->hash | 1;
+}
+
 void cuda_forget_graphs(struct cuda_backend *cuda)
 {
     for (int i = 0; i < cuda->n_graphs; i++) cudaGraphExecDestroy(cuda->graphs[i].executable);
@@ -34,21 +47,17 @@ static size_t larger(size_t a, size_t b)
 /* Not during a capture; graphs know the old address. */
 static void grow_scratch(struct cuda_backend *cuda)
 {
-    void *memory = NULL;
-
     cuda_wait(cuda);
     if (cuda->base.failure) return;
     cuda_forget_graphs(cuda);
     cudaFree(cuda->scratch);
     cuda->scratch = NULL;
     cuda->counter_bytes = cuda->scratch_bytes = 0;
-    if (!cuda_good(cuda, cudaMalloc(&memory, cuda->counters_wanted + cuda->scratch_wanted),
-                   "scratch memory"))
-        return;
-    cuda->scratch = (char *)memory;
+    cuda->scratch = (char *)cuda_take(cuda, cuda->counters_wanted + cuda->scratch_wanted);
+    if (!cuda->scratch) return;
     cuda->counter_bytes = cuda->counters_wanted;
     cuda->scratch_bytes = cuda->scratch_wanted;
-    cuda_good(cuda, cudaMemsetAsync(memory, 0, cuda->counter_bytes, cuda->stream), "a fill");
+    cuda_good(cuda, cudaMemsetAsync(cuda->scratch, 0, cuda->counter_bytes, cuda->stream), "a fill");
 }
 
 static int scratch_suffices(const struct cuda_backend *cuda)
@@ -78,6 +87,13 @@ static struct cuda_graph *find(struct cuda_backend *cuda)
 {
     for (int i = 0; i < cuda->n_graphs; i++)
         if (cuda->graphs[i].hash == cuda->hash) return &cuda->graphs[i];
+    return NULL;
+}
+
+static struct cuda_graph *find_key(struct cuda_backend *cuda, uint64_t key)
+{
+    for (int i = 0; i < cuda->n_graphs && key; i++)
+        if (cuda->graphs[i].key == key) return &cuda->graphs[i];
     return NULL;
 }
 
@@ -116,14 +132,15 @@ static struct cuda_graph *capture(struct cuda_backend *cuda,
     struct cuda_graph *kept = room(cuda);
 
     kept->hash = cuda->hash;
+    kept->key = 0;
     kept->executable = executable;
     return kept;
 }
 
-static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
-                      void *arg)
+/* The graph of a stage that has to be looked at. */
+static struct cuda_graph *look(struct cuda_backend *cuda,
+                               void (*stage_function)(struct backend *, void *), void *arg)
 {
-    std::lock_guard<std::mutex> lock(cuda->lock);
     struct cuda_graph *graph;
 
     walk(cuda, stage_function, arg);
@@ -131,30 +148,45 @@ static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct b
         grow_scratch(cuda);
         walk(cuda, stage_function, arg);
     }
-    if (cuda->base.failure) return;
+    if (cuda->base.failure) return NULL;
     graph = find(cuda);
-    if (!graph) graph = capture(cuda, stage_function, arg);
+    return graph ? graph : capture(cuda, stage_function, arg);
+}
+
+static void run_graph(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
+                      void *arg, size_t arg_bytes)
+{
+    std::lock_guard<std::mutex> lock(cuda->lock);
+    uint64_t key = arg_bytes ? key_of(cuda, stage_function, arg, arg_bytes) : 0;
+    struct cuda_graph *graph;
+
+    cuda_flush(cuda);
+    graph = find_key(cuda, key);
+    if (!graph) graph = look(cuda, stage_function, arg);
     if (!graph) return;
+    if (key) graph->key = key;
     graph->used = ++cuda->runs;
     cuda_good(cuda, cudaGraphLaunch(graph->executable, cuda->stream), "a graph's launch");
 }
 
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
-             void *arg)
+             void *arg, size_t arg_bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     int status;
 
     cuda_good(cuda, cudaSetDevice(cuda->card), "the device");
     if (backend->immediate) { /* a trace copies between the operations */
+        cuda_flush(cuda);
         stage_function(backend, arg);
         cuda_wait(cuda);
     } else if (stage == STAGE_GIVEN) {
         std::lock_guard<std::mutex> lock(cuda->lock);
 
+        cuda_flush(cuda);
         stage_function(backend, arg);
     } else {
-        run_graph(cuda, stage_function, arg);
+        run_graph(cuda, stage_function, arg, arg_bytes);
     }
     status = backend->failure;
     backend->failure = MOSHI_OK;

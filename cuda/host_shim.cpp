@@ -278,7 +278,7 @@ static cudaError_t broken; /* sticky */
 static cudaError_t last_error;
 static int countdowns[SHIM_FAULT_KINDS] = {-1, -1, -1};
 
-static long preparations;
+static long counts[SHIM_EVENTS];
 
 static cudaError_t give(cudaError_t error)
 {
@@ -345,7 +345,7 @@ cudaError_t cudaMalloc(void **memory, size_t bytes)
     *memory = NULL;
     initialise();
     if (broken != cudaSuccess) return give(broken);
-    ++preparations;
+    ++counts[SHIM_PREPARED];
     if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
     for (auto &block : pieces) {
         if (block.first - at >= wanted) break;
@@ -497,6 +497,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
 
     (void)kind;
     cudaPointerGetAttributes(&source, from);
+    ++counts[!is_device((uintptr_t)to)                  ? SHIM_FETCHED
+             : source.type == cudaMemoryTypeDevice ? SHIM_MOVED
+                                                   : SHIM_SENT];
     if (source.type == cudaMemoryTypeUnregistered) { /* such memory is read at once */
         std::vector<unsigned char> staged((const unsigned char *)from,
                                           (const unsigned char *)from + bytes);
@@ -516,6 +519,7 @@ cudaError_t cudaMemsetAsync(void *memory, int byte, size_t bytes, cudaStream_t s
 {
     shim_lock lock(shim_mutex);
 
+    ++counts[SHIM_MOVED];
     return enqueue(stream, [memory, byte, bytes] {
         memset(memory, byte, bytes);
         return cudaSuccess;
@@ -560,6 +564,7 @@ cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t strea
                 (void *)word);
         return give(cudaErrorInvalidValue);
     }
+    if (!stream->captured) ++counts[SHIM_LAUNCHED];
     return enqueue(stream, [grid, block, shared, body = std::move(body)] {
         return run_grid(grid, block, shared, body);
     });
@@ -589,7 +594,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
                                  unsigned long long flags)
 {
     (void)flags;
-    ++preparations;
+    ++counts[SHIM_PREPARED];
     *executable = new shim_graph(*graph);
     return give(broken);
 }
@@ -598,6 +603,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream)
 {
     shim_lock lock(shim_mutex);
 
+    ++counts[SHIM_REPLAYED];
     for (auto &node : executable->nodes) {
         cudaError_t error = enqueue(stream, node);
 
@@ -653,7 +659,8 @@ cudaError_t cudaGetLastError(void)
     return error;
 }
 
-/* SHIM_FAULT_DRIVER: 0 none is installed, 1 it is too old, 2 it sees no card. */
+/* SHIM_FAULT_DRIVER: 0 none is installed, 1 it is too old, 2 it sees no card, 3 the card is too old,
+ * 4 the library was built for others. */
 cudaError_t cudaDriverGetVersion(int *version)
 {
     int fault = countdowns[SHIM_FAULT_DRIVER];
@@ -666,7 +673,7 @@ cudaError_t cudaGetDeviceCount(int *count)
 {
     int fault = countdowns[SHIM_FAULT_DRIVER];
 
-    *count = fault < 0 || fault == 3;
+    *count = fault < 0 || fault >= 3;
     return give(*count       ? cudaSuccess
                 : fault == 2 ? cudaErrorNoDevice
                              : cudaErrorInsufficientDriver);
@@ -680,10 +687,14 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
     properties->totalGlobalMem = DEVICE_BYTES;
     properties->sharedMemPerBlockOptin = SHARED_LIMIT;
     properties->major = 9;
-    /* SHIM_FAULT_DRIVER 3: a card that is too old. */
     if (countdowns[SHIM_FAULT_DRIVER] == 3) properties->major = 7;
     properties->multiProcessorCount = 132;
     return cudaSuccess;
+}
+
+int shim_has_kernels(void)
+{
+    return countdowns[SHIM_FAULT_DRIVER] != 4;
 }
 
 cudaError_t cudaGetDevice(int *device)
@@ -712,9 +723,9 @@ void shim_repair(void)
     for (int &countdown : countdowns) countdown = -1;
 }
 
-long shim_preparations(void)
+long shim_count(int event)
 {
     shim_lock lock(shim_mutex);
 
-    return preparations;
+    return counts[event];
 }

@@ -75,6 +75,14 @@ __device__ static __forceinline__ void multiply_codes(int (&sums)[4], const unsi
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* Whether this library has code of the kernel for the current card. */
+template <class P> inline bool has_kernel(void (*kernel)(P))
+{
+    cudaFuncAttributes attributes;
+
+    return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess;
+}
+
 #else
 
 #include <math.h>
@@ -341,13 +349,30 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
         grid, block, shared, stream, [kernel, params] { kernel(params); }, &params, sizeof params);
 }
 
+int shim_has_kernels(void);
+
+template <class P> inline bool has_kernel(void (*kernel)(P))
+{
+    return kernel && shim_has_kernels();
+}
+
 /* For tests: call number `countdown` from now (0: the next one) of that kind fails; a failed launch
  * breaks the device until shim_repair. Exported by the library that the shim is linked into. */
 enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_FAULT_KINDS };
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
-/* How often device memory was taken and a graph was made so far. */
-extern "C" __attribute__((visibility("default"))) long shim_preparations(void);
+/* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
+ * graphs; graphs launched; copies to and from the device; fills and copies on it. */
+enum shim_event {
+    SHIM_PREPARED,
+    SHIM_LAUNCHED,
+    SHIM_REPLAYED,
+    SHIM_SENT,
+    SHIM_FETCHED,
+    SHIM_MOVED,
+    SHIM_EVENTS
+};
+extern "C" __attribute__((visibility("default"))) long shim_count(int event);
 
 #endif
 #endif

@@ -279,7 +279,7 @@ struct delays {
     const int32_t *lane;
     const uint8_t *active;
     const struct slot_params *params;
-    const int32_t *user, *null_row; /* of the input */
+    const int32_t *user, *given, *null_row; /* of the input */
     int32_t *tokens;
     const int32_t *text, *audio; /* of the output */
     int32_t *out;
@@ -315,8 +315,10 @@ __global__ static void k_delay_input(const __grid_constant__ struct delays p)
     for (int j = 0; j < users && active; j++) {
         int stream = 1 + cache.dep_q + j;
 
-        *delay_cell(cache, slot, stream,
-                    offset + cache.delays[stream]) = p.user[(long)i * users + j];
+        int32_t token = p.given ? p.given[(long)i * users + j] : TOKEN_FREE;
+
+        *delay_cell(cache, slot, stream, offset + cache.delays[stream]) =
+            token == TOKEN_FREE ? p.user[(long)i * users + j] : token;
     }
     for (int s = 0; s < cache.streams; s++) {
         int32_t delay = cache.delays[s], token = s ? cache.initial_audio : cache.initial_text;
@@ -339,6 +341,7 @@ void cuda_delay_input(struct backend *backend, const struct op_delay_input *op)
     p.active = op->rows.active;
     p.params = op->params;
     p.user = op->user;
+    p.given = op->given;
     p.null_row = op->null_row;
     p.tokens = op->tokens;
     p.n = op->rows.n;

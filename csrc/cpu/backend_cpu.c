@@ -53,6 +53,12 @@ static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
     os_decommit(device, bytes);
 }
 
+static int64_t cpu_memory_free(struct backend *backend)
+{
+    (void)backend;
+    return os_memory_free();
+}
+
 /* ---- matrices --------------------------------------------------------------------------- */
 
 #define PACK_COLUMNS 256
@@ -252,11 +258,11 @@ static int cpu_sync(struct backend *backend)
 }
 
 static int cpu_run(struct backend *backend, int stage,
-                   void (*stage_function)(struct backend *, void *), void *arg)
+                   void (*stage_function)(struct backend *, void *), void *arg, size_t arg_bytes)
 {
     unsigned mode = float_mode_flush();
 
-    (void)stage;
+    (void)stage, (void)arg_bytes;
     stage_function(backend, arg);
     float_mode_restore(mode);
     return cpu_sync(backend);
@@ -285,6 +291,7 @@ static const struct backend_ops cpu_ops = {
     .copy = cpu_copy,
     .clear = cpu_clear,
     .decommit = cpu_decommit,
+    .memory_free = cpu_memory_free,
     .prepare_matrix = cpu_prepare_matrix,
     .quantise_matrix = cpu_quantise_matrix,
     .release_matrix = cpu_release_matrix,

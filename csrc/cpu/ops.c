@@ -323,10 +323,12 @@ static void delay_input_row(const struct op_delay_input *op, int i, int32_t *tok
     int32_t offset = cache->offset[slot];
 
     for (int j = 0; j < users; j++) {
+        size_t at = (size_t)i * (size_t)users + (size_t)j;
         int stream = 1 + cache->dep_q + j;
+        int32_t token = op->given ? op->given[at] : TOKEN_FREE;
 
         *delay_cell(cache, slot, stream, offset + cache->delays[stream]) =
-            op->user[(size_t)i * (size_t)users + (size_t)j];
+            token == TOKEN_FREE ? op->user[at] : token;
     }
     for (int s = 0; s < cache->streams; s++) {
         int32_t delay = cache->delays[s];

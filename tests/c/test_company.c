@@ -66,10 +66,11 @@ COUNTED(WEIGHT_Q8, q8)
 COUNTED(WEIGHT_Q4, q4)
 
 static int counting_run(struct backend *backend, int number,
-                        void (*stage_function)(struct backend *, void *), void *arg)
+                        void (*stage_function)(struct backend *, void *), void *arg,
+                        size_t arg_bytes)
 {
     stage = number;
-    return ops.run(backend, number, stage_function, arg);
+    return ops.run(backend, number, stage_function, arg, arg_bytes);
 }
 
 static void start_counting(void)

@@ -368,7 +368,7 @@ static void must(struct backend *backend, int status)
 
 static int run_stage(struct backend *backend, void (*function)(struct backend *, void *), void *arg)
 {
-    int status = backend->ops->run(backend, 0, function, arg);
+    int status = backend->ops->run(backend, 0, function, arg, 0);
 
     return status ? status : backend->ops->sync(backend);
 }
@@ -1807,7 +1807,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
                                 .initial_audio = 2000,
                                 .delays = delays};
     struct slot_params *params;
-    int32_t *lane, *null_row, *flat, *shaken, *text, *known;
+    int32_t *lane, *null_row, *flat, *given, *shaken, *text, *known;
     uint8_t *active;
 
     start_case((uint64_t)streams);
@@ -1816,6 +1816,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
     text = take(N * sizeof *text);
     active = take(N);
     flat = take(64 * sizeof *flat);
+    given = take(64 * sizeof *given);
     shaken = take(64 * sizeof *shaken);
     known = take((size_t)streams * sizeof *known);
     memcpy(lane, (const int32_t[N]){4, 0, 2}, N * sizeof *lane);
@@ -1843,7 +1844,12 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
             text[i] = random_below(900);
             for (int j = 0; j < 8; j++)
                 user[i][j] = random_below(900), audio[i][j] = random_below(900);
-            for (int j = 0; j < users; j++) flat[i * users + j] = user[i][j];
+            for (int j = 0; j < users; j++) {
+                int is_given = frame % 2 && random_below(2);
+
+                flat[i * users + j] = is_given ? -1 : user[i][j];
+                given[i * users + j] = is_given ? user[i][j] : TOKEN_FREE;
+            }
         }
         poison(shaken, 64 * sizeof *shaken);
         run_delay_input(backend, &(struct op_delay_input){.name = "delay",
@@ -1851,6 +1857,7 @@ static void check_delays(struct backend *backend, const int32_t *delays, int str
                                                           .cache = &cache,
                                                           .params = params,
                                                           .user = flat,
+                                                          .given = frame % 2 ? given : NULL,
                                                           .null_row = null_row,
                                                           .tokens = shaken});
         for (int i = 0; i < 5; i++)
@@ -2068,9 +2075,9 @@ static void test_too_little_scratch_is_an_error(void)
                            .weight = {.format = WEIGHT_F32, .rows = 1, .cols = 1, .data = w}};
     int good = cpu_backend_create(1, &backend) == MOSHI_OK;
 
-    good = good && backend->ops->run(backend, 0, stage_linear_once, &op) == MOSHI_ERROR_INTERNAL &&
+    good = good && backend->ops->run(backend, 0, stage_linear_once, &op, 0) == MOSHI_ERROR_INTERNAL &&
            backend->ops->reserve(backend, 64, 1, 1) == MOSHI_OK &&
-           backend->ops->run(backend, 0, stage_linear_once, &op) == MOSHI_OK;
+           backend->ops->run(backend, 0, stage_linear_once, &op, 0) == MOSHI_OK;
     if (backend) backend->ops->destroy(backend);
     verdict(good, "a call that exceeds the reserved scratch is an error");
 }
@@ -2087,7 +2094,7 @@ static void test_subnormals_are_zero_in_a_stage_alone(struct backend *backend)
 {
     float inside = 1, outside = 0;
 
-    backend->ops->run(backend, 0, halve_the_least, &inside);
+    backend->ops->run(backend, 0, halve_the_least, &inside, 0);
     halve_the_least(backend, &outside);
     verdict(inside == 0 && outside > 0, "subnormal numbers are zero in a stage, not after it");
 }
@@ -2150,10 +2157,10 @@ static void test_trace_finds_the_first_bad_value(void)
     int good = descriptor >= 0 && close(descriptor) == 0 &&
                cpu_backend_create(1, &inner) == MOSHI_OK &&
                trace_backend_create(inner, path, &trace) == MOSHI_OK &&
-               trace->ops->run(trace, 4, stage_traced, &op) == MOSHI_OK;
+               trace->ops->run(trace, 4, stage_traced, &op, 0) == MOSHI_OK;
 
     op.n = 2;
-    good = good && trace->ops->run(trace, 4, stage_traced, &op) == MOSHI_ERROR_INTERNAL &&
+    good = good && trace->ops->run(trace, 4, stage_traced, &op, 0) == MOSHI_ERROR_INTERNAL &&
            strstr(moshi_error_detail(), "norm here: inf in row 1 of 2, column 1 of 3");
     if (trace) trace->ops->destroy(trace);
     file = fopen(path, "r");

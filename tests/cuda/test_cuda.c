@@ -13,12 +13,15 @@
 
 #define FRAMES 4
 #define FRAME_SIZE 1920
+#define LOGITS 40000
 
-enum { FAULT_MALLOC, FAULT_LAUNCH, FAULT_DRIVER }; /* as in cuda/host_shim.h */
+/* As in cuda/host_shim.h. */
+enum { FAULT_MALLOC, FAULT_LAUNCH, FAULT_DRIVER };
+enum { PREPARED, LAUNCHED, REPLAYED, SENT, FETCHED, MOVED, EVENTS };
 
 static void (*inject)(int fault, int countdown);
 static void (*repair)(void);
-static long (*preparations)(void);
+static long (*count)(int event);
 
 static const char *folder = "moshi_c/data/moshi-tiny";
 
@@ -216,12 +219,128 @@ static int test_a_frame_is_captured_once(void)
     CHECK(open_session(model, engine, SAMPLED, &session) == MOSHI_OK);
     for (int t = 0; t < 4; ++t) {
         make_frame(0, t, pcm);
-        if (t == 2) before = preparations(); /* the first output has been decoded */
+        if (t == 2) before = count(PREPARED); /* the first output has been decoded */
         CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
     }
-    CHECK(frame.has_output && before > 0 && preparations() == before);
+    CHECK(frame.has_output && before > 0 && count(PREPARED) == before);
     moshi_session_destroy(session);
     moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
+/* How often each thing of the shim's list happens in one step of the first `n` sessions. */
+static int count_events(struct moshi_session *const *sessions, int n, int t, long *events)
+{
+    static float pcm[MANNERS][FRAME_SIZE], sound[MANNERS][FRAME_SIZE];
+    const float *pcms[MANNERS];
+    struct moshi_frame frames[MANNERS];
+
+    for (int i = 0; i < n; ++i) {
+        make_frame(i, t, pcm[i]);
+        pcms[i] = pcm[i];
+        frames[i] = (struct moshi_frame){.pcm = sound[i]};
+    }
+    for (int event = 0; event < EVENTS; ++event) events[event] = -count(event);
+    int status = moshi_sessions_step(sessions, n, pcms, NULL, frames);
+
+    for (int event = 0; event < EVENTS; ++event) events[event] += count(event);
+    return status;
+}
+
+/* The kernel beside the graph is the one that spreads what was uploaded. */
+static int test_a_tick_is_one_graph_and_one_copy_each_way_however_many_talk(void)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    struct moshi_session *sessions[MANNERS];
+    long events[EVENTS];
+
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+    CHECK(open_engine(model, MANNERS, &engine) == MOSHI_OK);
+    for (int i = 0; i < MANNERS; ++i)
+        CHECK(open_session(model, engine, (enum manner)i, &sessions[i]) == MOSHI_OK);
+    for (int t = 0; t < 5; ++t) {
+        const int n = t == 4 ? 1 : MANNERS;
+
+        CHECK(count_events(sessions, n, t, events) == MOSHI_OK);
+        CHECK(events[REPLAYED] == 1 && events[FETCHED] == 1);
+        /* The first frame ends with a codec that is reset. */
+        CHECK(t == 0 || (events[SENT] == 1 && events[LAUNCHED] == 1 && events[MOVED] == 0));
+        CHECK(t != 3 || events[PREPARED] == 0);
+    }
+    for (int i = 0; i < MANNERS; ++i) moshi_session_destroy(sessions[i]);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
+/* A call by codes with an offline start, whose first frame is stepped twice, with logits; nobody
+ * listens to its second frame. */
+static int speak_in_codes(const char *device, struct moshi_frame *frames, float *logits)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    struct moshi_session *session;
+    struct moshi_session_options options;
+    static float sound[FRAME_SIZE];
+
+    CHECK(open_model(device, MOSHI_AUTO, &model) == MOSHI_OK);
+    const struct moshi_model_info *info = moshi_model_get_info(model);
+
+    CHECK(info->text_card + info->dep_q * info->card <= LOGITS);
+    CHECK(open_engine(model, 1, &engine) == MOSHI_OK);
+    moshi_session_options_init(model, &options);
+    options.start = MOSHI_START_OFFLINE;
+    options.keep_logits = 1;
+    CHECK(moshi_session_create(engine, &options, &session) == MOSHI_OK);
+    for (int t = 0; t < FRAMES; ++t) {
+        int32_t codes[MOSHI_MAX_CODEBOOKS];
+
+        for (int k = 0; k < info->user_q; ++k) codes[k] = (7 * t + 31 * k) % info->card;
+        frames[t] = (struct moshi_frame){.pcm = t == 1 ? NULL : sound};
+        CHECK(moshi_session_step_codes(session, codes, &frames[t]) == MOSHI_OK);
+    }
+    CHECK(moshi_session_logits(session, logits, logits + info->text_card) == MOSHI_OK);
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
+static int test_codes_offline_starts_and_logits_are_those_of_the_cpu(void)
+{
+    static struct moshi_frame on_cpu[FRAMES], on_card[FRAMES];
+    static float expected[LOGITS], found[LOGITS];
+
+    if (!speak_in_codes("cpu", on_cpu, expected) || !speak_in_codes("cuda", on_card, found))
+        return 0;
+    for (int t = 0; t < FRAMES; ++t) {
+        CHECK(on_cpu[t].text_token == on_card[t].text_token);
+        CHECK(memcmp(on_cpu[t].codes, on_card[t].codes, sizeof on_cpu[t].codes) == 0);
+        CHECK(memcmp(on_cpu[t].user_codes, on_card[t].user_codes, sizeof on_cpu[t].codes) == 0);
+    }
+    for (int i = 0; i < LOGITS; ++i) CHECK(fabsf(expected[i] - found[i]) < 1e-3f);
+    return 1;
+}
+
+/* The memory that is told is the card's. */
+static int test_memory_is_that_of_the_card(void)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engines[2];
+    struct moshi_memory before, after;
+
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+    CHECK(open_engine(model, 1, &engines[0]) == MOSHI_OK);
+    CHECK(moshi_engine_memory(engines[0], &before) == MOSHI_OK);
+    CHECK(open_engine(model, 8, &engines[1]) == MOSHI_OK);
+    CHECK(moshi_engine_memory(engines[0], &after) == MOSHI_OK);
+    CHECK(after.free_bytes > 0 && after.free_bytes < before.free_bytes);
+    moshi_engine_destroy(engines[1]);
+    CHECK(moshi_engine_memory(engines[0], &after) == MOSHI_OK);
+    CHECK(after.free_bytes == before.free_bytes);
+    moshi_engine_destroy(engines[0]);
     moshi_model_close(model);
     return 1;
 }
@@ -320,6 +439,9 @@ static int test_a_missing_driver_or_card_is_said(void)
         CHECK(strcmp(moshi_model_get_info(model)->device, "cpu") == 0);
         moshi_model_close(model);
     }
+    inject(FAULT_DRIVER, 4);
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE &&
+          says("built without kernels for the card host shim, whose compute capability is 9.0"));
     repair();
     CHECK(open_model("cuda:1", MOSHI_AUTO, &model) == MOSHI_ERROR_DEVICE &&
           says("there is 1 card, cuda:0"));
@@ -365,7 +487,7 @@ int main(int argc, char **argv)
     if (library) {
         *(void **)&inject = dlsym(library, "shim_inject");
         *(void **)&repair = dlsym(library, "shim_repair");
-        *(void **)&preparations = dlsym(library, "shim_preparations");
+        *(void **)&count = dlsym(library, "shim_count");
     }
     if (!library) {
         printf("MOSHI_C_CUDA_LIBRARY names no library\n");
@@ -382,8 +504,15 @@ int main(int argc, char **argv)
                  test_conversations_in_q8_are_those_of_the_cpu);
     run_repaired("conversations in q4, with int8 keys and values, are those of the CPU",
                  test_conversations_in_q4_are_those_of_the_cpu);
-    if (inject) run_repaired("a frame is captured once", test_a_frame_is_captured_once);
-    if (inject) run_faults();
+    run_repaired("codes, offline starts and logits are those of the CPU",
+                 test_codes_offline_starts_and_logits_are_those_of_the_cpu);
+    if (inject) {
+        run_repaired("a frame is captured once", test_a_frame_is_captured_once);
+        run_repaired("a tick is one graph and one copy each way, however many talk",
+                     test_a_tick_is_one_graph_and_one_copy_each_way_however_many_talk);
+        run_repaired("memory is that of the card", test_memory_is_that_of_the_card);
+        run_faults();
+    }
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }
