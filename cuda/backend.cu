@@ -357,7 +357,8 @@ static int open_card(struct cuda_backend *cuda, int card)
     if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
     if (!cuda_has_kernels()) {
         cuda_fail(cuda, MOSHI_ERROR_DEVICE,
-                  "%s can't be used: " CUDA_LIBRARY " was built without kernels for the card %.60s, "
+                  "%s can't be used: " CUDA_LIBRARY
+                  " was built without kernels for the card %.60s, "
                   "whose compute capability is %d.%d",
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;

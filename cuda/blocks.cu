@@ -96,12 +96,10 @@ __device__ static void store_row_scale(const struct making &p, int row, float sc
 template <enum weight_format F>
 __device__ static int make_group(const struct making &p, int row, int at, float value)
 {
-    unsigned most = warp_max(magnitude(value));
-    float divisor = 127;
-
-    if (F == WEIGHT_Q4)
-        divisor = warp_max((unsigned)(value == __uint_as_float(most))) ? -8.0f : 8.0f;
-    uint16_t scale = float_to_half(__uint_as_float(most) / divisor);
+    /* The largest magnitude, and whether a weight has it that is not negative. */
+    unsigned most = warp_max(magnitude(value) << 1 | (value >= 0));
+    float largest = __uint_as_float(most >> 1);
+    uint16_t scale = float_to_half(largest / (F != WEIGHT_Q4 ? 127.0f : most & 1 ? -8.0f : 8.0f));
 
     if (threadIdx.x % WARP == 0) {
         store_scale<F>(p, row, at, scale);

@@ -25,8 +25,8 @@ struct scatter {
 __global__ static void __launch_bounds__(THREADS)
     k_scatter(const __grid_constant__ struct scatter p)
 {
-    const struct piece piece =
-        ((const struct piece *)(const void *)(p.landing + p.pieces))[blockIdx.y];
+    const struct piece piece = ((const struct piece *)(const void *)(p.landing +
+                                                                     p.pieces))[blockIdx.y];
     const char *from = p.landing + piece.from;
     uint32_t at = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS, words = 0;
 
@@ -80,8 +80,8 @@ void cuda_flush(struct cuda_backend *cuda)
 
     p.landing = cuda->landing;
     p.pieces = list - begin;
-    launch(cuda, k_scatter,
-           dim3((unsigned)ceil_div((int)largest, 4 * THREADS * 4), (unsigned)n), THREADS, 0, p);
+    launch(cuda, k_scatter, dim3((unsigned)ceil_div((int)largest, 4 * THREADS * 4), (unsigned)n),
+           THREADS, 0, p);
 }
 
 /* Room in pinned memory that nothing in the stream reads or writes any more. */

@@ -21,9 +21,8 @@ void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count)
 }
 
 /* Names a stage by what it depends on; never 0. */
-static uint64_t key_of(struct cuda_backend *cuda,
-                       void (*stage_function)(struct backend *, void *), const void *arg,
-                       size_t bytes)
+static uint64_t key_of(struct cuda_backend *cuda, void (*stage_function)(struct backend *, void *),
+                       const void *arg, size_t bytes)
 {
     const uint64_t words[] = {(uint64_t)(uintptr_t)stage_function, cuda->releases};
 

@@ -497,7 +497,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
 
     (void)kind;
     cudaPointerGetAttributes(&source, from);
-    ++counts[!is_device((uintptr_t)to)                  ? SHIM_FETCHED
+    ++counts[!is_device((uintptr_t)to)             ? SHIM_FETCHED
              : source.type == cudaMemoryTypeDevice ? SHIM_MOVED
                                                    : SHIM_SENT];
     if (source.type == cudaMemoryTypeUnregistered) { /* such memory is read at once */

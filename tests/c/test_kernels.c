@@ -2075,7 +2075,8 @@ static void test_too_little_scratch_is_an_error(void)
                            .weight = {.format = WEIGHT_F32, .rows = 1, .cols = 1, .data = w}};
     int good = cpu_backend_create(1, &backend) == MOSHI_OK;
 
-    good = good && backend->ops->run(backend, 0, stage_linear_once, &op, 0) == MOSHI_ERROR_INTERNAL &&
+    good = good &&
+           backend->ops->run(backend, 0, stage_linear_once, &op, 0) == MOSHI_ERROR_INTERNAL &&
            backend->ops->reserve(backend, 64, 1, 1) == MOSHI_OK &&
            backend->ops->run(backend, 0, stage_linear_once, &op, 0) == MOSHI_OK;
     if (backend) backend->ops->destroy(backend);
