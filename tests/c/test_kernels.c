@@ -2303,29 +2303,29 @@ static void check_large_convolution(void)
     report("conv", "large", &tally);
 }
 
-/* Columns of which each warp of a block takes several pieces. */
-static void check_deep_products(void)
+/* Columns of which each warp of a block takes several pieces; more outputs than blocks take in one turn. */
+static void check_large_products(void)
 {
     for (int format = WEIGHT_BF16; format <= WEIGHT_Q4; format++) {
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
         const char *name = format == WEIGHT_BF16 ? "linear" : "codes";
+        char detail[32];
 
-        for (int n = 1; n < 40; n += 19)
-            check_shape(case_linear,
-                        (struct shape){.operation = name,
-                                       .n = n,
-                                       .in = DEEPEST,
-                                       .out = 18,
-                                       .packed = format == WEIGHT_BF16 ? 0 : format,
-                                       .format = format == WEIGHT_BF16 ? WEIGHT_BF16 : WEIGHT_F32,
-                                       .variant = 3},
-                        &tally);
-        report(name,
-               format == WEIGHT_BF16   ? "bf16, deep"
-               : format == WEIGHT_INT8 ? "int8, deep"
-               : format == WEIGHT_Q8   ? "q8, deep"
-                                       : "q4, deep",
-               &tally);
+        struct shape shape = {.operation = name,
+                              .in = DEEPEST,
+                              .out = 18,
+                              .packed = format == WEIGHT_BF16 ? 0 : format,
+                              .format = format == WEIGHT_BF16 ? WEIGHT_BF16 : WEIGHT_F32,
+                              .variant = 3};
+
+        for (shape.n = 1; shape.n < 40; shape.n += 19) check_shape(case_linear, shape, &tally);
+        shape.n = 1;
+        shape.in = 40;
+        shape.out = 4300;
+        check_shape(case_linear, shape, &tally);
+        snprintf(detail, sizeof detail, "%s, large",
+                 weight_format_name((enum weight_format)format));
+        report(name, detail, &tally);
     }
 }
 
@@ -2417,7 +2417,7 @@ static int test_cuda(void)
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_BF16);
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_INT8);
     check_block_products();
-    check_deep_products();
+    check_large_products();
     test_company_changes_no_bit(backends[1]);
     test_blocks_are_made_of_anything(backends[1]);
     test_bad_numbers_do_not_hide_in_codes();
