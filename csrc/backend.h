@@ -426,7 +426,6 @@ struct backend {
     const char *device; /* "cpu" */
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
-    int int8_cache; /* keys and values may be MOSHI_INT8 */
     int whole_ticks; /* a tick is best run as one stage */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */

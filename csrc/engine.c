@@ -118,11 +118,6 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
         enum moshi_dtype kv_dtype = options->kv_dtype;
         if (kv_dtype == MOSHI_AUTO)
             kv_dtype = model->lm.text_head.format == WEIGHT_F32 ? MOSHI_F32 : MOSHI_BF16;
-        if (kv_dtype == MOSHI_INT8 && !backend->int8_cache)
-            return moshi_fail(MOSHI_ERROR_DEVICE,
-                              "kv_dtype is int8, which %s does not read yet, expected auto, f32 or "
-                              "bf16",
-                              backend->device);
         status = lm_state_create(&engine->lm, &model->lm, backend, slots, context, kv_dtype,
                                  codes * sizeof(int32_t) + samples * sizeof(float));
     }

@@ -47,6 +47,19 @@ __device__ static __forceinline__ void load_row(const T *row, int dim, float (&t
     for (int d = 0; d < D; d++) to[d] = first + d < dim ? widen(row[first + d]) : 0;
 }
 
+/* What an element of the cache stands for: of codes, its row's scale times as much. */
+template <class T>
+__device__ static __forceinline__ float scale_of(const struct kv_cache &, const T *, int)
+{
+    return 1;
+}
+
+__device__ static __forceinline__ float scale_of(const struct kv_cache &cache, const int8_t *row,
+                                                 int position)
+{
+    return *kv_scale(cache, row, position);
+}
+
 /* scores[] of the span's keys become exp(score - largest); gives back the largest and the sum. */
 template <class T, int D>
 __device__ static void score(const struct attend &p, int lane, int kv_head, const float (&query)[D],
@@ -59,10 +72,12 @@ __device__ static void score(const struct attend &p, int lane, int kv_head, cons
     for (int j = from + warp; j < to; j += WARPS) {
         float key[D], dot = 0;
 
-        load_row(kv_address<T>(p.cache, lane, p.layer, 0, kv_head, j), p.cache.head_dim, key);
+        const T *row = kv_address<T>(p.cache, lane, p.layer, 0, kv_head, j);
+
+        load_row(row, p.cache.head_dim, key);
 #pragma unroll
         for (int d = 0; d < D; d++) dot = fmaf(query[d], key[d], dot);
-        dot = warp_sum(dot) * p.scale;
+        dot = warp_sum(dot) * scale_of(p.cache, row, j) * p.scale;
         if (threadIdx.x % WARP == 0) scores[j - from] = dot;
     }
     __syncthreads();
@@ -88,9 +103,13 @@ __device__ static void mix(const struct attend &p, int lane, int kv_head, int fr
     for (int j = from + warp; j < to; j += WARPS) {
         float value[D];
 
-        load_row(kv_address<T>(p.cache, lane, p.layer, 1, kv_head, j), p.cache.head_dim, value);
+        const T *row = kv_address<T>(p.cache, lane, p.layer, 1, kv_head, j);
+
+        load_row(row, p.cache.head_dim, value);
+        float weight = scores[j - from] * scale_of(p.cache, row, j);
+
 #pragma unroll
-        for (int d = 0; d < D; d++) sums[d] = fmaf(scores[j - from], value[d], sums[d]);
+        for (int d = 0; d < D; d++) sums[d] = fmaf(weight, value[d], sums[d]);
     }
 #pragma unroll
     for (int d = 0; d < D; d++) mixed[warp * D * WARP + first + d] = sums[d];
@@ -210,7 +229,7 @@ void cuda_attend(struct backend *backend, const struct op_attend *op)
     int most = op->causal && op->context < ring ? op->context : ring, spans = ceil_div(most, SPAN);
     size_t queries = (size_t)rows * (size_t)op->heads;
 
-    if (rows == 0 || !cuda_reads(cuda, op->cache)) return;
+    if (rows == 0) return;
     p.cache = *op->cache;
     p.lane = op->rows.lane;
     p.active = op->rows.active;
@@ -238,6 +257,8 @@ void cuda_attend(struct backend *backend, const struct op_attend *op)
 
     if (op->cache->dtype == MOSHI_BF16)
         choose_width<struct bf16>(cuda, op, p, grid);
+    else if (op->cache->dtype == MOSHI_INT8)
+        choose_width<int8_t>(cuda, op, p, grid);
     else
         choose_width<float>(cuda, op, p, grid);
 }

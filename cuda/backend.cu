@@ -7,6 +7,7 @@
 #include <new>
 
 #include "backend_cuda.h"
+#include "blocks.h"
 
 #define LEAST_MAJOR 8 /* compute capability 8.0 */
 
@@ -107,6 +108,10 @@ void cuda_wait(struct cuda_backend *cuda)
     if (report.trouble == TROUBLE_LOGITS)
         cuda_fail(cuda, MOSHI_ERROR_INTERNAL, "sample: a logit of stream %d is not finite (row %d)",
                   report.found, report.row);
+    if (report.trouble == TROUBLE_WEIGHT)
+        cuda_fail(cuda, MOSHI_ERROR_CHECKPOINT,
+                  "a weight is not finite or beyond the range of a 16-bit scale, which a block "
+                  "format can't hold");
 }
 
 static int64_t cuda_memory_free(struct backend *backend)
@@ -122,7 +127,7 @@ static int64_t cuda_memory_free(struct backend *backend)
 
 /* ---- matrices --------------------------------------------------------------------------- */
 
-static int remember(struct cuda_backend *cuda, const void *rows)
+int cuda_remember(struct cuda_backend *cuda, const void *rows)
 {
     if (cuda->n_moved == cuda->moved_capacity) {
         int capacity = cuda->moved_capacity ? 2 * cuda->moved_capacity : 256;
@@ -139,7 +144,18 @@ static int remember(struct cuda_backend *cuda, const void *rows)
     return 1;
 }
 
-/* Rows stay as they are; those in the host's memory move to the card. */
+int cuda_forget(struct cuda_backend *cuda, const void *rows)
+{
+    for (int i = 0; i < cuda->n_moved; i++) {
+        if (cuda->moved[i] != rows) continue;
+        cuda->moved[i] = cuda->moved[--cuda->n_moved];
+        return 1;
+    }
+    return 0;
+}
+
+/* Rows stay as they are; those in the host's memory move to the card. The panels of a file become
+ * blocks. */
 static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -149,23 +165,19 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     int status;
 
     (void)pack;
-    if (w->packed || (w->format != WEIGHT_F32 && w->format != WEIGHT_BF16))
-        return cuda->fail(
-            MOSHI_ERROR_DEVICE,
-            "the CUDA backend reads weights in f32 and bf16, and these are in another "
-            "format: open the model with one of those dtypes, or on \"cpu\"");
+    if (w->packed) return cuda_make_blocks(cuda, w, w->format);
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
     void *memory = cuda_take(cuda, bytes);
-    if (memory && remember(cuda, memory)) {
+    if (memory && cuda_remember(cuda, memory)) {
         cuda_send(cuda, memory, w->data, bytes);
         cuda_flush(cuda);
     }
     status = backend->failure;
     backend->failure = MOSHI_OK;
     if (status) {
-        if (cuda->n_moved && cuda->moved[cuda->n_moved - 1] == memory) cuda->n_moved--;
+        cuda_forget(cuda, memory);
         cudaFree(memory);
         return cuda->fail(status, backend->sentence);
     }
@@ -176,23 +188,19 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
 static int cuda_quantise_matrix(struct backend *backend, struct matrix *w,
                                 enum weight_format format)
 {
-    (void)w, (void)format;
-    return cuda_of(backend)->fail(
-        MOSHI_ERROR_DEVICE,
-        "the CUDA backend has no block formats yet, expected dtype f32 or bf16");
+    cuda_turn turn(cuda_of(backend));
+
+    return cuda_make_blocks(cuda_of(backend), w, format);
 }
 
 static void cuda_release_matrix(struct backend *backend, struct matrix *w)
 {
-    struct cuda_backend *cuda = cuda_of(backend);
+    const void *rows = w->packed ? w->packed : w->data;
 
-    for (int i = 0; i < cuda->n_moved; i++) {
-        if (cuda->moved[i] != w->data) continue;
-        cuda->moved[i] = cuda->moved[--cuda->n_moved];
-        cuda_release(backend, (void *)w->data, 0);
-        w->data = NULL;
-        return;
-    }
+    if (!cuda_forget(cuda_of(backend), rows)) return;
+    cuda_release(backend, (void *)rows, 0);
+    w->packed = NULL;
+    w->data = NULL;
 }
 
 /* ---- the object ------------------------------------------------------------------------- */

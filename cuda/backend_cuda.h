@@ -23,7 +23,7 @@ extern "C" {
 #define STAGING_BYTES (size_t)(4 << 20)
 #define GATHERED 256 /* uploads that cross together */
 
-enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS };
+enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS, TROUBLE_WEIGHT };
 
 /* Written by kernels, read by the host when it has waited for them; in memory of the host that the
  * card sees. */
@@ -126,6 +126,9 @@ void cuda_out_of_memory(struct cuda_backend *cuda, size_t bytes);
 bool cuda_release_pages(struct cuda_backend *cuda, void *memory);
 /* Device memory of any content; NULL after a sentence that says what was needed and what is free. */
 void *cuda_take(struct cuda_backend *cuda, size_t bytes);
+/* That release_matrix gives those rows back; whether it was so. */
+int cuda_remember(struct cuda_backend *cuda, const void *rows);
+int cuda_forget(struct cuda_backend *cuda, const void *rows);
 /* An upload, under the lock. */
 void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes);
 /* Sends what was gathered: before anything is enqueued that could read it or write to the same place. */
@@ -161,22 +164,12 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
               "a launch");
 }
 
-/* Whether kernels know keys and values of that kind; fails otherwise. */
-static inline bool cuda_reads(struct cuda_backend *cuda, const struct kv_cache *cache)
-{
-    if (cache->dtype == MOSHI_F32 || cache->dtype == MOSHI_BF16) return true;
-    cuda_fail(cuda, MOSHI_ERROR_DEVICE,
-              "the CUDA backend keeps keys and values in f32 and bf16 so far: open the engine with "
-              "one of those, or the model on \"cpu\"");
-    return false;
-}
-
-static inline int ceil_div(int a, int b)
+__host__ __device__ static inline int ceil_div(int a, int b)
 {
     return (a + b - 1) / b;
 }
 
-static inline int round_up(int a, int b)
+__host__ __device__ static inline int round_up(int a, int b)
 {
     return ceil_div(a, b) * b;
 }
@@ -225,7 +218,7 @@ struct product_rows {
 void cuda_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                   const struct product_rows *rows);
 /* The same sums for many rows of a small matrix, by tiles; no norm. */
-void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
+void cuda_tiles(struct cuda_backend *cuda, const struct matrix *weight,
                 const struct product_rows *rows);
 
 #endif

@@ -20,6 +20,7 @@
 
 struct tiles {
     const void *weight;
+    const float *row_scales; /* of int8 rows, or NULL */
     const float *x;
     const float *bias, *scale, *from;
     float *y;
@@ -73,13 +74,14 @@ __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant_
         if (row >= p.rows || output >= p.outputs) continue;
         float v = sums[i / 2][i % 2];
 
+        if (p.row_scales) v *= p.row_scales[output];
         if (p.bias) v += p.bias[output % p.bias_period];
         if (p.from) v += p.from[at];
         p.y[at] = v;
     }
 }
 
-void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
+void cuda_tiles(struct cuda_backend *cuda, const struct matrix *weight,
                 const struct product_rows *rows)
 {
     struct tiles p = blank<struct tiles>();
@@ -88,6 +90,7 @@ void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix
     size_t shared = DEPTH * (TILE_ROWS + 1 + TILE_OUTPUTS + 1) * sizeof(float);
 
     p.weight = weight->data;
+    p.row_scales = weight->scales;
     p.x = rows->x;
     p.bias = rows->bias;
     p.from = rows->from;
@@ -103,18 +106,19 @@ void cuda_tiles(struct cuda_backend *cuda, const char *name, const struct matrix
     if (p.rows == 0) return;
     if (weight->format == WEIGHT_F32)
         launch(cuda, k_tiles<float>, grid, THREADS, shared, p);
+    else if (weight->format == WEIGHT_F16)
+        launch(cuda, k_tiles<struct f16>, grid, THREADS, shared, p);
     else if (weight->format == WEIGHT_BF16)
         launch(cuda, k_tiles<struct bf16>, grid, THREADS, shared, p);
     else
-        cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: weights in another format, expected f32 or bf16",
-                  name);
+        launch(cuda, k_tiles<int8_t>, grid, THREADS, shared, p);
 }
 
 static void convolve(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                      const struct product_rows *rows)
 {
-    if ((long)weight->rows * weight->cols < LARGE_MATRIX)
-        cuda_tiles(cuda, name, weight, rows);
+    if (!weight->packed && (long)weight->rows * weight->cols < LARGE_MATRIX)
+        cuda_tiles(cuda, weight, rows);
     else
         cuda_product(cuda, name, weight, rows);
 }

@@ -6,8 +6,11 @@
 
 #define FULL_WARP 0xffffffffu
 
-/* Bits of a bf16 number, as a type of its own. */
+/* Bits of a number of 16 bits, as types of their own. */
 struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
     uint16_t bits;
 };
 
@@ -19,6 +22,16 @@ __device__ static __forceinline__ float widen(float value)
 __device__ static __forceinline__ float widen(struct bf16 value)
 {
     return __uint_as_float((unsigned)value.bits << 16);
+}
+
+__device__ static __forceinline__ float widen(struct f16 value)
+{
+    return half_to_float(value.bits);
+}
+
+__device__ static __forceinline__ float widen(int8_t value)
+{
+    return (float)value;
 }
 
 /* To nearest, ties to even. */
@@ -35,7 +48,7 @@ __device__ static __forceinline__ void narrow(float value, struct bf16 *to)
                                                : (uint16_t)((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
 }
 
-/* 16 bytes: 4 or 8 elements that lie side by side. */
+/* 16 bytes: 4 to 16 elements that lie side by side. */
 template <class T> struct vector {
     static const int N = 16 / (int)sizeof(T);
     float v[N];
@@ -49,15 +62,20 @@ __device__ static __forceinline__ void unpack(uint4 raw, struct vector<float> *t
     to->v[3] = __uint_as_float(raw.w);
 }
 
-__device__ static __forceinline__ void unpack(uint4 raw, struct vector<struct bf16> *to)
+__device__ static __forceinline__ void unpack(uint4 raw, struct vector<struct f16> *to)
 {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        to->v[2 * i] = __uint_as_float(words[i] << 16);
-        to->v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
+    for (int i = 0; i < 8; i++) to->v[i] = half_to_float((uint16_t)(words[i / 2] >> i % 2 * 16));
+}
+
+__device__ static __forceinline__ void unpack(uint4 raw, struct vector<int8_t> *to)
+{
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+
+#pragma unroll
+    for (int i = 0; i < 16; i++) to->v[i] = (float)(int8_t)(words[i / 4] >> i % 4 * 8);
 }
 
 /* Those of the first `count` elements that are there; the rest is 0. `aligned`: to 16 bytes, and then
@@ -108,6 +126,17 @@ template <int V> __device__ static __forceinline__ float warp_sums(float (&value
 #pragma unroll
     for (; other; other /= 2) values[0] += __shfl_xor_sync(FULL_WARP, values[0], other);
     return values[0];
+}
+
+__device__ static __forceinline__ unsigned warp_max(unsigned value)
+{
+#pragma unroll
+    for (int other = WARP / 2; other; other /= 2) {
+        unsigned given = __shfl_xor_sync(FULL_WARP, value, other);
+
+        value = given > value ? given : value;
+    }
+    return value;
 }
 
 __device__ static __forceinline__ float warp_max(float value)
@@ -198,11 +227,21 @@ __device__ static __forceinline__ T *kv_address(const struct kv_cache &cache, in
     unsigned ring = (unsigned)(cache.pages_per_lane * cache.page_positions);
     unsigned at = (unsigned)position % ring, block = at / (unsigned)cache.page_positions;
     int page = cache.table[(long)lane * cache.pages_per_lane + block];
-    long row = ((long)(layer * 2 + value) * cache.kv_heads + head) * cache.page_positions +
-               at % (unsigned)cache.page_positions;
+    long plane = ((long)(layer * 2 + value) * cache.kv_heads + head) * cache.page_positions;
+    long row_bytes = cache.head_dim * (long)sizeof(T), scale = cache.dtype == MOSHI_INT8 ? 4 : 0;
 
-    return (T *)(void *)((char *)cache.pages + (size_t)page * cache.page_bytes) +
-           row * cache.head_dim;
+    return (T *)(void *)((char *)cache.pages + (size_t)page * cache.page_bytes +
+                         plane * (row_bytes + scale) +
+                         at % (unsigned)cache.page_positions * row_bytes);
+}
+
+/* The scale of the codes there, of an int8 cache. */
+__device__ static __forceinline__ float *kv_scale(const struct kv_cache &cache, const int8_t *codes,
+                                                  int position)
+{
+    int at = (int)((unsigned)position % (unsigned)cache.page_positions);
+
+    return (float *)(void *)(codes + (long)(cache.page_positions - at) * cache.head_dim) + at;
 }
 
 __device__ static __forceinline__ float elu(float value)

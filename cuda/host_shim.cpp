@@ -36,7 +36,7 @@ struct fiber {
 };
 
 struct warp {
-    uint64_t slots[2][WARP];
+    alignas(8) unsigned char slots[2][WARP * SHARE_BYTES];
     int arrived, alive;
 };
 
@@ -120,13 +120,13 @@ void __syncthreads(void)
     }
 }
 
-uint64_t shim_exchange(uint64_t value, int other)
+const unsigned char *shim_share(const void *value, size_t bytes)
 {
     int thread = now->current;
     struct warp *warp = &now->warps[thread / WARP];
-    uint64_t *slots = warp->slots[now->fibers[thread].shuffles++ % 2];
+    unsigned char *slots = warp->slots[now->fibers[thread].shuffles++ % 2];
 
-    slots[thread % WARP] = value;
+    memcpy(slots + thread % WARP * SHARE_BYTES, value, bytes);
     if (++warp->arrived == warp->alive) {
         warp->arrived = 0;
         release(AT_WARP_BARRIER, thread / WARP * WARP, WARP);
@@ -134,7 +134,7 @@ uint64_t shim_exchange(uint64_t value, int other)
     } else {
         yield(AT_WARP_BARRIER);
     }
-    return slots[thread % WARP ^ other];
+    return slots;
 }
 
 void shim_pause(void)
@@ -170,7 +170,7 @@ static void start_fibers(int n)
 
     now->arrived = now->paused = 0;
     now->alive = n;
-    for (int i = 0; i < n / WARP; i++) now->warps[i] = {{{0}, {0}}, 0, WARP};
+    for (int i = 0; i < n / WARP; i++) now->warps[i] = {{}, 0, WARP};
     for (int i = 0; i < n; i++) {
         struct fiber *fiber = &now->fibers[i];
 

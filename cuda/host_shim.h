@@ -22,6 +22,7 @@
 #ifdef __CUDACC__
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
@@ -41,6 +42,38 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
         if (error != cudaSuccess) return error;
     }
     return cudaLaunchKernel((const void *)kernel, grid, block, arguments, shared, stream);
+}
+
+__device__ static __forceinline__ float half_to_float(uint16_t half)
+{
+    return __half2float(__ushort_as_half(half));
+}
+
+/* To nearest, ties to even; what is too large becomes infinity. */
+__device__ static __forceinline__ uint16_t float_to_half(float value)
+{
+    return __half_as_ushort(__float2half_rn(value));
+}
+
+/* sums += A B, by a warp: A 16 rows, B 8 columns. Lane 4 g + t has of A the words (g, t), (g + 8, t),
+ * (g, t + 4), (g + 8, t + 4), of B the words (t, g) and (t + 4, g), of the sums (g, 2 t), (g, 2 t + 1),
+ * (g + 8, 2 t), (g + 8, 2 t + 1). A word is two bf16, or four signed bytes. */
+__device__ static __forceinline__ void multiply_bf16(float (&sums)[4], const unsigned (&a)[4],
+                                                     unsigned b0, unsigned b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ static __forceinline__ void multiply_codes(int (&sums)[4], const unsigned (&a)[4],
+                                                      unsigned b0, unsigned b1)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* Whether this library has code of the kernel for the current card. */
@@ -219,19 +252,87 @@ extern struct shim_place shim_now;
 #define SHARED_BYTES(name) unsigned char *name = shim_now.shared
 
 void __syncthreads(void);
-/* Every lane of the warp gives 8 bytes and gets those of lane ^ other. */
-uint64_t shim_exchange(uint64_t value, int other);
+/* Every lane of the warp gives so many bytes, at most SHARE_BYTES; all get them, those of a lane at
+ * lane * SHARE_BYTES, until the share after the next one. */
+#define SHARE_BYTES 24
+const unsigned char *shim_share(const void *value, size_t bytes);
 
 template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int other)
 {
-    uint64_t bits = 0;
-
-    static_assert(sizeof value <= sizeof bits, "a shuffle moves at most 8 bytes");
+    static_assert(sizeof value <= 8, "a shuffle moves at most 8 bytes");
     (void)mask;
-    memcpy(&bits, &value, sizeof value);
-    bits = shim_exchange(bits, other);
-    memcpy(&value, &bits, sizeof value);
+    memcpy(&value,
+           shim_share(&value, sizeof value) + (threadIdx.x % WARP ^ (unsigned)other) * SHARE_BYTES,
+           sizeof value);
     return value;
+}
+
+/* Half precision by the value: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
+static inline float half_to_float(uint16_t half)
+{
+    unsigned exponent = half >> 10 & 31, fraction = half & 0x3ffu;
+    float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                 : ldexpf((float)(exponent ? fraction | 0x400u : fraction),
+                                          exponent ? (int)exponent - 25 : -24);
+
+    return half & 0x8000u ? -value : value;
+}
+
+static inline uint16_t float_to_half(float value)
+{
+    unsigned sign = __float_as_uint(value) >> 16 & 0x8000u;
+    float magnitude = fabsf(value), unit;
+    int exponent;
+
+    if (magnitude != magnitude) return (uint16_t)(sign | 0x7e00u);
+    if (magnitude >= 65520) return (uint16_t)(sign | 0x7c00u);
+    frexpf(magnitude, &exponent);
+    if (magnitude < 0x1p-14f) exponent = -13;
+    unit = rintf(ldexpf(magnitude, 11 - exponent)); /* 1024 to 2048, less below the normal range */
+    return (uint16_t)(sign | (unsigned)((exponent + 13) * 1024 + (int)unit));
+}
+
+/* The words of all lanes, as the tensor cores want them. */
+struct shim_tile {
+    unsigned a[4], b[2];
+};
+static_assert(sizeof(struct shim_tile) == SHARE_BYTES, "a lane's share");
+
+static inline const struct shim_tile *shim_tiles(const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    struct shim_tile mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+
+    return (const struct shim_tile *)(const void *)shim_share(&mine, sizeof mine);
+}
+
+static inline void multiply_bf16(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    const struct shim_tile *tiles = shim_tiles(a, b0, b1);
+    unsigned lane = threadIdx.x % WARP, g = lane / 4 * 4, n = lane % 4 * 2 * 4;
+
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 8; k++) {
+            unsigned x = tiles[g + k % 4].a[i / 2 + k / 4 * 2];
+            unsigned y = tiles[n + i % 2 * 4 + k % 4].b[k / 4];
+
+            sums[i] += __uint_as_float(x << 16) * __uint_as_float(y << 16);
+            sums[i] += __uint_as_float(x & 0xffff0000u) * __uint_as_float(y & 0xffff0000u);
+        }
+}
+
+static inline void multiply_codes(int (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
+{
+    const struct shim_tile *tiles = shim_tiles(a, b0, b1);
+    unsigned lane = threadIdx.x % WARP, g = lane / 4 * 4, n = lane % 4 * 2 * 4;
+
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 32; k++) {
+            unsigned word = k / 4, byte = k % 4 * 8;
+            unsigned x = tiles[g + word % 4].a[i / 2 + word / 4 * 2];
+            unsigned y = tiles[n + i % 2 * 4 + word % 4].b[word / 4];
+
+            sums[i] += (int8_t)(x >> byte) * (int8_t)(y >> byte);
+        }
 }
 
 static inline void __threadfence(void)

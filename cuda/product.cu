@@ -1,5 +1,5 @@
-/* product.cu: rows of activations times a matrix, for few rows: every weight is read once for up to
- * four rows, and the reads are all the time there is.
+/* product.cu: rows of activations times a matrix of f32, f16 or int8 rows: every weight is read once for
+ * up to four rows, and the reads are all the time there is.
  *
  * A block puts its rows into shared memory, normed. Then a warp takes pairs of outputs: o and o + 1,
  * or a gate and its value. Its lanes read 16 bytes of both rows of weights at a time, side by side;
@@ -9,23 +9,9 @@
  *
  * Bytes: outputs * columns * element, and columns * 4 a row for each block, which the second cache
  * has. Bound: the memory's read rate. */
-#include "device.h"
+#include "product.h"
 
-#define WARPS 8
-#define THREADS (WARPS * WARP)
 #define ROWS_AT_ONCE 4
-
-template <class E> struct product {
-    const void *weight;
-    int pairs, outputs, columns;
-    int second; /* rows of weights from a pair's first one to its second one */
-    int split, aligned;
-    const float *x;
-    int rows, steps;
-    long row_stride, step_stride;
-    struct norm norm;
-    E end;
-};
 
 /* Where column k lies in shared memory: a lane's columns in pieces of four, the same piece of all lanes
  * side by side, so that no two lanes ask one bank for different words. */
@@ -52,10 +38,9 @@ __device__ static __forceinline__ void multiply(const struct product<E> &p, int 
                                                 const float *x, int padded, float (&sums)[2 * N])
 {
     const int n = vector<T>::N, chunk = n * WARP;
-    int lane = (int)threadIdx.x % WARP, first = p.second == 1 ? 2 * pair : pair;
-    int other = first + p.second < p.outputs ? first + p.second : first;
-    const T *a = (const T *)p.weight + (long)first * p.columns;
-    const T *b = (const T *)p.weight + (long)other * p.columns;
+    int lane = (int)threadIdx.x % WARP;
+    const T *a = (const T *)p.weight + (long)p.first_of(pair) * p.columns;
+    const T *b = (const T *)p.weight + (long)p.second_of(pair) * p.columns;
 
 #pragma unroll 4
     for (int k = part * chunk; k < padded; k += p.split * chunk) {
@@ -96,9 +81,8 @@ __global__ static void __launch_bounds__(THREADS, 2)
 
     for (int r = 0; r < N; r++) {
         int at = first + r < p.rows ? first + r : p.rows - 1;
-        const float *from = p.x + at / p.steps * p.row_stride + at % p.steps * p.step_stride;
 
-        norm_row(p.norm, from, p.columns, x + r * padded, parts, placed<T>());
+        norm_row(p.norm, p.input(at), p.columns, x + r * padded, parts, placed<T>());
         for (int k = p.columns + (int)threadIdx.x; k < padded; k += THREADS)
             x[r * padded + placed<T>()(k)] = 0;
     }
@@ -121,89 +105,14 @@ __global__ static void __launch_bounds__(THREADS, 2)
                     b += share[2 * ROWS_AT_ONCE * i + 1];
                 }
         }
-        if (part == 0 && pair < p.pairs && keeps && first + row < p.rows)
-            p.end.store(first + row, pair, p.outputs, a, b);
+        if (part || pair >= p.pairs || !keeps || first + row >= p.rows) continue;
+        if (p.row_scales) {
+            a *= p.row_scales[p.first_of(pair)];
+            b *= p.row_scales[p.second_of(pair)];
+        }
+        p.end.store(first + row, pair, p.outputs, a, b);
     }
 }
-
-/* ---- what becomes of the sums ----------------------------------------------------------- */
-
-struct row_end {
-    const float *bias, *scale, *from;
-    float *y;
-    long y_stride;
-    int bias_period, gelu;
-
-    __device__ void one(int row, int o, float v) const
-    {
-        long at = row * y_stride + o;
-
-        if (bias) v += bias[o % bias_period];
-        if (gelu) v = 0.5f * v * (1.0f + erff(v * 0.70710678f));
-        if (scale) v *= scale[o];
-        if (from) v += from[at];
-        y[at] = v;
-    }
-
-    __device__ void store(int row, int pair, int outputs, float a, float b) const
-    {
-        one(row, 2 * pair, a);
-        if (2 * pair + 1 < outputs) one(row, 2 * pair + 1, b);
-    }
-};
-
-struct gate_end {
-    float *y;
-
-    __device__ void store(int row, int pair, int outputs, float a, float b) const
-    {
-        y[(long)row * (outputs / 2) + pair] = a / (1.0f + expf(-a)) * b;
-    }
-};
-
-/* Queries go out, keys and values into the cache, both turned. */
-struct qkv_end {
-    const float *cos_sin;
-    const int32_t *lane, *position;
-    const uint8_t *active;
-    struct kv_cache cache;
-    float *q;
-    int steps, layer, queries, keys; /* the last two: outputs */
-
-    __device__ void one(int row, int o, float v) const
-    {
-        int dim = cache.head_dim, at, value;
-
-        if (o < queries) {
-            q[(long)row * queries + o] = v;
-            return;
-        }
-        if (!active[row / steps]) return;
-        value = o >= queries + keys;
-        at = o - queries - value * keys;
-        int to = lane[row / steps], step = position[to] + row % steps;
-
-        if (cache.dtype == MOSHI_BF16)
-            narrow(v, kv_address<struct bf16>(cache, to, layer, value, at / dim, step) + at % dim);
-        else
-            narrow(v, kv_address<float>(cache, to, layer, value, at / dim, step) + at % dim);
-    }
-
-    __device__ void store(int row, int pair, int outputs, float a, float b) const
-    {
-        int o = 2 * pair;
-
-        if (cos_sin && o < queries + keys) { /* dim is even: both are of one head */
-            const float *angle = cos_sin + (long)row * cache.head_dim + o % cache.head_dim;
-            float turned = a * angle[0] - b * angle[1];
-
-            b = a * angle[1] + b * angle[0];
-            a = turned;
-        }
-        one(row, o, a);
-        if (o + 1 < outputs) one(row, o + 1, b);
-    }
-};
 
 /* ---- the host's side -------------------------------------------------------------------- */
 
@@ -254,7 +163,8 @@ template <class E> static struct product<E> product_of(const struct matrix *weig
 {
     struct product<E> p = blank<struct product<E>>();
 
-    p.weight = weight->data;
+    p.weight = weight->packed ? weight->packed : weight->data;
+    p.row_scales = weight->scales;
     p.outputs = weight->rows;
     p.columns = weight->cols;
     p.second = second;
@@ -264,16 +174,17 @@ template <class E> static struct product<E> product_of(const struct matrix *weig
 
 template <class E>
 static void run_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
-                        struct product<E> &p)
+                        struct product<E> &p, size_t kept)
 {
     if (p.rows == 0) return;
-    if (weight->format == WEIGHT_F32)
+    if (weight->packed || weight->format == WEIGHT_BF16)
+        tensor_product(cuda, name, weight, p, kept);
+    else if (weight->format == WEIGHT_F32)
         choose_rows<float>(cuda, name, p);
-    else if (weight->format == WEIGHT_BF16)
-        choose_rows<struct bf16>(cuda, name, p);
+    else if (weight->format == WEIGHT_F16)
+        choose_rows<struct f16>(cuda, name, p);
     else
-        cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: weights in %s, expected f32 or bf16", name,
-                  weight->format == WEIGHT_F16 ? "f16" : "a block format");
+        choose_rows<int8_t>(cuda, name, p);
 }
 
 void cuda_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
@@ -294,7 +205,7 @@ void cuda_product(struct cuda_backend *cuda, const char *name, const struct matr
     p.end.y_stride = rows->y_stride ? rows->y_stride : weight->rows;
     p.end.bias_period = rows->bias_period ? rows->bias_period : weight->rows;
     p.end.gelu = rows->gelu;
-    run_product(cuda, name, weight, p);
+    run_product(cuda, name, weight, p, 0);
 }
 
 void cuda_linear(struct backend *backend, const struct op_linear *op)
@@ -337,13 +248,61 @@ void cuda_linear_gated(struct backend *backend, const struct op_linear_gated *op
     p.row_stride = op->weight.cols;
     p.norm = op->norm;
     p.end.y = op->y;
-    run_product(cuda_of(backend), op->name, &op->weight, p);
+    run_product(cuda_of(backend), op->name, &op->weight, p, 0);
+}
+
+/* ---- codes of keys and values ----------------------------------------------------------- */
+
+struct code_rows {
+    struct kv_cache cache;
+    const float *fresh; /* [rows][key 0, value 1][kv_heads][head_dim] */
+    const int32_t *lane, *position;
+    const uint8_t *active;
+    int steps, layer;
+};
+
+/* What int8_row makes of a head's row; a warp for each. Grid: heads of keys and of values, rows. */
+__global__ static void k_code_rows(const __grid_constant__ struct code_rows p)
+{
+    int lane = (int)threadIdx.x, dim = p.cache.head_dim, head = (int)blockIdx.x % p.cache.kv_heads;
+    int value = (int)blockIdx.x / p.cache.kv_heads, row = (int)blockIdx.y, i = row / p.steps;
+    const float *from = p.fresh + ((long)row * gridDim.x + blockIdx.x) * dim;
+    float most = 0, scale;
+
+    if (!p.active[i]) return;
+    int to = p.lane[i], position = p.position[to] + row % p.steps;
+    int8_t *codes = kv_address<int8_t>(p.cache, to, p.layer, value, head, position);
+
+    for (int d = lane; d < dim; d += WARP) most = fmaxf(most, fabsf(from[d]));
+    scale = warp_max(most) / 127;
+    for (int d = lane; d < dim; d += WARP) {
+        float code = scale > 0 ? rintf(from[d] / scale) : 0;
+
+        codes[d] = (int8_t)(code > 127 ? 127 : code >= -127 ? code : -127);
+    }
+    if (lane == 0) *kv_scale(p.cache, codes, position) = scale;
+}
+
+static void launch_codes(struct cuda_backend *cuda, const struct op_qkv *op, const float *fresh)
+{
+    struct code_rows p = blank<struct code_rows>();
+
+    p.cache = *op->cache;
+    p.fresh = fresh;
+    p.lane = op->rows.lane;
+    p.active = op->rows.active;
+    p.position = op->position;
+    p.steps = op->steps;
+    p.layer = op->layer;
+    launch(cuda, k_code_rows,
+           dim3(2 * (unsigned)p.cache.kv_heads, (unsigned)(op->rows.n * op->steps)), WARP, 0, p);
 }
 
 void cuda_qkv(struct backend *backend, const struct op_qkv *op)
 {
-    if (!cuda_reads(cuda_of(backend), op->cache)) return;
+    struct cuda_backend *cuda = cuda_of(backend);
     struct product<struct qkv_end> p = product_of<struct qkv_end>(&op->weight, 1);
+    size_t fresh = 0;
 
     p.x = op->x;
     p.rows = op->rows.n * op->steps;
@@ -361,5 +320,12 @@ void cuda_qkv(struct backend *backend, const struct op_qkv *op)
     p.end.layer = op->layer;
     p.end.queries = op->heads * op->cache->head_dim;
     p.end.keys = op->cache->kv_heads * op->cache->head_dim;
-    run_product(cuda_of(backend), op->name, &op->weight, p);
+    if (op->cache->dtype == MOSHI_INT8) {
+        fresh = ((size_t)p.rows * 2 * (size_t)p.end.keys * sizeof(float) + 255) / 256 * 256;
+        p.end.fresh =
+            (float *)(void *)cuda_take_scratch(cuda, 0, fresh + tensor_scratch(&op->weight, p.rows))
+                .memory;
+    }
+    run_product(cuda, op->name, &op->weight, p, fresh);
+    if (fresh) launch_codes(cuda, op, p.end.fresh);
 }

@@ -29,8 +29,9 @@ struct embed {
 
 __device__ static float element(const void *data, int format, long at)
 {
-    return format == WEIGHT_BF16 ? widen(((const struct bf16 *)data)[at])
-                                 : ((const float *)data)[at];
+    return format == WEIGHT_BF16  ? widen(((const struct bf16 *)data)[at])
+           : format == WEIGHT_F16 ? widen(((const struct f16 *)data)[at])
+                                  : ((const float *)data)[at];
 }
 
 /* The value that stream s adds to output d; by the whole block, as a norm or a low rank needs the
@@ -86,8 +87,8 @@ __global__ static void __launch_bounds__(THREADS) k_embed(const __grid_constant_
 
 static int readable(struct cuda_backend *cuda, const char *name, const struct matrix *w)
 {
-    if (w->rows == 0 || w->format == WEIGHT_F32 || w->format == WEIGHT_BF16) return 1;
-    cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: a table in another format, expected f32 or bf16",
+    if (w->rows == 0 || !is_block_format(w->format)) return 1;
+    cuda_fail(cuda, MOSHI_ERROR_DEVICE, "%s: a table in a block format, expected f32, f16 or bf16",
               name);
     return 0;
 }

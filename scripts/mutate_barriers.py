@@ -47,7 +47,7 @@ def build(path: Path, number: int) -> Path:
     for source in sorted([*folder.glob("*.cu"), folder / "host_shim.cpp"]):
         built = BUILT / "cuda" / f"{source.name}.o"
         changed = source.name == path.name or (
-            path.suffix == ".h" and '"device.h"' in source.read_text()
+            path.suffix == ".h" and re.search(r'"(device|product)\.h"', source.read_text())
         )
         if changed:
             built = PLACE / f"{source.name}.o"

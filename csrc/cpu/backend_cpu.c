@@ -354,7 +354,6 @@ int cpu_backend_create(int threads, struct backend **backend)
     cpu->base.ops = &cpu_ops;
     cpu->base.device = "cpu";
     cpu->base.threads = threads;
-    cpu->base.int8_cache = 1;
     status = kernels_choose(&cpu->kernels);
     if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
     if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);

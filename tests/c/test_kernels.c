@@ -50,6 +50,9 @@ static const struct bound {
     {"near_codes", 5e-3, 5e-3},  /* norms differ by an ulp, and a code may round the other way */
 };
 
+/* On a card bf16 weights meet activations of 16 bits: 2^-18 each, and a gate multiplies two sums. */
+static const double card_bf16 = 4e-5;
+
 static int passed, failed;
 
 static void verdict(int good, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -1326,6 +1329,7 @@ static int rows_masked(case_function *function, struct shape shape, struct backe
 struct tally {
     double naive, isa;
     int bits, alone, masked, cases;
+    int bf16; /* products with weights in it */
 };
 
 /* No loop over shapes has a multiple of it, so that each meets all its values in turn. */
@@ -1355,6 +1359,7 @@ static void check_shape(case_function *function, struct shape shape, struct tall
             tally->masked &= rows_masked(function, shape, backends[b], &all[b]);
     }
     tally->cases++;
+    tally->bf16 |= shape.format == WEIGHT_BF16 && shape.packed < 2 && function != case_embed;
     free_outcome(&naive);
     for (int b = 0; b < n_backends; b++) free_outcome(&all[b]);
 }
@@ -1365,6 +1370,8 @@ static void report(const char *operation, const char *detail, const struct tally
 
     while (strcmp(bound->operation, operation) != 0) bound++;
     double isa = cuda ? bound->naive : bound->isa; /* a card has functions of its own */
+
+    if (cuda && tally->bf16) isa = fmax(isa, card_bf16);
 
     verdict(tally->naive <= bound->naive && tally->isa <= isa,
             "%s %s is right (%d shapes; generic %.2g of %.2g, other kernels %.2g of %.2g)",
@@ -1382,10 +1389,15 @@ static int row_count_end(int fewer)
     return cuda ? 3 : COUNT(row_counts) - fewer;
 }
 
-/* What a card reads so far. */
-static int in_reach(int format)
+/* Row counts of products: on a card up to a tile of 64, with two sizes where there are many. */
+static int product_rows(int i)
 {
-    return !cuda || format == WEIGHT_F32 || format == WEIGHT_BF16;
+    return cuda && i == COUNT(row_counts) - 1 ? 64 : row_counts[i];
+}
+
+static int left_out(int i, int size)
+{
+    return cuda && product_rows(i) > 4 && size != 2 && size != 4;
 }
 
 /* All row counts and sizes; every variant in turn. */
@@ -1394,21 +1406,21 @@ static void check_products(const char *operation, case_function *function, int v
     int formats = function == case_embed ? 3 : 4; /* int8: rows with activations in f32 */
 
     for (int format = 0; format < formats; format++) {
-        if (!in_reach(format)) continue;
-        for (int packed = 0; packed < 2; packed++) {
+        for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
             struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
             char detail[32];
             int turn = 0;
 
-            for (int i = 0; i < row_count_end(0); i++) {
+            for (int i = 0; i < COUNT(row_counts); i++) {
                 for (int j = 0; j < COUNT(sizes); j++) {
                     int variant = turn++ % variants;
 
+                    if (left_out(i, j)) continue;
                     /* A residual of one number soon is as small as its rounding: near ties. */
                     if (function == case_rvq_encode && sizes[j][1] == 1) continue;
                     check_shape(function,
                                 (struct shape){.operation = operation,
-                                               .n = row_counts[i],
+                                               .n = product_rows(i),
                                                .in = sizes[j][0],
                                                .out = sizes[j][1],
                                                .levels = levels,
@@ -1434,10 +1446,11 @@ static void check_block_products(void)
         const char *name = weight_format_name((enum weight_format)block);
         int turn = 0;
 
-        for (int i = 0; i < row_count_end(0); i++) {
+        for (int i = 0; i < COUNT(row_counts); i++) {
             for (int j = 0; j < COUNT(sizes); j++, turn++) {
+                if (left_out(i, j)) continue;
                 struct shape shape = {.operation = "codes",
-                                      .n = row_counts[i],
+                                      .n = product_rows(i),
                                       .in = sizes[j][0],
                                       .out = sizes[j][1],
                                       .packed = block,
@@ -1484,13 +1497,13 @@ static void check_attention(void)
         enum moshi_dtype dtype;
     } kvs[] = {{"attend", MOSHI_F32}, {"attend_bf16", MOSHI_BF16}, {"attend_int8", MOSHI_INT8}};
 
-    for (int kv = 0; kv < COUNT(kvs) - cuda; kv++) { /* a card has no int8 yet */
+    for (int kv = 0; kv < COUNT(kvs); kv++) {
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
 
         for (int i = 0; i < row_count_end(1); i++)
             for (int j = 0; j < COUNT(heads); j++)
                 for (int variant = 0; variant < 8; variant++)
-                    if ((variant & 3) != 3 && (!cuda || (i + j + variant) % 4 == 0))
+                    if ((variant & 3) != 3 && (!cuda || (i + j + variant) % 6 == 0))
                         check_shape(case_attend,
                                     (struct shape){.operation = "attend",
                                                    .n = row_counts[i],
@@ -1498,9 +1511,7 @@ static void check_attention(void)
                                                    .out = heads[j][1],
                                                    .steps = heads[j][2],
                                                    .calls = 9,
-                                                   .format = cuda && j % 3 == WEIGHT_F16
-                                                                 ? WEIGHT_BF16
-                                                                 : (enum weight_format)(j % 3),
+                                                   .format = (enum weight_format)(j % 3),
                                                    .packed = variant % 2,
                                                    .kv = kvs[kv].dtype,
                                                    .variant = variant},
@@ -1517,9 +1528,8 @@ static void check_codec(void)
                                    {16, 40, 1608, 8}};
     static const int transposed[][4] = {{8, 5, 4, 3}, {17, 33, 2, 2}, {40, 16, 8, 1}};
 
-    for (int packed = 0; packed < 2; packed++) {
+    for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
         for (int format = 0; format < 4; format++) {
-            if (!in_reach(format)) continue;
             struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
             char detail[32];
 
@@ -2025,7 +2035,7 @@ static void test_bad_numbers_do_not_hide_in_codes(void)
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     int good = 1;
 
-    for (int b = 0; b < n_backends; b += 3) {
+    for (int b = 0; b < n_backends; b += cuda ? 1 : 3) {
         for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
             for (int i = 0; i < COUNT(bad); i++) {
                 struct matrix w, broken;
@@ -2178,11 +2188,13 @@ static int take_memory(void)
     return arena != NULL;
 }
 
+#define DEEPEST 2300 /* columns, of what only a card is tested with */
+
 static int open_cuda(void)
 {
     setenv("MOSHI_C_ISA", "generic", 1);
     if (cpu_backend_create(1, &backends[0]) ||
-        backends[0]->ops->reserve(backends[0], 2120, 640, 64) ||
+        backends[0]->ops->reserve(backends[0], 2120, DEEPEST, 64) ||
         cuda_backend_create("cuda", &backends[1])) {
         printf("%s\n", moshi_error_detail());
         return 0;
@@ -2223,8 +2235,7 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
                              .kv_heads = HEADS,
                              .head_dim = DIM,
                              .dtype = kv};
-    const size_t elements = (size_t)2 * HEADS * POSITIONS * DIM, row = (size_t)HEADS * DIM;
-    const size_t element = kv == MOSHI_BF16 ? 2 : 4;
+    const size_t plane = kv_plane_bytes(&cache), row = (size_t)HEADS * DIM;
     struct outcome all[2];
     int good = 1;
 
@@ -2236,15 +2247,24 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
         int32_t *table = take(LANES * 2 * LONG_PAGES * 4), *position = take(LANES * 2 * 4);
         float *q = take_random(N * row, 1), *other = take_random(N * row, 1);
 
-        cache.page_bytes = elements * element;
+        cache.page_bytes = 2 * HEADS * plane;
         cache.pages = take(cache.page_bytes * LANES * 2 * LONG_PAGES);
         cache.table = table;
         for (int i = 0; i < LANES * 2 * LONG_PAGES; i++) table[i] = LANES * 2 * LONG_PAGES - 1 - i;
-        for (size_t i = 0; i < elements * LANES * 2 * LONG_PAGES; i++) {
-            if (kv == MOSHI_BF16)
-                ((uint16_t *)cache.pages)[i] = f32_to_bf16(uniform());
-            else
-                ((float *)cache.pages)[i] = uniform();
+        for (int p = 0; p < 2 * HEADS * LANES * 2 * LONG_PAGES; p++) {
+            char *at = (char *)cache.pages + (size_t)p * plane;
+            float *scales = (float *)(void *)(at + POSITIONS * DIM);
+
+            for (int i = 0; i < POSITIONS * DIM; i++) {
+                if (kv == MOSHI_BF16)
+                    ((uint16_t *)(void *)at)[i] = f32_to_bf16(uniform());
+                else if (kv == MOSHI_INT8)
+                    at[i] = (char)(127 * uniform());
+                else
+                    ((float *)(void *)at)[i] = uniform();
+            }
+            for (int i = 0; i < POSITIONS && kv == MOSHI_INT8; i++)
+                scales[i] = (2 + uniform()) / 127;
         }
         for (int l = 0; l < LANES * 2; l++) position[l] = 200 + 137 * l;
         if (!b) here->ops->reserve(here, N, 640, LONG_PAGES * POSITIONS);
@@ -2263,7 +2283,7 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
                                                  .y = all[b].y});
     }
     good = distance(&all[1], &all[0]) < 1e-5;
-    verdict(good, "a long call is attended in spans (%s)", kv == MOSHI_BF16 ? "bf16" : "f32");
+    verdict(good, "a long call is attended in spans (%s)", moshi_dtype_name(kv));
     free_outcome(&all[0]);
     free_outcome(&all[1]);
 }
@@ -2287,6 +2307,101 @@ static void check_large_convolution(void)
     report("conv", "large", &tally);
 }
 
+/* Columns of which each warp of a block takes several pieces; more outputs than blocks take in one turn. */
+static void check_large_products(void)
+{
+    for (int format = WEIGHT_BF16; format <= WEIGHT_Q4; format++) {
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+        const char *name = format == WEIGHT_BF16 ? "linear" : "codes";
+        char detail[32];
+
+        struct shape shape = {.operation = name,
+                              .in = DEEPEST,
+                              .out = 18,
+                              .packed = format == WEIGHT_BF16 ? 0 : format,
+                              .format = format == WEIGHT_BF16 ? WEIGHT_BF16 : WEIGHT_F32,
+                              .variant = 3};
+
+        for (shape.n = 1; shape.n < 40; shape.n += 19) check_shape(case_linear, shape, &tally);
+        shape.n = 1;
+        shape.in = 40;
+        shape.out = 4300;
+        check_shape(case_linear, shape, &tally);
+        snprintf(detail, sizeof detail, "%s, large",
+                 weight_format_name((enum weight_format)format));
+        report(name, detail, &tally);
+    }
+}
+
+/* One row among others that are not finite or very large, at any place, in any number. */
+static void test_company_changes_no_bit(struct backend *backend)
+{
+    enum { IN = 200, OUT = 21, MOST = 64 };
+
+    for (int format = 0; format < WEIGHT_FORMATS; format++) {
+        int good = 1, packed = format > WEIGHT_INT8 ? format : 0;
+
+        for (int twice = 0; twice < 2; twice++, packed = format) { /* int8: rows, then blocks */
+            if (twice && format != WEIGHT_INT8) break;
+            start_case(5);
+            struct matrix w = take_matrix(packed ? WEIGHT_F32 : (enum weight_format)format, OUT,
+                                          IN);
+            float *x = take(sizeof *x * MOST * IN), *row = take_random(IN, 1), first[OUT];
+            float *y = take(sizeof *y * MOST * OUT);
+
+            prepare(backend, &w, packed);
+            for (int i = 0; i < COUNT(row_counts); i++) {
+                int n = product_rows(i), place = n * 2 / 3;
+
+                for (int k = 0; k < n * IN; k++) x[k] = k / IN % 2 ? NAN : 1e30f;
+                memcpy(x + place * IN, row, IN * sizeof *x);
+                poison(y, sizeof *y * MOST * OUT);
+                run_linear(backend, &(struct op_linear){
+                                        .name = "company", .n = n, .x = x, .weight = w, .y = y});
+                if (i == 0) memcpy(first, y, sizeof first);
+                good &= isfinite(y[place * OUT]) &&
+                        memcmp(first, y + place * OUT, sizeof first) == 0;
+            }
+            end_case();
+        }
+        verdict(good, "company changes no bit of a row (%s)",
+                weight_format_name((enum weight_format)format));
+    }
+}
+
+/* Floats, int8 rows and a file's panels give the same blocks. */
+static void test_blocks_are_made_of_anything(struct backend *backend)
+{
+    enum { ROWS = 37, COLS = 150 };
+
+    for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+        for (int source = WEIGHT_F32; source <= WEIGHT_INT8; source++) {
+            float *made[2], *in;
+            struct matrix rows, w[2];
+            int good;
+
+            start_case((uint64_t)format);
+            rows = take_matrix((enum weight_format)source, ROWS, COLS);
+            in = take_random(COLS, 1);
+            w[0] = w[1] = rows;
+            prepare(backend, &w[0], format);
+            prepare(backends[0], &w[1], format); /* panels */
+            prepare(backend, &w[1], 0);
+            for (int i = 0; i < 2; i++) {
+                made[i] = take(ROWS * sizeof *made[i]);
+                run_linear(backend,
+                           &(struct op_linear){
+                               .name = "made", .n = 1, .x = in, .weight = w[i], .y = made[i]});
+            }
+            good = memcmp(made[0], made[1], ROWS * sizeof *made[0]) == 0 && made[0][0] != 0;
+            verdict(good, "%s is made of %s as on the CPU, and of panels",
+                    weight_format_name((enum weight_format)format),
+                    weight_format_name((enum weight_format)source));
+            end_case();
+        }
+    }
+}
+
 static int test_cuda(void)
 {
     if (!open_cuda()) return 2;
@@ -2304,6 +2419,12 @@ static int test_cuda(void)
     check_attention();
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_F32);
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_BF16);
+    test_a_long_call_is_attended_in_spans(backends[1], MOSHI_INT8);
+    check_block_products();
+    check_large_products();
+    test_company_changes_no_bit(backends[1]);
+    test_blocks_are_made_of_anything(backends[1]);
+    test_bad_numbers_do_not_hide_in_codes();
     check_codec();
     check_large_convolution();
     for (int b = 0; b < 2; b++) backends[b]->ops->destroy(backends[b]);
