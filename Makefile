@@ -246,10 +246,13 @@ cuda-host: ## the CUDA backend without a card: operations, conversations and fau
 	@scripts/setup_debian.sh build
 	$(call run_cuda_host,test,ascending descending 3)
 
-# LONG=--long holds the conversation with upstream's server for a minute.
+# A file's tests stay in one process, which keeps their models and servers. Many of them wait for
+# sound in real time while others compute. LONG=--long holds the conversation with upstream's server
+# for a minute.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
 .PHONY: test
 test: $(VENV)/.test test-c ## the C tests, then pytest with parity against upstream
-	$(BIN)/pytest -q $(LONG)
+	$(PYTEST) $(LONG)
 
 .PHONY: check check-python check-types check-format check-c check-layers
 check: check-python check-types check-format check-c check-layers ## linters, types, warnings, layers
@@ -301,7 +304,7 @@ asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytes
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
 	cd build && $(WITH_ASAN) $(CURDIR)/$(BIN)/python -c \
 	    "import moshi_c._core as core; assert 'asan-py' in core.__file__, core.__file__"
-	$(WITH_ASAN) $(BIN)/pytest -q -p no:cacheprovider -m "$(ASAN_TESTS)"
+	$(WITH_ASAN) $(PYTEST) -p no:cacheprovider -m "$(ASAN_TESTS)"
 
 # Fixed addresses, where the system lets us ask for them: the sanitizer has its own map of memory.
 THREADED := $(wildcard $(patsubst %,tests/c/test_%*.c,pool engine session threads))

@@ -117,6 +117,7 @@ def figures(runs: list[dict[str, Any]], frames: int) -> dict[str, Any]:
         "late": int(np.sum(latency > FRAME_MS)),
         "client_audio_packet_interval_ms": spread(gaps),
         "client_first_audio_after_stream_start_ms": spread(answered[:, 0] - begin[:, 0]),
+        "client_stream_rtf": spread((answered[:, -1] - begin[:, 0]) / (frames * FRAME_MS)),
         "client_send_lateness_ms": spread(sent - begin - np.arange(frames) * FRAME_MS),
         "frame_deficit": int(len(runs) * frames - latency.size),
         "frame_coverage_ratio": round(latency.size / (len(runs) * frames), 6),

@@ -376,12 +376,17 @@ int os_cpu_has(enum os_cpu_feature feature)
 #if defined(__linux__) && defined(__aarch64__)
     /* HWCAP_ASIMDDP and HWCAP2_I8MM; not every system's headers have the names. */
     return feature == OS_CPU_DOTPROD ? (getauxval(AT_HWCAP) >> 20 & 1) != 0
-                                     : (getauxval(AT_HWCAP2) >> 13 & 1) != 0;
+           : feature == OS_CPU_I8MM  ? (getauxval(AT_HWCAP2) >> 13 & 1) != 0
+                                     : 0;
+#elif defined(__linux__) && defined(__x86_64__)
+    /* ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA; not every system's headers have the names. */
+    return feature == OS_CPU_TILES && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #elif defined(__APPLE__) && defined(__aarch64__)
     const char *name = feature == OS_CPU_DOTPROD ? "hw.optional.arm.FEAT_DotProd"
                                                  : "hw.optional.arm.FEAT_I8MM";
     int value = 0;
     size_t bytes = sizeof value;
+    if (feature == OS_CPU_TILES) return 0;
     return sysctlbyname(name, &value, &bytes, NULL, 0) == 0 && value != 0;
 #else
     (void)feature;

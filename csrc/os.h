@@ -48,9 +48,10 @@ void *os_library_symbol(void *library, const char *name); /* NULL: there is none
 /* The folder of the file that this code was loaded from; 0 if it does not fit or is unknown. */
 int os_own_folder(char *folder, size_t capacity);
 
-enum os_cpu_feature { OS_CPU_DOTPROD, OS_CPU_I8MM };
+enum os_cpu_feature { OS_CPU_DOTPROD, OS_CPU_I8MM, OS_CPU_TILES };
 
-/* Instructions of ARM, which the system has to be asked for; 0 on other processors. */
+/* Instructions of ARM, which the system has to be asked about, and the tile registers of x86, which it
+ * has to allow this process to use; 0 on other processors. */
 int os_cpu_has(enum os_cpu_feature feature);
 
 struct os_thread;

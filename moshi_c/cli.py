@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MoshiError, OSError, ValueError, MemoryError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        sentence = (
+            getattr(error, "strerror", None) if not getattr(error, "filename", None) else None
+        )
+        message = " ".join((sentence or str(error)).split()) or type(error).__name__
         print(f"moshi-c: {message}", file=sys.stderr)
         return 1
     return 0
@@ -348,6 +351,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     settings = server.Settings(
         host=arguments.host,
         port=arguments.port,
+        seed=arguments.seed,
         queue=arguments.queue,
         token=arguments.token,
         tls=tuple(arguments.tls) if arguments.tls else None,
@@ -596,7 +600,13 @@ def _parser() -> argparse.ArgumentParser:
         "moshi-c client ws://localhost:8998 --in question.wav --out answer.wav --after 3",
         _common("seed"),  # the server has the model
     )
-    call.add_argument("url", metavar="URL", help="ws://, wss://, http:// or https://; /api/chat")
+    call.add_argument(
+        "url",
+        metavar="URL",
+        nargs="?",
+        default="ws://localhost:8998",
+        help="ws://, wss://, http:// or https://; /api/chat (default: ws://localhost:8998)",
+    )
     call.add_argument(
         "--in", dest="input", metavar="FILE", help="said in real time (default: the microphone)"
     )
@@ -715,10 +725,11 @@ def _parser() -> argparse.ArgumentParser:
         )
     serve.add_argument(
         "--per-address",
-        type=_count,
+        type=int,
         default=16,
         metavar="N",
-        help="calls from one address at once (default: 16)",
+        help="calls from one address at once, and four connections for each; "
+        "0, as behind a proxy, is no bound (default: 16)",
     )
 
     info = command(

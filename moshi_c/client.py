@@ -76,8 +76,10 @@ def address(url: str, seed: int | None = None) -> str:
     """The WebSocket's address behind what a user types.
 
     Raises:
-        ValueError: no such scheme, or no host.
+        ValueError: no such scheme, no host, or a file.
     """
+    if Path(url).is_file():
+        raise ValueError(f"{url} is a file; expected the address of a server, and --in {url}")
     parts = urlsplit(url if "://" in url else f"ws://{url}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
@@ -92,7 +94,8 @@ def address(url: str, seed: int | None = None) -> str:
 def talk(
     call: Call, said: Callable[[str], None], waiting: Callable[[int], None] = lambda place: None
 ) -> Counts:
-    """Holds a call: until the file has been said and answered, or the server hangs up.
+    """Holds a call: until the file has been said and answered, or, with a microphone, until the
+    server hangs up.
 
     Args:
         call: what to call with.
@@ -100,7 +103,8 @@ def talk(
         waiting: takes our place in the line, where the server tells it.
 
     Raises:
-        SessionError: the server cannot be reached, refuses, or ends the call with a reason.
+        SessionError: the server cannot be reached, refuses, ends the call with a reason, or hangs
+            up before the file has been said and answered.
         AudioError: a file, or what the server sends, is no sound.
         DeviceError: no sounddevice, no PortAudio, or no such device.
         MoshiError: aiohttp is missing.
@@ -131,13 +135,14 @@ class _Caller:
         self._ready = asyncio.Event()
         self._answered = asyncio.Event()
         self._all_sent = False
+        self._length: int | None = None  # samples of the file
         self._reader = OggOpusReader(RATE, max_seconds=_MOST_SECONDS)
         self._text = codecs.getincrementaldecoder("utf-8")("replace")
 
     async def run(self) -> Counts:
         aiohttp = _aiohttp()
         call = self._call
-        said = None if call.source is None else self._file(read_audio(call.source, RATE))
+        said = None if call.source is None else self._file(self._whole(call.source))
         headers = {"Authorization": f"Bearer {call.token}"} if call.token else {}
         with contextlib.ExitStack() as stack:
             if call.target is None:
@@ -153,9 +158,9 @@ class _Caller:
                         ssl=call.verify,
                     ) as socket,
                 ):
+                    blocks = said or self._blocks(self._microphone(stack))
                     if call.target is not None:  # only now: an old file stays without a call
                         self._play = self._sink(stack)
-                    blocks = said or self._blocks(self._microphone(stack))
                     try:
                         await self._converse(socket, blocks)
                     finally:
@@ -181,11 +186,16 @@ class _Caller:
         self._speaker = stack.enter_context(Loudspeaker(RATE, call.speaker))
         return self._speaker.play
 
+    def _whole(self, source: Path) -> Pcm:
+        """What is said, in whole frames."""
+        silence = np.zeros(round(self._call.after * RATE), np.float32)
+        pcm = np.concatenate([read_audio(source, RATE), silence])
+        pcm = np.pad(pcm, (0, -len(pcm) % FRAME))
+        self._length = len(pcm)
+        return pcm
+
     async def _file(self, pcm: Pcm) -> AsyncIterator[Pcm]:
         """A frame every 80 ms, on the clock."""
-        silence = np.zeros(round(self._call.after * RATE), np.float32)
-        pcm = np.concatenate([pcm, silence])
-        pcm = np.pad(pcm, (0, -len(pcm) % FRAME))
         loop = asyncio.get_running_loop()
         began = loop.time()
         for index, frame in enumerate(pcm.reshape(-1, FRAME)):
@@ -260,6 +270,7 @@ class _Caller:
             if message.type == types.BINARY:
                 self._take(message.data)
             elif message.type == types.CLOSE and message.data in (1000, 1001):
+                self._check_whole()
                 return
             elif message.type in (types.CLOSE, types.CLOSING, types.CLOSED, types.ERROR):
                 reason = message.extra if message.type == types.CLOSE else None
@@ -267,6 +278,18 @@ class _Caller:
                     f"{self._url} ended the call: "
                     + printable(str(reason or f"the connection was lost ({socket.close_code})"))
                 )
+
+    def _check_whole(self) -> None:
+        """A server that hangs up has to have answered the whole file; a microphone has no whole."""
+        if self._length is None or self._answered.is_set():
+            return
+        sent, length, heard = (
+            f"{samples / RATE:.2f} s"
+            for samples in (self._counts.sent, self._length, self._counts.heard)
+        )
+        raise SessionError(
+            f"{self._url} hung up before the end: {sent} of {length} were said, {heard} heard"
+        )
 
     def _take(self, data: bytes) -> None:
         kind, rest = data[:1], data[1:]

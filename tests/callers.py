@@ -232,11 +232,13 @@ class Chatter:
 
 
 @contextlib.asynccontextmanager
-async def chatting(server: Server | str, query: str = "") -> AsyncIterator[Chatter]:
-    """A call over `/api/chat`."""
+async def chatting(
+    server: Server | str, query: str = "", origin: str | None = None
+) -> AsyncIterator[Chatter]:
+    """A call over `/api/chat`; origin: the page that a browser would be on."""
     async with (
         aiohttp.ClientSession() as client,
-        client.ws_connect(f"{websocket(server)}/api/chat{query}") as connection,
+        client.ws_connect(f"{websocket(server)}/api/chat{query}", origin=origin) as connection,
     ):
         chatter = Chatter(connection)
         listening = asyncio.create_task(chatter.listen())
@@ -273,9 +275,11 @@ def reset_socket(connection: Any) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-async def raw(port: int, text: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection by hand, with the first bytes sent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def raw(
+    port: int, text: bytes, source: str = "127.0.0.1"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection by hand, with the first bytes sent, from an address of this machine."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
     writer.write(text)
     await writer.drain()
     return reader, writer

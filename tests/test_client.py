@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ class Echo:
             frames += 1
             self.some_heard.set()
             if frames in self.after_frames:
-                await self.after_frames[frames]((request, socket))
+                await self.after_frames[frames]((request, socket, self))
         return socket
 
     def __enter__(self) -> Echo:
@@ -237,13 +238,46 @@ def test_a_call_that_the_server_ends_keeps_what_was_heard(
     assert 5 * FRAME <= len(answer(question)) <= 6 * FRAME
 
 
-def test_a_server_that_hangs_up_in_peace_ends_the_call(server: Echo, question: Path) -> None:
-    async def close(call: Any) -> None:
-        await call[1].close()
+async def close(call: Any) -> None:
+    await call[1].close()
 
-    server.after_frames = {6: close}
+
+async def keep_silent(call: Any) -> None:
+    """From here on it says nothing, and hangs up when it has heard all."""
+    while len(call[2].kinds) < 13:
+        call[2].kinds.append((await call[1].receive()).data[0])
+    await call[1].close()
+
+
+@pytest.mark.parametrize(
+    ("frames", "how", "said"),
+    [
+        (6, close, "(0.48|0.56) s of 1.04 s were said, 0.48 s heard"),
+        (10, keep_silent, "1.04 s of 1.04 s were said, 0.80 s heard"),
+    ],
+    ids=["input missing", "answers missing"],
+)
+def test_a_server_that_hangs_up_in_the_middle_of_a_file_is_an_error(
+    server: Echo,
+    question: Path,
+    frames: int,
+    how: Callable[[Any], Any],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.after_frames = {frames: how}
+    assert call(server, question) == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(rf"moshi-c: ws://\S+ hung up before the end: {said}\n", err), err
+    assert len(answer(question)) == frames * FRAME
+
+
+def test_a_server_that_hangs_up_when_all_is_said_and_answered_is_none(
+    server: Echo, question: Path
+) -> None:
+    server.after_frames = {13: close}
     assert call(server, question) == 0
-    assert len(answer(question)) == 6 * FRAME
+    assert len(answer(question)) == 13 * FRAME
 
 
 @scenario
@@ -317,6 +351,7 @@ def test_mistakes_are_found_before_the_call(
     for arguments, sentence in (
         (["ftp://host"], "ftp://host is no address of a server"),
         (["ws://"], "is no address of a server"),
+        ([str(question)], f"expected the address of a server, and --in {question}"),
         (["host", "--in", "none.wav", "--out", "a.wav"], "none.wav does not exist"),
         (["host", "--out", "a.xyz"], "'.xyz'"),
         (["host", "--in", str(question), "--out", str(question)], "is the input"),

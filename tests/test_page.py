@@ -7,6 +7,8 @@ import io
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -445,10 +447,37 @@ def test_the_jitter_buffer_learns_from_gaps_and_trims_lag(parts: Page) -> None:
     assert max(part["largest"] for part in found.values()) <= 0.25
 
 
+def test_the_page_takes_a_servers_word_that_it_does_not_keep_up(parts: Page) -> None:
+    told = parts.evaluate(
+        "import('/page/links.js').then(({ChatLink, PcmLink}) => {"
+        " const told = [];"
+        " const events = {late: () => told.push('late'), waiting: (place) => told.push(place)};"
+        " const links = [ChatLink, PcmLink].map((kind) =>"
+        "  Object.assign(Object.create(kind.prototype), {events}));"
+        " for (const note of [{type: 'overrun', late: 3}, {position: 2}, {type: 'lagging'}]) {"
+        "  const text = JSON.stringify(note);"
+        "  links[0].received(Uint8Array.of(6, ...new TextEncoder().encode(text)).buffer);"
+        "  links[1].received(text);"
+        " }"
+        " return told;"
+        "})"
+    )
+    assert told == ["late", "late", 2, 2]
+
+
 # ---- the wheel ---------------------------------------------------------------------------------
 
 
-def test_every_file_of_the_page_is_served_and_kept_by_the_package(server: Server) -> None:
+def test_every_file_of_the_page_is_in_the_wheel(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    page = Path("moshi_c", "server", "page")
+    files = {file.name: file.read_bytes() for file in (root / page).iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / page).iterdir()} == files
+
+
+def test_every_file_of_the_page_is_served(server: Server) -> None:
     import urllib.request
 
     import moshi_c.server

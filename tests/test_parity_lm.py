@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.timeout(900)]
 
 FAMILIES = ("moshi", "hibiki", "stt", "depth16", "delays", "ff4")
 WIDE = ("wide7b", "wide2b")
-STEPS = 500
+STEPS = 300
 
 
 def conditions_for(shape: Shape, value: int = -1) -> dict[str, str | None]:
@@ -131,7 +131,7 @@ def test_published_widths_equal_upstream(made: Checkpoints, name: str) -> None:
     """Two layers of the 7B and of the 2B; the file is bf16, both sides compute in float32."""
     shape = SHAPES[name]
     folder = made.lm(name, dtype=torch.bfloat16)
-    user = upstream.user_codes(40, shape.user_q, shape.card, 1)
+    user = upstream.user_codes(20, shape.user_q, shape.card, 1)
     lm = upstream.load_lm(folder)
     theirs = upstream.lm_greedy(lm, user, **options_for(shape))
     del lm

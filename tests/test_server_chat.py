@@ -228,7 +228,9 @@ PAGE_QUERY = urlencode(
         "repetition_penalty": "1",
     }
 )
-PLEX_QUERY = urlencode({"voice_prompt": "NATF2.pt", "text_prompt": "You are a teacher.", "seed": 7})
+PLEX_QUERY = f"{PAGE_QUERY}&" + urlencode(
+    {"text_prompt": "You are a teacher.", "voice_prompt": "NATF2.pt"}
+)
 
 
 def page_pieces(pcm: Sound) -> list[bytes]:
@@ -287,8 +289,15 @@ async def test_the_messages_of_the_web_pages_make_a_call(model: Model) -> None:
 async def test_dtx_is_asked_for_by_url_or_setting(model: Model) -> None:
     pieces = written(sound.silence(1.2))
 
-    async def call(options: dict[str, Any], query: str, quiet: bool) -> None:
-        async with serving(model, **options) as server, chatting(server, query) as caller:
+    page = "http://page.example"
+
+    async def call(
+        options: dict[str, Any], query: str, quiet: bool, origin: str | None = None
+    ) -> None:
+        async with (
+            serving(model, **options) as server,
+            chatting(server, query, origin) as caller,
+        ):
             await caller.ready()
             await caller.say(pieces, 0.08)
             await eventually(lambda: value(server, "moshi_total_steps_total") >= len(pieces))
@@ -299,8 +308,35 @@ async def test_dtx_is_asked_for_by_url_or_setting(model: Model) -> None:
         call({}, "?dtx=0", False),
         call({}, "?dtx=1", True),
         call({}, "?voice_prompt=NATF2.pt", True),
+        call({"origins": (page,)}, "?voice_prompt=NATF2.pt", False, page),
         call({"dtx": True}, "", True),
     )
+
+
+@scenario
+async def test_fault_23_an_overrun_is_told_to_who_asks(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Session.astep
+
+    async def slow(self: Session, pcm: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await step(self, pcm, **options)
+
+    monkeypatch.setattr(Session, "astep", slow)
+    pieces = written(sound.silence(1.0))
+
+    async def call(server: Server, query: str) -> list[Any]:
+        async with chatting(server, query) as caller:
+            await caller.ready()
+            await caller.say(pieces, 0.08)
+            await caller.until(lambda: len(caller.kind(1)) > 5)
+            return [json.loads(note) for note in caller.kind(6)]
+
+    async with serving(model, keepalive_seconds=60.0) as server:
+        told, untold = await asyncio.gather(call(server, "?events=1"), call(server, ""))
+        assert "overrun" in {note["type"] for note in told} <= {"overrun", "lagging"}
+        assert untold == []
 
 
 # ---- the line ----------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from moshi_c.server.clock import FOLLOW, KEPT, LEAD, SILENCE, STEP, WINDOW, Clock
+import numpy as np
+
+from moshi_c.server.clock import FOLLOW, KEPT, LEAD, SILENCE, STEP, WAIT, WINDOW, Clock
 
 FRAME = 0.08
 TOLERANCE = 0.2
@@ -160,3 +162,18 @@ def test_a_server_that_was_held_up_looks_before_it_puts_in_silence() -> None:
     clock.was_held_up(5.0)
     assert clock.decide(5.0, 0)[0] != SILENCE
     assert clock.decide(5.0 + TOLERANCE, 0)[0] == SILENCE
+
+
+def test_a_model_that_has_something_to_say_hears_silence_until_the_first_frame() -> None:
+    clock = Clock(FRAME, TOLERANCE)
+    assert clock.decide(1.0, 0) == (WAIT, float("inf"))
+    clock.begin(1.0)
+    steps = []
+    for _ in range(10):
+        what, at = clock.decide(steps[-1] if steps else 1.0, 0)
+        assert what == WAIT and clock.decide(at, 0)[0] == SILENCE
+        clock.silent()
+        clock.begin(at)  # changes nothing once it runs
+        steps.append(at)
+    assert np.allclose(np.diff([1.0 + TOLERANCE - FRAME, *steps]), FRAME)
+    assert clock.decide(steps[-1] + 0.01, 1)[0] == STEP

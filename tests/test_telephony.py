@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from moshi_c.audio import resample
 from moshi_c.telephony import PHONE_RATE, BytesIn, BytesOut, Encoding, decode, encode
 
+pytestmark = pytest.mark.python
+
 SUBTYPE = {"pcmu": "ULAW", "pcma": "ALAW"}
 LAWS = pytest.mark.parametrize("law", SUBTYPE)
 

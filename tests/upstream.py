@@ -37,7 +37,8 @@ Conditions = Mapping[str, str | None]
 
 FRAME = sounds.FRAME
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-torch.set_num_threads(CORES)
+# Its share of them, where tests run in several processes.
+torch.set_num_threads(max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @contextmanager

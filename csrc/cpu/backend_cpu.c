@@ -211,7 +211,7 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
     struct cpu_backend *cpu = cpu_backend(backend);
     size_t threads = (size_t)backend->threads;
     void *activations = cpu->activations, *scores = cpu->scores, *nearest = cpu->nearest;
-    void *fresh = cpu->fresh;
+    void *fresh = cpu->fresh, *gathered = cpu->gathered;
     int status;
 
     /* embed needs two rows; attend puts the query beside the scores, and a query is no wider than
@@ -219,6 +219,10 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
     status = grow(&activations, &cpu->activation_floats, ((size_t)rows + 1) * padded(columns),
                   sizeof(float));
     cpu->activations = activations;
+    if (status == MOSHI_OK && cpu->kernels->tiles[WEIGHT_BF16])
+        status = grow(&gathered, &cpu->gathered_floats,
+                      ((size_t)rows + 1) * gathered_width(columns), sizeof(float));
+    cpu->gathered = gathered;
     if (status == MOSHI_OK)
         status = grow(&fresh, &cpu->fresh_floats, 2 * (size_t)rows * padded(columns),
                       sizeof(float));
@@ -271,6 +275,7 @@ static void cpu_destroy(struct backend *backend)
     threads = (size_t)backend->threads;
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
+    if (cpu->gathered) os_release(cpu->gathered, cpu->gathered_floats * sizeof(float));
     if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
     if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));

@@ -19,6 +19,8 @@ struct cpu_backend {
     struct pool *pool;
     float *activations; /* rows of a product, after norm and arrange */
     size_t activation_floats;
+    float *gathered; /* the same rows as `tiles` takes them, if the kernels have any */
+    size_t gathered_floats;
     float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
     float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
@@ -64,6 +66,8 @@ struct product {
                         const float *sums, size_t stride);
     const void *op;
     struct cpu_backend *cpu;
+    int tiles; /* are used, and A is what they take */
+    int chosen; /* active rows of A */
 };
 
 void product_run(struct cpu_backend *cpu, struct product *product);

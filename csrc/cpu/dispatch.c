@@ -26,6 +26,17 @@ static int has_avx512(void)
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+
+static int has_amx(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    const unsigned bf16_and_tiles = 1u << 22 | 1u << 24;
+
+    return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           (edx & bf16_and_tiles) == bf16_and_tiles &&
+           __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 5) /* AVX512-BF16 */ &&
+           os_cpu_has(OS_CPU_TILES);
+}
 #elif defined(MOSHI_CPU_ARM)
 static int has_dot(void)
 {
@@ -52,6 +63,7 @@ static const struct {
 #if defined(MOSHI_CPU_X86)
     {&kernels_avx2, has_avx2},
     {&kernels_avx512, has_avx512},
+    {&kernels_amx, has_amx},
 #elif defined(MOSHI_CPU_ARM)
     {&kernels_neon, always},
     {&kernels_neon_dot, has_dot},

@@ -13,11 +13,18 @@
 #include "../quant.h"
 
 #define ROWS_MAX 48 /* rows of activations in one call of dot or panels */
+#define TOGETHER 16 /* rows that lie side by side for `tiles` */
 #define ROW_PAD 64  /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)
 {
     return ((size_t)columns + ROW_PAD - 1) / ROW_PAD * ROW_PAD;
+}
+
+/* Floats that a gathered row has. */
+static inline size_t gathered_width(int columns)
+{
+    return padded(columns) / 2 * 3;
 }
 
 /* What a block format multiplies: TILE activations, each GROUP of them with a scale of its own,
@@ -51,6 +58,14 @@ struct cpu_kernels {
      * int8 has (float)d * x.scale, and the sum * w.scale. All instruction sets give these bits. */
     void (*panels[WEIGHT_FORMATS])(const void *w, int columns, int panels, const float *const *x,
                                    int rows, float *y, size_t stride);
+    /* What `dot` is for products, where a table has both for a format. gather puts columns
+     * begin..end-1 of up to TOGETHER rows, which are as they are, side by side; begin is a multiple
+     * of ROW_PAD and so is end, unless it is padded(columns). tiles takes `rows` of them, group after
+     * group, with gathered_width(columns) floats for a row. */
+    void (*gather[WEIGHT_FORMATS])(const float *const *x, int rows, int columns, int begin, int end,
+                                   float *y);
+    void (*tiles[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *x, int rows,
+                                  float *y, size_t stride);
     /* y[n] = w[n] as floats; int8: the codes */
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
 
@@ -90,7 +105,7 @@ struct cpu_kernels {
 
 extern const struct cpu_kernels kernels_generic;
 #if defined(MOSHI_CPU_X86)
-extern const struct cpu_kernels kernels_avx2, kernels_avx512;
+extern const struct cpu_kernels kernels_avx2, kernels_avx512, kernels_amx;
 #elif defined(MOSHI_CPU_ARM)
 extern const struct cpu_kernels kernels_neon, kernels_neon_dot, kernels_neon_i8mm;
 #endif

@@ -712,26 +712,27 @@ static void mix_int8_avx512(const float *p, const void *values, int n, int width
     mix(WEIGHT_INT8, p, values, n, width, y);
 }
 
-const struct cpu_kernels kernels_avx512 = {
-    .name = "avx512",
-    .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx512, arrange_codes_avx2,
-                arrange_codes_avx2, arrange_codes_avx2},
-    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},
-    .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,
-               panels_q4_avx512},
-    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
-    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
-    .magnitude = largest_magnitude,
-    .norm_layer = norm_layer_avx2,
-    .norm_rms = norm_rms_avx2,
-    .elu = elu_avx512,
-    .gelu = gelu_avx2,
-    .gate = gate_avx2,
-    .add = add_avx2,
-    .add_scaled = add_scaled_avx2,
-    .finish = finish_avx512,
-    .softmax = softmax_avx2,
-    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx512},
+#define KERNELS                                                                                    \
+    .arrange = {arrange_plain,      arrange_plain,      arrange_bf16_avx512,                       \
+                arrange_codes_avx2, arrange_codes_avx2, arrange_codes_avx2},                       \
+    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},                     \
+    .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,                \
+               panels_q4_avx512},                                                                  \
+    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},                        \
+    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},                       \
+    .magnitude = largest_magnitude, .norm_layer = norm_layer_avx2, .norm_rms = norm_rms_avx2,      \
+    .elu = elu_avx512, .gelu = gelu_avx2, .gate = gate_avx2, .add = add_avx2,                      \
+    .add_scaled = add_scaled_avx2, .finish = finish_avx512, .softmax = softmax_avx2,               \
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx512}
+
+const struct cpu_kernels kernels_avx512 = {.name = "avx512", KERNELS};
+
+/* These, and kernels_amx.c. */
+const struct cpu_kernels kernels_amx = {
+    .name = "amx",
+    KERNELS,
+    .gather = {[WEIGHT_BF16] = gather_bf16_amx},
+    .tiles = {[WEIGHT_BF16] = tiles_bf16_amx},
 };
 
 #if defined(__clang__)

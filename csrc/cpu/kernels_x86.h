@@ -1,4 +1,4 @@
-/* kernels_x86.h: AVX2 kernels that the AVX-512 table takes over as they are. */
+/* kernels_x86.h: kernels that another file's table takes over as they are. */
 #ifndef MOSHI_CPU_KERNELS_X86_H
 #define MOSHI_CPU_KERNELS_X86_H
 
@@ -18,6 +18,10 @@ void gate_avx2(const float *g, const float *v, size_t n, float *y);
 void add_avx2(const float *u, size_t n, float *y);
 void add_scaled_avx2(const float *u, const float *scale, size_t n, float *y);
 void softmax_avx2(float *x, int n, float scale);
+
+void gather_bf16_amx(const float *const *x, int rows, int columns, int begin, int end, float *y);
+void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int rows, float *y,
+                    size_t stride);
 
 #endif
 #endif

@@ -136,10 +136,9 @@ static struct choice choose(void)
 #if defined(MOSHI_CPU_X86)
     const struct cpu_kernels *kernels;
 
-    if (kernels_choose(&kernels) == MOSHI_OK && strcmp(kernels->name, "avx512") == 0)
-        choice = (struct choice){read_avx2, multiply_avx512, 16};
-    else if (kernels_choose(&kernels) == MOSHI_OK && strcmp(kernels->name, "avx2") == 0)
-        choice = (struct choice){read_avx2, multiply_avx2, 8};
+    if (kernels_choose(&kernels) != MOSHI_OK || kernels == &kernels_generic) return choice;
+    choice = kernels == &kernels_avx2 ? (struct choice){read_avx2, multiply_avx2, 8}
+                                      : (struct choice){read_avx2, multiply_avx512, 16};
 #endif
     return choice;
 }

@@ -10,9 +10,11 @@
 
 #define BLOCK_OUTPUTS 64
 #define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
+#define TILE_ROWS 48      /* of a chunk of tiles: they stay in the second cache */
+#define GATHER_COLUMNS 512
 
 struct block {
-    _Alignas(64) float sums[ROWS_MAX * BLOCK_STRIDE];
+    _Alignas(64) float sums[TILE_ROWS * BLOCK_STRIDE];
 };
 
 static int active(const struct product *p, int row)
@@ -28,9 +30,13 @@ static const float *row_of(const struct product *p, int row)
 
 /* Sums of outputs first..first+count-1 of `rows` rows; the first one at the returned address,
  * rows BLOCK_STRIDE apart. */
-static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w, int first,
-                       int count, const float *const *rows, int n, struct block *block)
+static float *multiply(const struct product *p, int first, int count, const float *const *rows,
+                       int n, struct block *block)
 {
+    const struct cpu_kernels *kernels = p->cpu->kernels;
+    const struct matrix *w = p->weight;
+    const char *from = w->data;
+
     if (w->packed) {
         int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 
@@ -39,21 +45,40 @@ static float *multiply(const struct cpu_kernels *kernels, const struct matrix *w
                                    w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
         return block->sums + first % PANEL;
     }
-    kernels->dot[w->format]((const char *)w->data +
-                                (size_t)first * (size_t)w->cols * weight_bytes(w->format),
-                            w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
+    from += (size_t)first * (size_t)w->cols * weight_bytes(w->format);
+    if (p->tiles) {
+        kernels->tiles[w->format](from, w->cols, count, rows[0], n, block->sums, BLOCK_STRIDE);
+        return block->sums;
+    }
+    kernels->dot[w->format](from, w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
     for (int r = 0; w->scales && r < n; r++)
         for (int o = 0; o < count; o++) block->sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
     return block->sums;
 }
 
-static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
+/* Active rows first..first+count-1 of those that there are, by their numbers; how many. */
+static int choose(const struct product *p, int first, int count, int *index)
 {
-    const struct matrix *w = p->weight;
-    const float *rows[ROWS_MAX];
-    int index[ROWS_MAX], n = 0;
-    struct block block, other;
+    int steps = p->steps, n = 0;
 
+    for (int i = 0; i < p->n && n < count; i++) {
+        if (p->active && !p->active[i]) continue;
+        for (int t = first < steps ? first : steps; t < steps && n < count; t++)
+            index[n++] = i * steps + t;
+        first -= first < steps ? first : steps;
+    }
+    return n;
+}
+
+/* Rows row..row_end-1 as the kernels take them: their numbers and where they are; how many. */
+static int take_rows(const struct product *p, int row, int row_end, int *index, const float **rows)
+{
+    int n = 0;
+
+    if (p->tiles) {
+        rows[0] = p->a + (size_t)row * gathered_width(p->weight->cols);
+        return choose(p, row, row_end - row, index);
+    }
     for (int i = row / p->steps, t = row % p->steps; row < row_end; row++) {
         if (!p->active || p->active[i]) {
             rows[n] = p->a + (size_t)i * p->row_stride + (size_t)t * p->step_stride;
@@ -64,13 +89,22 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
             i++;
         }
     }
+    return n;
+}
+
+static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
+{
+    const struct matrix *w = p->weight;
+    const float *rows[ROWS_MAX];
+    int index[TILE_ROWS], n = take_rows(p, row, row_end, index, rows);
+    struct block block, other;
+
     if (n == 0) return;
     for (int o = first; o < end; o += BLOCK_OUTPUTS) {
         int count = end - o < BLOCK_OUTPUTS ? end - o : BLOCK_OUTPUTS;
-        float *sums = multiply(p->cpu->kernels, w, o, count, rows, n, &block), *second = NULL;
+        float *sums = multiply(p, o, count, rows, n, &block), *second = NULL;
 
-        if (p->halves == 2)
-            second = multiply(p->cpu->kernels, w, o + w->rows / 2, count, rows, n, &other);
+        if (p->halves == 2) second = multiply(p, o + w->rows / 2, count, rows, n, &other);
         for (int r = 0, end_of_run; r < n; r = end_of_run) {
             end_of_run = r + 1;
             if (!p->finish_rows) {
@@ -90,17 +124,23 @@ static int units_of(const struct product *p)
     return (p->weight->rows / p->halves + PANEL - 1) / PANEL;
 }
 
+static int rows_of(const struct product *p)
+{
+    return p->tiles ? p->chosen : p->n * p->steps;
+}
+
 static void multiply_task(void *arg, int part, int first, int last)
 {
     const struct product *p = arg;
-    int units = units_of(p), outputs = p->weight->rows / p->halves, rows = p->n * p->steps;
+    int units = units_of(p), outputs = p->weight->rows / p->halves;
+    int rows = rows_of(p), most = p->tiles ? TILE_ROWS : ROWS_MAX;
 
     (void)part;
     while (first < last) {
         int chunk = first / units, unit = first % units;
         int end = last - first < units - unit ? unit + last - first : units;
-        int row = chunk * ROWS_MAX;
-        int row_end = rows - row < ROWS_MAX ? rows : row + ROWS_MAX;
+        int row = chunk * most;
+        int row_end = rows - row < most ? rows : row + most;
 
         multiply_range(p, row, row_end, unit * PANEL,
                        end * PANEL < outputs ? end * PANEL : outputs);
@@ -135,32 +175,69 @@ static void prepare_task(void *arg, int part, int first, int last)
             norm_row(p->cpu, p->norm, x, columns, y);
             x = y;
         }
-        if (arranged(p->weight)) p->cpu->kernels->arrange[format](x, columns, y);
+        if (arranged(p->weight) && !p->tiles) p->cpu->kernels->arrange[format](x, columns, y);
     }
+}
+
+static void gather_task(void *arg, int part, int first, int last)
+{
+    const struct product *p = arg;
+    int columns = (int)padded(p->weight->cols);
+    int spans = (columns + GATHER_COLUMNS - 1) / GATHER_COLUMNS;
+
+    (void)part;
+    for (int task = first; task < last; task++) {
+        int group = task / spans, begin = task % spans * GATHER_COLUMNS;
+        int end = columns - begin < GATHER_COLUMNS ? columns : begin + GATHER_COLUMNS;
+        int index[TOGETHER], n = choose(p, group * TOGETHER, TOGETHER, index);
+        const float *rows[TOGETHER];
+
+        for (int r = 0; r < n; r++) rows[r] = row_of(p, index[r]);
+        p->cpu->kernels->gather[p->weight->format](
+            rows, n, p->weight->cols, begin, end,
+            p->cpu->gathered + (size_t)group * TOGETHER * gathered_width(p->weight->cols));
+    }
+}
+
+/* All active rows, side by side. */
+static void gather(struct cpu_backend *cpu, struct product *p)
+{
+    int groups, spans = ((int)padded(p->weight->cols) + GATHER_COLUMNS - 1) / GATHER_COLUMNS;
+
+    p->chosen = p->n;
+    for (int i = 0; p->active && i < p->n; i++) p->chosen -= !p->active[i];
+    p->chosen *= p->steps;
+    groups = (p->chosen + TOGETHER - 1) / TOGETHER;
+    cpu_parallel(cpu, gather_task, p, groups * spans, (double)p->chosen * p->weight->cols);
+    p->a = cpu->gathered;
 }
 
 void product_run(struct cpu_backend *cpu, struct product *p)
 {
-    int rows = p->n * p->steps, chunks = (rows + ROWS_MAX - 1) / ROWS_MAX;
+    int rows = p->n * p->steps, chunks;
     size_t stride = padded(p->weight->cols);
     double work = (double)rows * p->weight->cols;
 
     p->cpu = cpu;
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
-    if (p->norm || arranged(p->weight)) {
-        if ((size_t)rows * stride > cpu->activation_floats) {
-            backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
-                         "a product of %d rows and %d columns exceeds the reserved scratch", rows,
-                         p->weight->cols);
-            return;
-        }
+    p->tiles = !p->weight->packed && cpu->kernels->tiles[p->weight->format];
+    if ((p->norm || arranged(p->weight)) && (size_t)rows * stride > cpu->activation_floats) {
+        backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
+                     "a product of %d rows and %d columns exceeds the reserved scratch", rows,
+                     p->weight->cols);
+        return;
+    }
+    if (p->norm || (arranged(p->weight) && !p->tiles)) {
         cpu_parallel(cpu, prepare_task, p, rows, rows > 1 ? work : 0);
         p->a = cpu->activations;
         p->step_stride = stride;
         p->row_stride = stride * (size_t)p->steps;
         p->norm = NULL;
     }
+    if (p->tiles) gather(cpu, p);
+    rows = rows_of(p);
+    chunks = p->tiles ? (rows + TILE_ROWS - 1) / TILE_ROWS : (rows + ROWS_MAX - 1) / ROWS_MAX;
     cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work * p->weight->rows);
 }
 

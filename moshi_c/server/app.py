@@ -43,6 +43,7 @@ from .admission import Admission
 from .call import Call, Ending, Wire
 from .chat import ChatWire
 from .guard import Guard, Refused
+from .listener import Listener
 from .live import LiveWire
 from .metrics import Metrics
 from .pcm import FORMATS, PcmWire
@@ -54,6 +55,8 @@ log = logging.getLogger("moshi_c.server")
 
 #: Seconds in which a connection has to say what it wants.
 _FIRST_REQUEST = 10.0
+#: Connections from one address for each call that it may hold: pages come by several at once.
+_CONNECTIONS_PER_CALL = 4
 #: Seconds between WebSocket pings.
 _HEARTBEAT = 10.0
 #: Bytes that the system may hold for a caller who does not read.
@@ -95,7 +98,6 @@ class Server:
         self._calls: set[Call] = set()
         self._numbers = 0
         self._stopping = False
-        self._silent: dict[Any, asyncio.TimerHandle] = {}  # connections without a request yet
 
     # ---- start and end -------------------------------------------------------------------------
 
@@ -109,7 +111,7 @@ class Server:
     @property
     def port(self) -> int:
         """The port in use."""
-        return int(self._listener.sockets[0].getsockname()[1])
+        return self._listener.port
 
     async def start(self) -> None:
         """Steps the model once, so that the first caller does not wait for it, and listens.
@@ -138,19 +140,22 @@ class Server:
         quiet.setLevel(logging.CRITICAL + 1)
         self._runner = web.AppRunner(app, access_log=None, logger=quiet)
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
+        handler = self._runner.server
+        assert handler is not None
+        self._listener = Listener(
+            handler,
+            most=settings.connections,
+            per_address=_CONNECTIONS_PER_CALL * settings.per_address,
+            first_seconds=_FIRST_REQUEST,
+            tls=context,
+            refused=lambda label: self.metrics.refused.labels(label).inc(),
+        )
         try:
-            self._listener = await loop.create_server(
-                self._connection,
-                settings.host,
-                settings.port,
-                ssl=context,
-                ssl_handshake_timeout=None if context is None else _FIRST_REQUEST / 2,
-                backlog=1024,
-            )
+            await self._listener.listen(settings.host, settings.port)
         except OSError as error:
             await self._runner.cleanup()
-            reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+            in_use = error.errno == errno.EADDRINUSE
+            reason = "it is in use; give another port" if in_use else error.strerror
             raise OSError(
                 error.errno, f"{settings.host}:{settings.port} cannot be listened on: {reason}"
             ) from error
@@ -177,8 +182,6 @@ class Server:
             call.end(ending)
         await self._all_over(5.0)
         await self._runner.cleanup()
-        for timer in self._silent.values():
-            timer.cancel()
         log.info("stopped")
 
     async def _all_over(self, seconds: float) -> None:
@@ -214,29 +217,11 @@ class Server:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    # ---- connections ---------------------------------------------------------------------------
-
-    def _connection(self) -> asyncio.BaseProtocol:
-        """A new one; it has to ask for something soon."""
-        server = self._runner.server
-        if server is None or len(server.connections) >= self.settings.connections:
-            self.metrics.refused.labels("connections").inc()
-            return _Closed()
-        handler = server()
-        loop = asyncio.get_running_loop()
-        self._silent[handler] = loop.call_later(_FIRST_REQUEST, self._expire, handler)
-        return handler
-
-    def _expire(self, handler: Any) -> None:
-        self._silent.pop(handler, None)
-        if handler.transport is not None:
-            handler.transport.abort()
+    # ---- requests ------------------------------------------------------------------------------
 
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        timer = self._silent.pop(request.protocol, None)
-        if timer is not None:
-            timer.cancel()
+        self._listener.spoke(request.protocol)
         try:
             self._guard.check_page(request)
             response = await handler(request)
@@ -269,9 +254,12 @@ class Server:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         query = request.query
-        # PersonaPlex's clients send a voice, and cannot be told to ask for more
-        dtx = self.settings.dtx or "voice_prompt" in query or query.get("dtx") == "1"
-        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=self._model.sample_rate))
+        # LiveKit's client sends a voice, and cannot be told to ask for more. PersonaPlex's page
+        # sends one, too, but plays what comes: browsers say which page they are on.
+        pausing = "voice_prompt" in query and "Origin" not in request.headers
+        dtx = self.settings.dtx or pausing or query.get("dtx") == "1"
+        rate, events = self._model.sample_rate, query.get("events") == "1"
+        return await self._call(request, lambda: ChatWire(dtx=dtx, rate=rate, events=events))
 
     async def _pcm(self, request: web.Request) -> web.StreamResponse:
         def wire() -> Wire:
@@ -455,14 +443,6 @@ class Server:
         return web.Response(
             body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
-
-
-class _Closed(asyncio.Protocol):
-    """A connection that is one too many."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
 
 
 def _tuned(request: web.Request) -> asyncio.Transport:

@@ -27,7 +27,7 @@ from ..session import Frame, Session
 from .admission import Place
 from .clock import SILENCE, STEP, Clock
 from .guard import Allowance
-from .metrics import Metrics
+from .metrics import Metrics, Pace
 from .settings import Sampling, Settings
 
 log = logging.getLogger("moshi_c.server")
@@ -42,6 +42,8 @@ _MOST_IGNORED = 100
 _SOUND_PER_SECOND = 10.0
 #: A wake-up later than this is the server's own fault, s.
 _HELD_UP = 0.05
+#: Seconds between two words about late answers.
+_OVERRUN_SECONDS = 2.0
 #: Bytes that may wait in a socket's buffer before we hold back.
 _BUFFERED_BYTES = 32768
 #: What may wait to be sent before who asks for more answers is read no further.
@@ -223,6 +225,8 @@ class Call:
         self._send = asyncio.Event()  # for the one who writes
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self._counts = Counts()
+        self._pace = Pace(metrics, self._frame_seconds)
+        self._overrun_until = 0.0  # then the caller is told again
         self._in_ended = self._lagging = False
         self._began = self._ready = self._sent = self._loop.time()
         self._heard: float | None = None  # when sound came last; None before the slot is there
@@ -297,6 +301,7 @@ class Call:
         counts, metrics = self._counts, self._metrics
         metrics.ended.labels(ending.label).inc()
         metrics.call_steps.observe(counts.steps)
+        self._pace.over()
         facts = [f"{self._loop.time() - self._began:.1f} s", f"{counts.steps} frames"]
         for count, what in (
             (counts.silence, "of silence for late input"),
@@ -408,8 +413,10 @@ class Call:
         if self._in_ended or not len(pcm):
             return
         self._heard = now
+        there = self._inbox.ready
         self._inbox.add(pcm, now)
         if self._wire.live:
+            self._pace.came(now, self._inbox.ready - there)
             old = self._clock.too_old(self._inbox.ready)
             self._drop_input(old)
             self._drop_input(self._inbox.ready - self._most)
@@ -457,7 +464,7 @@ class Call:
             return await asyncio.to_thread(
                 Session,
                 self._model,
-                seed=wanted.seed,
+                seed=self._settings.seed if wanted.seed is None else wanted.seed,
                 text_temperature=wanted.text_temperature,
                 text_top_k=wanted.text_top_k,
                 audio_temperature=wanted.audio_temperature,
@@ -604,8 +611,9 @@ class Call:
             out = self._outbox.popleft()
             self._room.set()
             if out.frame is not None and out.frame.pcm is not None:
-                await self._give(self._wire.sound(out.frame.pcm, out.frame))
-                self._answer(self._loop.time() - out.since)
+                payloads = self._wire.sound(out.frame.pcm, out.frame)
+                await self._give(payloads)
+                self._answer(out.since, bool(payloads))
             elif out.text:
                 await self._give(self._wire.text(out.text, out.time))
             elif out.answer is not None:
@@ -624,11 +632,23 @@ class Call:
             else:
                 await self._socket.send_bytes(payload)
 
-    def _answer(self, seconds: float) -> None:
-        self._metrics.answer_seconds.observe(seconds)
-        if self._wire.live and seconds > self._frame_seconds:
-            self._counts.late += 1
-            self._metrics.late.inc()
+    def _answer(self, since: float, sent: bool) -> None:
+        """The model's voice has gone out, but for silence that the caller does without."""
+        now = self._loop.time()
+        self._metrics.answer_seconds.observe(now - since)
+        if not self._wire.live:
+            return
+        if sent:
+            self._pace.went(now)
+        else:
+            self._pace.paused()
+        if now - since <= self._frame_seconds:
+            return
+        self._counts.late += 1
+        self._metrics.late.inc()
+        if now >= self._overrun_until:
+            self._overrun_until = now + _OVERRUN_SECONDS
+            self._post(partial(self._wire.event, "overrun", late=self._counts.late))
 
     # ---- time ----------------------------------------------------------------------------------
 

@@ -6,8 +6,12 @@ caller has a slot; 1 a piece of one Ogg Opus stream, whose header pages come wit
 else was sent for a while. To us: 1; the other kinds of the protocol are taken and mean nothing.
 
 Who waits for a slot gets pings that say the place in the line, as JSON behind the kind:
-`{"position": 1}`. Every published client ignores what stands there. What is said before there is a
-slot is decoded, so that the stream's header is not lost, and dropped: nobody listens yet.
+`{"position": 1}`. Every published client ignores what stands there. What is said before
+there is a slot is decoded, so that the stream's header is not lost, and dropped: nobody listens
+yet.
+
+`events`: the events of `/ws/pcm`, such as `{"type": "overrun", "late": 3}`, come behind the kind
+of a ping as well. Only for who asks: upstream's client prints a line for each ping.
 
 `dtx`: while the model has been silent for half a second, nothing but pings is sent. LiveKit's
 client takes a pause in the sound for the end of a turn.
@@ -45,10 +49,10 @@ class ChatWire:
     name = "/api/chat"
     live = True
 
-    def __init__(self, *, dtx: bool, rate: int) -> None:
+    def __init__(self, *, dtx: bool, rate: int, events: bool = False) -> None:
         self._reader = OggOpusReader(rate, max_seconds=_SLICE_SECONDS)
         self._writer = OggOpusWriter(rate)
-        self._dtx = dtx
+        self._dtx, self._events = dtx, events
         self._silent = _SILENCE_FRAMES
         self._position = 0
 
@@ -96,8 +100,10 @@ class ChatWire:
         return [bytes([TEXT]) + text.encode()]
 
     def event(self, event: str, **facts: Any) -> list[Payload]:
-        """Nothing: there is no kind for it."""
-        return []
+        """See Wire."""
+        if not self._events:
+            return []
+        return [bytes([PING]) + json.dumps({"type": event, **facts}).encode()]
 
     def keep_alive(self) -> list[Payload]:
         """See Wire."""

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from .listener import neighbourhood
 from .settings import Settings, is_loopback
 
 
@@ -39,7 +40,10 @@ class Guard:
         if self._own_names_only and not is_loopback(_name(host)) and host not in self._origins:
             raise Refused(403, "host", f"this server does not answer to the name {_name(host)!r}")
         origin = request.headers.get("Origin")
-        if origin is not None and _authority(origin) not in {host, *self._origins}:
+        if origin is not None and (
+            not _name(_authority(origin))  # "null", as pages say that hide where they are from
+            or _authority(origin) not in {host, *self._origins}
+        ):
             raise Refused(403, "origin", "pages of another host may not connect here")
 
     def check_token(self, request: web.Request) -> None:
@@ -54,7 +58,8 @@ class Guard:
 
     def enter(self, address: str) -> None:
         """One more call from this address."""
-        if self._open[address] >= self._per_address:
+        address = neighbourhood(address)
+        if self._per_address and self._open[address] >= self._per_address:
             raise Refused(
                 429, "address", f"{self._per_address} calls from one address are the most at once"
             )
@@ -62,6 +67,7 @@ class Guard:
 
     def leave(self, address: str) -> None:
         """One fewer."""
+        address = neighbourhood(address)
         self._open[address] -= 1
         if self._open[address] <= 0:
             del self._open[address]

@@ -5,6 +5,7 @@ the openai package (`openai.types.live`). The caller sends `session.start` once 
 `session.started` when there is a slot; from then on sound goes both ways without a pause, base64 in
 `session.input_audio.append` and `session.output_audio.delta`: 16 bits at 24 or 16 kHz, or G.711.
 What the model says comes as `session.output_transcript.delta`, with its time by the frame clock.
+While it is silent its sound is zeros to the last bit, by which clients tell the turns apart.
 
 `session.commentary.append` is said word for word. What the protocol has and Moshi has not is
 answered with an `error` event that names it, and the call goes on: instructions, voices, text it
@@ -81,7 +82,7 @@ class LiveWire:
         self._frames = 0  # stepped so far
         self._has_slot = self._muted = False
         self._refused: list[tuple[str, str]] = []  # parts of session.start: name, why
-        self._start: Event | None = None  # the caller's session.start
+        self._start: Event | None = None  # of the caller's session.start, what answers need
         self._session: Event | None = None  # as started: what the caller is told of it
         self._words_until = 0  # the frame by which all has been said
 
@@ -110,8 +111,7 @@ class LiveWire:
         elif self._session is None:
             raise self._wrong(event, "not_started", "type", f"{kind} came before session.started")
         elif kind == "session.commentary.append":
-            yield self._words(event)
-            yield self._appended(event)
+            yield from self._commentary(event)
         elif kind in ("session.input_audio.mute", "session.input_audio.unmute"):
             self._muted = kind.endswith(".mute")
             yield self._made(f"{kind}d", client=event)
@@ -170,7 +170,7 @@ class LiveWire:
             "audio": {"format": {"type": kind, "rate": rate}},
         }
         self._refused = list(_not_ours(session))
-        self._start = event
+        self._start = {"event_id": _number(event).get("client_event_id")}
         return self._started() if self._has_slot else []
 
     def _format(self, event: Event, session: Event) -> tuple[str, int]:
@@ -197,7 +197,7 @@ class LiveWire:
             made += self._error("unsupported", why, name, self._start)
         return made
 
-    def _words(self, event: Event) -> Words:
+    def _commentary(self, event: Event) -> Iterator[Words | list[Payload]]:
         text = self._text(event, "content")
         if len(text) > _MOST_TEXT:
             what = f"content has {len(text)} characters; expected {_MOST_TEXT} at most"
@@ -212,19 +212,18 @@ class LiveWire:
             tokens = spoken_tokens(tokenizer, text, self._model.frame_rate)
         except ValueError as error:
             raise self._wrong(event, "invalid_value", "content", str(error)) from error
-        until = max(self._frames, self._words_until) + len(tokens)
-        if until - self._frames > _MOST_WORDS:
+        begin = max(self._frames, self._words_until)
+        end = begin + len(tokens)
+        if end - self._frames > _MOST_WORDS:
             what = "too much waits to be said already; expected five minutes of speech at most"
             raise self._wrong(event, "invalid_value", "content", what)
-        self._words_until = until
-        return Words(tokens)
-
-    def _appended(self, event: Event) -> list[Payload]:
-        return self._made(
-            event["type"] + "ed",
+        self._words_until = end
+        yield Words(tokens)
+        yield self._made(
+            "session.commentary.appended",
             client=event,
-            start_ms=self._ms(self._frames),
-            end_ms=self._ms(self._words_until),
+            start_ms=self._ms(begin),
+            end_ms=self._ms(end),
         )
 
     def _update(self, event: Event) -> list[Payload]:
@@ -247,7 +246,7 @@ class LiveWire:
     def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         self._frames = frame.index + 1
-        made = self._delta(self._out.add(pcm))
+        made = self._delta(self._out.add(pcm if frame.speaking else np.zeros_like(pcm)))
         if self._frames % _USAGE_FRAMES == 0:
             used = min(1.0, self._frames / self._model._info["context"])
             made += self._made(

@@ -9,8 +9,9 @@ From the client, JSON: `{"type": "end"}` ends the input; the partial frame and t
 last ones follow, then `{"type": "end"}` and the close.
 
 To the client, JSON with a "type": "waiting" (position), "ready" (sample_rate, frame_size, format,
-seed), "text" (text, time), "lagging" (dropped: frames of input so far), "end", "error" (reason),
-and the events of a Frame by their own names.
+seed), "text" (text, time), "lagging" (dropped: frames of input so far), "overrun" (late: answers so
+far that went out more than 80 ms after their frame had come; every 2 s at most), "end", "error"
+(reason), and the events of a Frame by their own names.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from ..model import Model
 @dataclass(frozen=True, slots=True)
 class Settings:
     """host, port: where to listen; port 0 takes a free one.
+    seed: of callers who ask for none; None draws one for each.
     sessions: callers who talk at once; None for as many as the model was loaded for.
     queue: callers who may wait for a slot; those after them are refused at once.
     token: what callers must know; None lets everyone in who reaches the port.
@@ -30,8 +32,10 @@ class Settings:
     idle_seconds: a call ends after this without any sound from the caller; 0 is never.
     slow_seconds: a caller who has not read for this long is hung up on.
     drain_seconds: after SIGTERM, how long calls may go on.
-    per_address: connections from one address at once.
-    connections: connections in all.
+    per_address: calls from one address at once, and four connections for each of them; 0 is no
+        bound, for a server behind a proxy, whose address all callers have. Of IPv6 the first 64
+        bits count.
+    connections: connections in all, TLS handshakes among them.
     message_bytes: the largest message taken.
     messages_per_second: a caller who sends more is read more slowly.
     silence_after: a live frame later than this many seconds is replaced by silence.
@@ -41,6 +45,7 @@ class Settings:
 
     host: str = "127.0.0.1"
     port: int = 8998
+    seed: int | None = None
     sessions: int | None = None
     queue: int = 8
     token: str | None = None
@@ -63,13 +68,18 @@ class Settings:
     keepalive_seconds: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, least in (("queue", 0), ("per_address", 1), ("connections", 1)):
+        for name, least in (("queue", 0), ("per_address", 0), ("connections", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more")
         if self.sessions is not None and self.sessions < 1:
             raise ValueError(f"sessions is {self.sessions}; expected 1 or more")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        for origin in self.origins:
+            if not re.fullmatch(r"https?://[^/?#\s]+/?", origin):
+                raise ValueError(
+                    f"the origin {origin!r} is no page's; expected one like https://example.org"
+                )
         if self.token is not None and len(self.token) < 8:
             raise ValueError(f"the token has {len(self.token)} characters; expected 8 or more")
         if self.public_url is not None and not _is_url(self.public_url):

@@ -58,6 +58,13 @@ static void count(const void *w, size_t bytes)
         kernels.panels[format](w, columns, panels, x, rows, y, stride);                            \
     }
 
+static void tiles_bf16(const void *w, int columns, int outputs, const float *x, int rows, float *y,
+                       size_t stride)
+{
+    count(w, (size_t)columns * (size_t)outputs * weight_bytes(WEIGHT_BF16));
+    kernels.tiles[WEIGHT_BF16](w, columns, outputs, x, rows, y, stride);
+}
+
 COUNTED(WEIGHT_F32, f32)
 COUNTED(WEIGHT_F16, f16)
 COUNTED(WEIGHT_BF16, bf16)
@@ -85,6 +92,7 @@ static void start_counting(void)
     COUNT(WEIGHT_INT8, int8);
     COUNT(WEIGHT_Q8, q8);
     COUNT(WEIGHT_Q4, q4);
+    if (kernels.tiles[WEIGHT_BF16]) counting.tiles[WEIGHT_BF16] = tiles_bf16;
     cpu->kernels = &counting;
     ops = counting_ops = *model->backend->ops;
     counting_ops.run = counting_run;

@@ -156,6 +156,7 @@ static const char *const isas[] = {
 #if defined(__x86_64__)
     "avx2",
     "avx512",
+    "amx",
 #elif defined(__aarch64__)
     "neon",
     "neon_dot",
@@ -2633,7 +2634,7 @@ static int bench(int threads)
     if (backend->ops->reserve(backend, 2048, 4096, 3072)) return 2;
     printf("%s, %d threads of %d cores\n", backend->isa, threads, os_cpu_count());
     for (int format = 0; format < WEIGHT_FORMATS; format++)
-        for (int rows = 1; rows <= 8; rows *= 2)
+        for (int rows = 1; rows <= 96; rows *= rows < 8 ? 2 : 6)
             bench_linear(backend, (enum weight_format)format, rows);
     bench_attend(backend, MOSHI_BF16);
     bench_attend(backend, MOSHI_INT8);

@@ -46,6 +46,16 @@ def alone(model: moshi_c.Model, pcm: NDArray[np.int16]) -> tuple[NDArray[np.int1
     return samples, "".join(frame.text for frame in frames).strip()
 
 
+def is_spoken(given: NDArray[np.int16], expected: NDArray[np.int16]) -> bool:
+    """Whether it is what a session says, bit for bit where it speaks, and zeros elsewhere."""
+    spoken = given != 0
+    return bool(
+        spoken.sum() > RATE
+        and np.array_equal(given[spoken], expected[spoken])
+        and np.abs(expected[~spoken]).max() < 20
+    )
+
+
 def example(name: str, folder: Path) -> tuple[str, NDArray[np.int16]]:
     """What an example prints when it hears the question from a file, and the file it writes."""
     path = Path(__file__).parent.parent.parent / "examples" / name

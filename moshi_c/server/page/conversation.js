@@ -10,6 +10,7 @@ const FIRST_WAIT_S = 0.5, LONGEST_WAIT_S = 8;
 const SPEAKING_DB = -45;
 const PAUSE_S = 0.6; // of quiet, until the model counts as listening
 const PROBE_S = 5;
+const LATE_S = 5; // between two words of the server that it is late, and for which they hold
 
 export function decibels(samples) {
   let sum = 0;
@@ -43,6 +44,7 @@ export class Conversation {
     this.loud = -Infinity; // when the model was heard last
     this.waiting = 0; // seconds of sound that the jitter buffer holds
     this.underruns = 0;
+    this.lateAt = this.lateUntil = -Infinity;
     this.tape = new Tape();
     const turn = (this.turn = {}); // the browser may still be asking for an earlier one
     this.#become("microphone");
@@ -107,6 +109,7 @@ export class Conversation {
       audio: (samples) => this.sound?.play(samples),
       text: (text) => this.events.text(text),
       waiting: (position) => this.#become("waiting", position),
+      late: () => this.#late(),
       closed: (how) => link === this.link && this.#closed(how),
     };
     try {
@@ -137,6 +140,13 @@ export class Conversation {
     } else {
       this.#end(reason || "The server ended the call.");
     }
+  }
+
+  // One late answer is an accident; the server tells again when it goes on.
+  #late() {
+    const now = performance.now();
+    if (now - this.lateAt < LATE_S * 1000) this.lateUntil = now + LATE_S * 1000;
+    this.lateAt = now;
   }
 
   // 20 ms of both sides, as heard.
@@ -177,6 +187,6 @@ export class Conversation {
   get delay() {
     if (!this.live || this.roundTrip === null) return null;
     const { roundTrip: network, waiting: buffer, underruns } = this;
-    return { network, buffer, card: this.sound.delay, underruns };
+    return { network, buffer, card: this.sound.delay, underruns, late: performance.now() < this.lateUntil };
   }
 }

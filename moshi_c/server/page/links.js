@@ -5,8 +5,9 @@
 //   link.send(samples)                   24 kHz; nothing is sent before `ready`
 //   link.close()
 //
-// events: ready(), audio(samples), text(string), waiting(position), closed({reason, again}), where
-// `reason` is a sentence or empty and `again` says that another attempt makes sense.
+// events: ready(), audio(samples), text(string), waiting(position), late(), closed({reason, again}), where
+// late() says that the server does not keep up, `reason` is a sentence or empty, and `again` says that
+// another attempt makes sense.
 
 import { OpusDecoder, OpusEncoder } from "./opus.js";
 
@@ -80,6 +81,12 @@ class Link {
     if (readyState === WebSocket.OPEN && bufferedAmount < MOST_UNSENT) this.socket.send(bytes);
   }
 
+  // What the server says beside the conversation.
+  told({ type, position }) {
+    if (type === "overrun") this.events.late();
+    else if (position) this.events.waiting(position);
+  }
+
   failed(sentence) {
     this.#told = sentence;
   }
@@ -89,7 +96,7 @@ class Link {
 
 export class ChatLink extends Link {
   constructor(query, events) {
-    super("api/chat", query, events);
+    super("api/chat", { ...query, events: 1 }, events);
     const broken = (error) => {
       this.failed(`Opus failed in this browser: ${error.message}`);
       this.socket.close(1000);
@@ -113,7 +120,7 @@ export class ChatLink extends Link {
     else if (bytes[0] === KIND.text) this.events.text(this.letters.decode(rest, { stream: true }));
     else if (bytes[0] === KIND.error) this.failed(new TextDecoder().decode(rest));
     else if (bytes[0] === KIND.ping && rest.length) {
-      this.events.waiting(JSON.parse(new TextDecoder().decode(rest)).position);
+      this.told(JSON.parse(new TextDecoder().decode(rest)));
     }
   }
 
@@ -134,7 +141,7 @@ export class PcmLink extends Link {
 
   received(data) {
     if (typeof data === "string") {
-      this.#told(JSON.parse(data));
+      this.told(JSON.parse(data));
       return;
     }
     const view = new DataView(data);
@@ -143,11 +150,11 @@ export class PcmLink extends Link {
     this.events.audio(samples);
   }
 
-  #told({ type, position, text, reason }) {
-    if (type === "ready") this.events.ready();
-    else if (type === "waiting") this.events.waiting(position);
-    else if (type === "text") this.events.text(text);
-    else if (type === "error") this.failed(reason);
+  told(note) {
+    if (note.type === "ready") this.events.ready();
+    else if (note.type === "text") this.events.text(note.text);
+    else if (note.type === "error") this.failed(note.reason);
+    else super.told(note);
   }
 
   send(samples) {

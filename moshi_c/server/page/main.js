@@ -170,7 +170,8 @@ setInterval(() => {
   const whole = delay.network + delay.buffer + delay.card + frameSeconds;
   const dropouts = delay.underruns ? `, dropouts ${delay.underruns}` : "";
   $("delay").textContent =
-    `Round trip about ${ms(whole)}\nnetwork ${ms(delay.network)}, buffer ${ms(delay.buffer)}${dropouts}`;
+    `Round trip about ${ms(whole)}\nnetwork ${ms(delay.network)}, buffer ${ms(delay.buffer)}${dropouts}` +
+    (delay.late ? "\nThe server is too slow: it answers late." : "");
 }, 1000);
 
 // ---- recording -------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+/* kernels_amx.c: bf16 products by the tile registers of x86 (AMX, 2023 and later); whatever else that
+ * table has is AVX-512's.
+ *
+ * A tile of weights is 16 rows by 32 columns, read where they lie. Activations are not rounded to
+ * bf16 but become three such numbers, which hold their 24 bits and whose products are exact: high,
+ * middle and low, x = h + m + l. The unit multiplies 16 rows of activations in the time of one, and
+ * so much faster than memory brings weights that a row alone goes the same way. For each 32 columns,
+ * a sum gets the products of the high parts, then those of the others, each in the order of the
+ * columns: the bits don't depend on the shape. */
+#include "kernels_x86.h"
+
+#if defined(MOSHI_CPU_X86)
+
+#include <immintrin.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#define UNROLL _Pragma("unroll")
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512bf16,amx-tile,amx-bf16")
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#include "shared.h"
+
+#define BLOCK 32 /* columns of a tile */
+#define OUTPUTS 16 /* rows of weights of a tile */
+#define PARTS 3 /* of an activation */
+#define AHEAD 2048 /* bytes */
+
+/* Not every compiler knows that the tile instructions read and write memory. */
+#define MEMORY_IS_USED __asm__ volatile("" : : : "memory")
+
+/* ---- activations ------------------------------------------------------------------------ */
+
+/* Rows of 16 pairs become columns. */
+INLINE void transpose(__m512i *v)
+{
+    __m512i a[16], b[16];
+
+    UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
+    }
+}
+
+INLINE __mmask16 lanes(int n)
+{
+    return n >= 16 ? (__mmask16)0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1);
+}
+
+/* What the rounding of x to `part` leaves, or 0 where that is not finite. */
+INLINE __m512 rest(__m512 x, __m256i part)
+{
+    __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
+    __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(rounded), _mm512_set1_ps(__FLT_MAX__),
+                                          _CMP_LE_OQ);
+
+    return _mm512_maskz_sub_ps(finite, x, rounded);
+}
+
+/* Pairs of each part of one row's next 32 columns, of which `left` are there. */
+INLINE void split(const float *x, int left, __m512i *high, __m512i *middle, __m512i *low)
+{
+    __m512 a = _mm512_maskz_loadu_ps(lanes(left), x);
+    __m512 b = _mm512_maskz_loadu_ps(lanes(left - 16), x + 16);
+
+    *high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    a = rest(a, _mm512_castsi512_si256(*high));
+    b = rest(b, _mm512_extracti64x4_epi64(*high, 1));
+    *middle = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    a = rest(a, _mm512_castsi512_si256(*middle));
+    b = rest(b, _mm512_extracti64x4_epi64(*middle, 1));
+    *low = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+}
+
+/* Each block of columns is a tile of each part: [16 pairs][rows]. */
+void gather_bf16_amx(const float *const *x, int rows, int columns, int begin, int end, float *y)
+{
+    __mmask16 some = lanes(rows);
+
+    y += (size_t)begin / BLOCK * PARTS * 16 * (size_t)rows;
+    for (int k = begin; k < end; k += BLOCK) {
+        __m512i parts[PARTS][16];
+
+        for (int r = 0; r < 16; r++) {
+            if (r < rows)
+                split(x[r] + k, columns - k, &parts[0][r], &parts[1][r], &parts[2][r]);
+            else
+                parts[0][r] = parts[1][r] = parts[2][r] = _mm512_setzero_si512();
+        }
+        for (int part = 0; part < PARTS; part++, y += 16 * rows) {
+            if (rows == 1) {
+                _mm512_storeu_si512(y, parts[part][0]);
+                continue;
+            }
+            transpose(parts[part]);
+            UNROLL
+            for (int pair = 0; pair < 16; pair++)
+                _mm512_mask_storeu_epi32(y + pair * rows, some, parts[part][pair]);
+        }
+    }
+}
+
+/* ---- products --------------------------------------------------------------------------- */
+
+/* Tiles 0 to 3: sums of four times 16 outputs; 4 to 6: parts of activations; 7: weights. */
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+static void configure(int outputs, int rows)
+{
+    struct tile_config config = {.palette = 1};
+
+    for (int t = 0; t < 8; t++) {
+        config.rows[t] = (uint8_t)(t < 4 || t == 7 ? outputs : 16);
+        config.row_bytes[t] = (uint16_t)(t < 7 ? 4 * rows : 64);
+    }
+    MEMORY_IS_USED;
+    _tile_loadconfig(&config);
+}
+
+/* The sums of `outputs` outputs lie in rows of `rows`. */
+INLINE void store_sums(const float *sums, int outputs, int rows, float *y, size_t stride)
+{
+    __m512i v[16];
+
+    if (rows == 1) {
+        memcpy(y, sums, (size_t)outputs * sizeof *y);
+        return;
+    }
+    UNROLL
+    for (int o = 0; o < 16; o++)
+        v[o] = o < outputs ? _mm512_maskz_loadu_epi32(lanes(rows), sums + o * rows)
+                           : _mm512_setzero_si512();
+    transpose(v);
+    for (int r = 0; r < rows; r++)
+        _mm512_mask_storeu_epi32(y + (size_t)r * stride, lanes(outputs), v[r]);
+}
+
+/* The last columns of 16 rows of weights, zero padded. */
+static void copy_tail(const char *w, size_t row_bytes, int outputs, size_t bytes, char (*tail)[64])
+{
+    memset(tail, 0, OUTPUTS * 64);
+    for (int o = 0; o < outputs; o++) memcpy(tail[o], w + (size_t)o * row_bytes, bytes);
+    MEMORY_IS_USED;
+}
+
+#define LOAD_PARTS(x, rows)                                                                        \
+    _tile_loadd(4, x, 4 * (size_t)(rows));                                                         \
+    _tile_loadd(5, x + 16 * (rows), 4 * (size_t)(rows));                                           \
+    _tile_loadd(6, x + 32 * (rows), 4 * (size_t)(rows))
+
+#define MULTIPLY(sum, weights, stride)                                                             \
+    _tile_loadd(7, weights, stride);                                                               \
+    _tile_dpbf16ps(sum, 7, 4);                                                                     \
+    _tile_dpbf16ps(sum, 7, 5);                                                                     \
+    _tile_dpbf16ps(sum, 7, 6)
+
+/* 64 outputs of up to 16 rows, by weights that are near. */
+static void multiply_four(const char *w, int columns, const float *x, int rows, float *y,
+                          size_t stride)
+{
+    size_t row_bytes = (size_t)columns * 2, tile = OUTPUTS * row_bytes, step = 4 * (size_t)rows;
+    float sums[4][16 * 16];
+    int k = 0;
+
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; k + BLOCK <= columns; k += BLOCK, x += PARTS * 16 * rows) {
+        const char *at = w + 2 * (size_t)k;
+
+        LOAD_PARTS(x, rows);
+        MULTIPLY(0, at, row_bytes);
+        MULTIPLY(1, at + tile, row_bytes);
+        MULTIPLY(2, at + 2 * tile, row_bytes);
+        MULTIPLY(3, at + 3 * tile, row_bytes);
+    }
+    if (k < columns) {
+        char tails[4][OUTPUTS][64];
+
+        for (int t = 0; t < 4; t++)
+            copy_tail(w + 2 * (size_t)k + (size_t)t * tile, row_bytes, OUTPUTS,
+                      row_bytes - 2 * (size_t)k, tails[t]);
+        LOAD_PARTS(x, rows);
+        MULTIPLY(0, tails[0], 64);
+        MULTIPLY(1, tails[1], 64);
+        MULTIPLY(2, tails[2], 64);
+        MULTIPLY(3, tails[3], 64);
+    }
+    _tile_stored(0, sums[0], step);
+    _tile_stored(1, sums[1], step);
+    _tile_stored(2, sums[2], step);
+    _tile_stored(3, sums[3], step);
+    MEMORY_IS_USED;
+    for (int t = 0; t < 4; t++) store_sums(sums[t], OUTPUTS, rows, y + t * OUTPUTS, stride);
+}
+
+/* 16 outputs or, with tiles of so many rows, fewer. `fetch`: the weights come from memory. More than
+ * 16 rows of weights side by side took up to twice as long then. */
+static void multiply_one(const char *w, int columns, int outputs, const float *x, int rows,
+                         int fetch, float *y, size_t stride)
+{
+    size_t row_bytes = (size_t)columns * 2, step = 4 * (size_t)rows;
+    int k = 0, wrap = columns - AHEAD / 2;
+    float sums[16 * 16];
+
+    _tile_zero(0);
+    for (; k + BLOCK <= columns; k += BLOCK, x += PARTS * 16 * rows) {
+        const char *at = w + 2 * (size_t)k;
+
+        if (fetch) {
+            const char *next = at + AHEAD + (k < wrap ? 0 : (OUTPUTS - 1) * row_bytes);
+
+            UNROLL
+            for (int o = 0; o < OUTPUTS; o++)
+                _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
+        }
+        LOAD_PARTS(x, rows);
+        MULTIPLY(0, at, row_bytes);
+    }
+    if (k < columns) {
+        char tail[OUTPUTS][64];
+
+        copy_tail(w + 2 * (size_t)k, row_bytes, outputs, row_bytes - 2 * (size_t)k, tail);
+        LOAD_PARTS(x, rows);
+        MULTIPLY(0, tail, 64);
+    }
+    _tile_stored(0, sums, step);
+    MEMORY_IS_USED;
+    store_sums(sums, outputs, rows, y, stride);
+}
+
+void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int rows, float *y,
+                    size_t stride)
+{
+    size_t row_bytes = (size_t)columns * 2;
+
+    for (int r = 0, n; r < rows; r += n, x += (size_t)n * gathered_width(columns)) {
+        const char *from = w;
+        int o = 0;
+
+        n = rows - r < TOGETHER ? rows - r : TOGETHER;
+        configure(OUTPUTS, n);
+        for (; r > 0 && o + 4 * OUTPUTS <= outputs; o += 4 * OUTPUTS)
+            multiply_four(from + (size_t)o * row_bytes, columns, x, n, y + (size_t)r * stride + o,
+                          stride);
+        for (; o + OUTPUTS <= outputs; o += OUTPUTS)
+            multiply_one(from + (size_t)o * row_bytes, columns, OUTPUTS, x, n, r == 0,
+                         y + (size_t)r * stride + o, stride);
+        if (o < outputs) {
+            configure(outputs - o, n);
+            multiply_one(from + (size_t)o * row_bytes, columns, outputs - o, x, n, r == 0,
+                         y + (size_t)r * stride + o, stride);
+        }
+    }
+    _tile_release();
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
