@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import sound
 from callers import Caller, eventually, scenario, serving, value, websocket
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moshi_c
 from moshi_c import Frame, Model, telephony
@@ -162,7 +164,7 @@ ORDER = [
 ]
 
 
-def frames_of(model: Model, states: str) -> list[Frame]:
+def frames_of(model: Model, states: str, first: int) -> list[Frame]:
     """A frame for each letter: u the user speaks, m the model does, b both, . neither."""
     with moshi_c.Session(model, seed=1) as session:
         frame = session.step(np.zeros(model.frame_size, np.float32))
@@ -171,12 +173,12 @@ def frames_of(model: Model, states: str) -> list[Frame]:
             frame,
             index=i,
             time=i * 0.08,
-            pcm=np.full(model.frame_size, i / 1000, np.float32),
+            pcm=np.zeros(model.frame_size, np.float32),
             text=" word" if state in "mb" else "",
             speaking=state in "mb",
             level=-20.0 if state in "ub" else -90.0,
         )
-        for i, state in enumerate(states)
+        for i, state in enumerate(states, first)
     ]
 
 
@@ -187,6 +189,7 @@ class Wired:
         self.model = model
         self.wire = RealtimeWire(model)
         self.events: list[dict[str, Any]] = []
+        self.frames = 0
 
     def ready(self) -> Wired:
         with moshi_c.Session(self.model) as session:
@@ -205,8 +208,9 @@ class Wired:
     def step(self, states: str) -> list[str]:
         """Frames as `frames_of` has them; what they bring, sound and text left out."""
         before = len(self.events)
-        for frame in frames_of(self.model, states):
+        for frame in frames_of(self.model, states, self.frames):
             assert frame.pcm is not None
+            self.frames += 1
             self._keep(self.wire.sound(frame.pcm, frame))
             if frame.text:
                 self._keep(self.wire.text(frame.text, frame.time))
@@ -260,6 +264,40 @@ def test_a_client_may_let_the_model_talk_on(model: Model, detection: Any) -> Non
 
 def update(detection: Any) -> dict[str, Any]:
     return {"type": "realtime", "audio": {"input": {"turn_detection": detection}}}
+
+
+COMMANDS = ("response.create", "response.cancel", "input_audio_buffer.commit")
+
+
+@given(st.lists(st.tuples(st.text("umb..", max_size=12), st.sampled_from(COMMANDS)), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_responses_never_overlap_and_hold_all_that_is_theirs(
+    model: Model, turns: list[tuple[str, str]]
+) -> None:
+    """Whoever speaks and whatever is asked meanwhile: clients fail on anything else."""
+    call = Wired(model).ready()
+    for states, command in turns:
+        call.step(states)
+        call.hear(command)
+    call.step("." * 110)
+    now: str | None = None
+    items: set[str] = set()
+    for event in call.events:
+        kind = event["type"]
+        if kind == "response.created":
+            assert now is None
+            now = event["response"]["id"]
+        elif kind == "response.done":
+            assert event["response"]["id"] == now
+            now = None
+        elif kind.startswith("response."):
+            assert event["response_id"] == now
+            if kind == "response.output_item.added":
+                assert event["item"]["id"] not in items
+                items.add(event["item"]["id"])
+            elif "item_id" in event:
+                assert event["item_id"] in items
+    assert now is None
 
 
 def test_a_response_that_is_asked_for_has_the_next_words_or_none(model: Model) -> None:
