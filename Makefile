@@ -143,6 +143,9 @@ build/$(1)/cuda/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o build/$(1)/libmoshi.a
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
+run-$(1)/test_%: build/$(1)/test_% FORCE
+	@echo "$$<"; $$(RUN_$(1)) $$< $$(SHAPES_$(1)_$$*)
+
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o build/$(1)/libmoshi.a $$(filter %.o,$$(DRIVER_$(1)))
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$(filter -%,$$(DRIVER_$(1))) $$(filter %.o,$$^) $$(filter %.a,$$^) -o $$@ $$(LINK)
 
@@ -162,24 +165,25 @@ build/$(1)/cuda/%.o: cuda/% $$(CUDA_HEADERS)
 
 build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
+
+run-$(1)/cuda run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
+run-$(1)/cuda: build/$(1)/cuda/test_cuda build/$(1)/cuda/libmoshi_cuda.so FORCE
+	@echo "$$<"; SHIM_ORDER=7 $$<
+run-$(1)/order-%: build/$(1)/test_kernels build/$(1)/cuda/libmoshi_cuda.so FORCE
+	@echo "$$< cuda, threads $$*"; SHIM_ORDER=$$* $$< cuda
 endef
 $(foreach v,test asan,$(eval $(call cuda_host,$(v))))
 
-# $(call run_cuda_host,VARIANT): operations with threads in each order, conversations, faults.
-define run_cuda_host
-	@$(MAKE) --no-print-directory -j$(JOBS) build/$(1)/cuda/libmoshi_cuda.so build/$(1)/test_kernels \
-	    build/$(1)/cuda/test_cuda
-	@set -e; export MOSHI_C_CUDA_LIBRARY=build/$(1)/cuda/libmoshi_cuda.so; \
-	for order in $(2); do echo "build/$(1)/test_kernels cuda, threads $$order"; \
-	    SHIM_ORDER=$$order build/$(1)/test_kernels cuda; done; \
-	echo "build/$(1)/cuda/test_cuda"; SHIM_ORDER=7 build/$(1)/cuda/test_cuda
+# $(call run,VARIANT,TESTS AND OTHERS): tests in C, as many at a time as there are cores, the longest
+# first; the lines of each stay together.
+LONGEST := tests/c/test_kernels.c
+define run
+	@$(MAKE) --no-print-directory -j$(JOBS) -Otarget $(patsubst tests/c/%.c,run-$(1)/%, \
+	    $(filter $(LONGEST),$(2)) $(filter-out $(LONGEST),$(2)))
 endef
 
-# $(call run_c_tests,VARIANT,TESTS,PREFIX)
-define run_c_tests
-	@$(MAKE) --no-print-directory -j$(JOBS) $(2:tests/c/%.c=build/$(1)/%)
-	@set -e; for test in $(2:tests/c/%.c=build/$(1)/%); do echo "$$test"; $(3) $$test; done
-endef
+.PHONY: FORCE
+FORCE:
 
 .PHONY: libmoshi
 libmoshi: ## build/libmoshi.a, build/libmoshi.so and the C example build/session
@@ -201,7 +205,9 @@ build/session: build/release/examples/session.o build/libmoshi.a
 CC_aarch64 := aarch64-linux-gnu-gcc
 FLAGS_aarch64 := -O3 -Werror
 QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu
-QEMU_aarch64 := $(QEMU) max
+RUN_aarch64 := $(QEMU) max
+# All kinds, row counts and sizes of every operation, but not each with each.
+SHAPES_aarch64_kernels := every 5
 # Processors without and with the dot product, and with i8mm, and the kernels that they should have.
 KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
 # Debian has its libraries for one processor at a time; nothing else of the core uses these two.
@@ -224,26 +230,26 @@ build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
 
 .PHONY: aarch64 aarch64-session aarch64-kernels
 aarch64: aarch64-session ## the C tests and a conversation as on ARM, compared with this machine's
-	$(call run_c_tests,aarch64,$(C_TESTS),$(QEMU_aarch64))
+	$(call run,aarch64,$(C_TESTS))
 
 aarch64-kernels: ## some shapes of every kernel for ARM, and which kernels a processor gets
 	@scripts/setup_debian.sh aarch64
 	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/test_kernels
 	@set -e; for pair in $(KERNELS_aarch64); do \
 	    echo "$$pair"; $(QEMU) $${pair%=*} build/aarch64/test_kernels best $${pair#*=}; done
-	$(QEMU_aarch64) build/aarch64/test_kernels quick
+	$(RUN_aarch64) build/aarch64/test_kernels every 11
 
 aarch64-session: $(VENV)/.core libmoshi aarch64-kernels
 	@scripts/setup_debian.sh aarch64 sound
-	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/session $(C_TESTS:tests/c/%.c=build/aarch64/%)
-	$(BIN)/python scripts/same_conversation.py build/session $(QEMU_aarch64) build/aarch64/session
+	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/session
+	$(BIN)/python scripts/same_conversation.py build/session $(RUN_aarch64) build/aarch64/session
 
 # ---- tests -----------------------------------------------------------------------------------
 
 .PHONY: test-c
 test-c: ## the C tests
 	@scripts/setup_debian.sh build
-	$(call run_c_tests,test,$(C_TESTS))
+	$(call run,test,$(C_TESTS))
 
 # All architectures: make cuda. One: make cuda CUDA_ARCHITECTURES=90a.
 CUDA_ARCHITECTURES ?= 80 86 89 90a 100 120
@@ -254,7 +260,7 @@ cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a
 .PHONY: cuda-host
 cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
 	@scripts/setup_debian.sh build
-	$(call run_cuda_host,test,ascending descending 3)
+	$(call run,test,run-test/cuda $(addprefix run-test/order-,ascending descending 3))
 
 # A file's tests stay in one process, which keeps their models and servers. Many of them wait for
 # sound in real time while others compute. LONG=--long holds the conversation with upstream's server
@@ -307,8 +313,7 @@ build/asan-py/bin/espeak-ng: $(VENV)/.test
 ASAN_TESTS ?= not slow
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run_c_tests,asan,$(C_TESTS))
-	$(call run_cuda_host,asan,ascending 3)
+	$(call run,asan,$(C_TESTS) run-asan/cuda run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
@@ -317,11 +322,12 @@ asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytes
 	$(WITH_ASAN) $(PYTEST) -p no:cacheprovider -m "$(ASAN_TESTS)"
 
 # Fixed addresses, where the system lets us ask for them: the sanitizer has its own map of memory.
+RUN_tsan = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 THREADED := $(wildcard $(patsubst %,tests/c/test_%*.c,pool engine session threads))
 .PHONY: tsan
 tsan: ## the threaded C tests under the thread sanitizer
 	@scripts/setup_debian.sh build
-	$(call run_c_tests,tsan,$(THREADED),$$(setarch -R true 2>/dev/null && echo setarch -R))
+	$(call run,tsan,$(THREADED))
 
 # Inputs that a run finds useful stay in build/fuzz/corpus for the next one. One that breaks a promise
 # is kept as build/fuzz/found-*; with its defect repaired it moves to tests/fuzz/corpus.
