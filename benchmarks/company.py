@@ -5,8 +5,9 @@
   batches of eight and of one, where the memory allows. Checked first: a session in company gives
   the tokens that it gives alone.
 --parts prefill: the same model reads a prompt of 500 frames in one prefill. The rate is that of the
-  multiply-adds of its matrices, over the most that this machine makes with the same vectors,
-  measured around it. Checked first: a session goes on as one that was stepped.
+  multiply-adds of its matrices, over the most that this machine makes with vectors of f32,
+  measured around it; tile registers (AMX) can pass that. Checked first: a session goes
+  on as one that was stepped.
 --parts paced: eight sessions of the package's model, each fed from a thread of its own at 12.5
   frames a second. A frame is late when its answer is not there 80 ms after it was due.
 """

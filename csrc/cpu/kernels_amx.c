@@ -223,7 +223,8 @@ static void multiply_four(const char *w, int columns, const float *x, int rows, 
 }
 
 /* 16 outputs or, with tiles of so many rows, fewer. `fetch`: the weights come from memory. More than
- * 16 rows of weights side by side took up to twice as long then. */
+ * 16 rows of weights side by side took up to twice as long then; for one row of activations 8 are
+ * 3 % better still. */
 static void multiply_one(const char *w, int columns, int outputs, const float *x, int rows,
                          int fetch, float *y, size_t stride)
 {
@@ -236,10 +237,9 @@ static void multiply_one(const char *w, int columns, int outputs, const float *x
         const char *at = w + 2 * (size_t)k;
 
         if (fetch) {
-            const char *next = at + AHEAD + (k < wrap ? 0 : (OUTPUTS - 1) * row_bytes);
+            const char *next = at + AHEAD + (k < wrap ? 0 : (size_t)(outputs - 1) * row_bytes);
 
-            UNROLL
-            for (int o = 0; o < OUTPUTS; o++)
+            for (int o = 0; o < outputs; o++)
                 _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
         }
         LOAD_PARTS(x, rows);
@@ -263,21 +263,21 @@ void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int
     size_t row_bytes = (size_t)columns * 2;
 
     for (int r = 0, n; r < rows; r += n, x += (size_t)n * gathered_width(columns)) {
+        int o = 0, height = rows == 1 ? OUTPUTS / 2 : OUTPUTS;
+        float *to = y + (size_t)r * stride;
         const char *from = w;
-        int o = 0;
 
         n = rows - r < TOGETHER ? rows - r : TOGETHER;
-        configure(OUTPUTS, n);
+        configure(height, n);
         for (; r > 0 && o + 4 * OUTPUTS <= outputs; o += 4 * OUTPUTS)
-            multiply_four(from + (size_t)o * row_bytes, columns, x, n, y + (size_t)r * stride + o,
-                          stride);
-        for (; o + OUTPUTS <= outputs; o += OUTPUTS)
-            multiply_one(from + (size_t)o * row_bytes, columns, OUTPUTS, x, n, r == 0,
-                         y + (size_t)r * stride + o, stride);
+            multiply_four(from + (size_t)o * row_bytes, columns, x, n, to + o, stride);
+        for (; o + height <= outputs; o += height)
+            multiply_one(from + (size_t)o * row_bytes, columns, height, x, n, r == 0, to + o,
+                         stride);
         if (o < outputs) {
             configure(outputs - o, n);
-            multiply_one(from + (size_t)o * row_bytes, columns, outputs - o, x, n, r == 0,
-                         y + (size_t)r * stride + o, stride);
+            multiply_one(from + (size_t)o * row_bytes, columns, outputs - o, x, n, r == 0, to + o,
+                         stride);
         }
     }
     _tile_release();
