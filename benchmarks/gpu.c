@@ -244,7 +244,7 @@ static void follow(struct moshi_model *model)
 static void measure_part(struct moshi_engine *engine, const char *name, double bytes,
                          int (*part)(struct lm_state *, const struct lm_shape *))
 {
-    const struct lm_shape shape = {.slots = 1, .rows = 1};
+    const struct lm_shape shape = {.slots = 1, .rows = 1, .heard = engine->device_codes};
     const int repeats = dry ? 1 : 20;
     double seconds[20];
 
