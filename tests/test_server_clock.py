@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pytest
+
 from moshi_c.server.clock import FOLLOW, KEPT, LEAD, SILENCE, STEP, WINDOW, Clock
+
+pytestmark = pytest.mark.python
 
 FRAME = 0.08
 TOLERANCE = 0.2
