@@ -62,6 +62,7 @@ def test_the_estimate_counts_the_7b_as_it_is_published() -> None:
     assert remembered == 2 * 32 * 4096 * 3000
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_the_codec_as_the_core_does(mimi_full: Path) -> None:
     with moshi_c.load_mimi(mimi_full / "mimi.safetensors") as mimi:
         info = mimi._info

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from moshi_c.server.clock import FOLLOW, KEPT, LEAD, SILENCE, STEP, WAIT, WINDOW, Clock
+
+pytestmark = pytest.mark.python
 
 FRAME = 0.08
 TOLERANCE = 0.2
