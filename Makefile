@@ -18,7 +18,7 @@ CUDA_HEADERS := $(wildcard cuda/*.h) csrc/cuda.h csrc/backend.h csrc/quant.h csr
 C_TESTS := $(wildcard tests/c/test_*.c)
 FUZZ := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(CUDA) $(wildcard cuda/*.h cuda/*.cpp tests/c/*.[ch] \
-    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c)
+    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.c)
 PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
@@ -203,6 +203,16 @@ KERNELS_aarch64 := cortex-a53=neon cortex-a76=neon_dot max=neon_i8mm
 LEFT_OUT_aarch64 := csrc/ogg_opus.c
 build/aarch64/%: LINK := -pthread -lm -ldl
 $(eval $(call variant,aarch64))
+
+# For a machine with a card that may have no Opus: benchmarks/gpu.sh.
+CC_gpu := cc
+FLAGS_gpu := -O3
+LEFT_OUT_gpu := csrc/ogg_opus.c
+build/gpu/%: LINK := -pthread -lm -ldl
+$(eval $(call variant,gpu))
+
+build/gpu/gpu: build/gpu/benchmarks/gpu.o build/gpu/libmoshi.a
+	@$(CC_gpu) $(FLAGS_gpu) $^ -o $@ $(LINK)
 
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
 	@$(CC_aarch64) $(FLAGS_aarch64) $^ -o $@ $(LINK)

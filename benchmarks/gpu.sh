@@ -1,31 +1,58 @@
 #!/usr/bin/env bash
 # gpu.sh STAGE: on a machine with a card and its toolkit, without a network:
-#   build      the library for this machine's card, and the C tests
+#   build      the library for this machine's card, the C tests and the timing program
 #   ops        every operation on the card against the generic kernels of the CPU
 #   sessions   conversations of the tiny model on the card against the CPU, and in company
 #   sanitize   the operations under compute-sanitizer: memory, then races in shared memory
-# MOSHI_C_CUDA_LIBRARY names another library than the one that was built here.
+#   model      a folder of the 7B's shapes, random numbers in it (NumPy, 15.8 GB on the disk)
+#   time       what a frame and its parts cost beside the card's read rate, measured in the same run:
+#              a table, and gpu.json
+#   upstream   our frame and the moshi package's in turn, with the wheels of folder WHEELS if it is set:
+#              gpu-upstream.json
+#   dry        the program of `time` with the tiny model and few frames, to try it anywhere
+# MOSHI_C_CUDA_LIBRARY names another library than the one that was built here, MODEL the folder of
+# `model`, OUT the one of the results; both are in build/gpu otherwise.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$PWD/build/gpu/libmoshi_cuda.so}
+MODEL=${MODEL:-build/gpu/model}
+OUT=${OUT:-build/gpu}
 
 case ${1:-} in
 build)
     python3 scripts/build_cuda.py build/gpu/libmoshi_cuda.so --architectures native \
-        --work build/gpu
-    make --no-print-directory -j"$(nproc)" build/test/test_kernels build/test/cuda/test_cuda
+        --work build/gpu &
+    make --no-print-directory -j"$(nproc)" build/gpu/test_kernels build/gpu/cuda/test_cuda \
+        build/gpu/gpu
+    wait $!
     ;;
 ops)
-    build/test/test_kernels cuda
+    build/gpu/test_kernels cuda
     ;;
 sessions)
-    build/test/cuda/test_cuda
+    build/gpu/cuda/test_cuda
     ;;
 sanitize)
     for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 build/test/test_kernels cuda
+        compute-sanitizer --tool "$tool" --error-exitcode 1 build/gpu/test_kernels cuda
     done
+    ;;
+model)
+    python3 benchmarks/gpu_models.py "$MODEL"
+    ;;
+time)
+    build/gpu/gpu "$MODEL" "$OUT/gpu.json"
+    ;;
+upstream)
+    if [ -n "${WHEELS:-}" ]; then
+        python3 -m pip install --quiet --no-index --no-deps --target build/gpu/wheels "$WHEELS"/*.whl
+        export PYTHONPATH=$PWD/build/gpu/wheels
+    fi
+    python3 benchmarks/gpu_upstream.py "$MODEL" "$OUT/gpu-upstream.json"
+    ;;
+dry)
+    build/gpu/gpu moshi_c/data/moshi-tiny "$OUT/dry.json" dry
     ;;
 *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"

@@ -370,7 +370,12 @@ struct backend_ops {
     void (*download)(struct backend *backend, void *host, const void *device, size_t bytes);
     void (*copy)(struct backend *backend, void *to, const void *from, size_t bytes);
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
-    /* Gives pages of device memory back to the system; they read as zeros later. */
+    /* Device memory that grows: pages of page_bytes, of which each must be committed before it is
+     * used. NULL on failure. */
+    void *(*allocate_pages)(struct backend *backend, size_t bytes, size_t page_bytes);
+    /* Of such memory: makes pages usable, which read as zeros; a status. Not twice. */
+    int (*commit)(struct backend *backend, void *device, size_t bytes);
+    /* Gives committed pages back to the system. */
     void (*decommit)(struct backend *backend, void *device, size_t bytes);
     int64_t (*memory_free)(struct backend *backend); /* bytes of the device; 0 if unknown */
     /* May repack w (then it is packed, f32, and its rows no longer needed) or move its rows to the

@@ -55,8 +55,8 @@ static void decode_stage(struct backend *backend, void *arg)
     const struct codec_call *call = arg;
     struct codec *codec = call->codec;
     (void)backend;
-    mimi_decode(&codec->state, all_rows(codec), call->frames, codec->codes, call->levels, call->levels,
-                codec->pcm);
+    mimi_decode(&codec->state, all_rows(codec), call->frames, codec->codes, call->levels,
+                call->levels, codec->pcm);
 }
 
 static size_t pcm_bytes(const struct codec *codec)
@@ -249,8 +249,7 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
         ops->upload(engine->backend, codec->pcm, pcm, samples * sizeof *pcm);
         if (!status)
             status = ops->run(engine->backend, 0, encode_stage,
-                              &(struct codec_call){codec, 1, levels},
-                              sizeof(struct codec_call));
+                              &(struct codec_call){codec, 1, levels}, sizeof(struct codec_call));
         ops->download(engine->backend, codes, codec->codes,
                       (size_t)codec->batch * (size_t)levels * sizeof *codes);
         if (!status) status = ops->sync(engine->backend);
@@ -276,8 +275,7 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
         ops->upload(engine->backend, codec->codes, codes, count * sizeof *codes);
         if (!status)
             status = ops->run(engine->backend, 3, decode_stage,
-                              &(struct codec_call){codec, 1, n_codes},
-                              sizeof(struct codec_call));
+                              &(struct codec_call){codec, 1, n_codes}, sizeof(struct codec_call));
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
         if (!status) status = ops->sync(engine->backend);

@@ -19,6 +19,10 @@ struct cuda_library {
     /* fail records a sentence and gives `status` back, as moshi_fail does. */
     int (*create)(int card, int (*fail)(int status, const char *sentence),
                   struct backend **backend);
+    /* Bytes a second that the card's memory gives when `bytes` are read, and when they are copied (read
+     * and written). clock: monotonic seconds. A status. */
+    int (*probe)(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
+                 double *copy_rate);
     /* Memory that both sides read and write, for tests; NULL on failure. Never given back. */
     void *(*share)(size_t bytes);
 };

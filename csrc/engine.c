@@ -127,6 +127,7 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
 
     engine->slots = calloc(n, sizeof *engine->slots);
     engine->batch = calloc(n, sizeof *engine->batch);
+    engine->stepping = calloc(n, sizeof *engine->stepping);
     engine->subset = calloc(n, sizeof *engine->subset);
     engine->row_slots = calloc(n, sizeof *engine->row_slots);
     engine->guided = calloc(n, sizeof *engine->guided);
@@ -148,11 +149,12 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     engine->lock = os_mutex_create();
     engine->submitted = os_condition_create();
     engine->done = os_condition_create();
-    if (!engine->slots || !engine->batch || !engine->subset || !engine->row_slots ||
-        !engine->guided || !engine->user || !engine->codes || !engine->params || !engine->heard ||
-        !engine->spoken || !engine->sound || !engine->results || !engine->renewing ||
-        !engine->renewed || !engine->row_lane || !engine->row_active || !engine->row_heard ||
-        !engine->row_spoken || !engine->lock || !engine->submitted || !engine->done)
+    if (!engine->slots || !engine->batch || !engine->stepping || !engine->subset ||
+        !engine->row_slots || !engine->guided || !engine->user || !engine->codes ||
+        !engine->params || !engine->heard || !engine->spoken || !engine->sound ||
+        !engine->results || !engine->renewing || !engine->renewed || !engine->row_lane ||
+        !engine->row_active || !engine->row_heard || !engine->row_spoken || !engine->lock ||
+        !engine->submitted || !engine->done)
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine of %d sessions", slots);
     backend->ops->clear(backend, engine->row_active, 1, n);
     return os_thread_start(&engine->thread, engine_loop, engine);
@@ -221,6 +223,7 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     if (engine->row_spoken) ops->release(engine->backend, engine->row_spoken, n);
     free(engine->slots);
     free(engine->batch);
+    free(engine->stepping);
     free(engine->subset);
     free(engine->row_slots);
     free(engine->guided);
@@ -576,7 +579,8 @@ static int mark_rows(struct moshi_engine *engine, struct moshi_session **batch, 
             *heard = i + 1;
             status = mimi_encode_grow(&engine->mimi, slot, 1);
         }
-        if (batch[i]->frame->pcm && engine->mimi.backend && has_output && engine->dep_q && !status) {
+        if (batch[i]->frame->pcm && engine->mimi.backend && has_output && engine->dep_q &&
+            !status) {
             engine->spoken[i] = 1;
             *spoken = i + 1;
             status = mimi_decode_grow(&engine->mimi, slot, 1);
@@ -718,12 +722,11 @@ static int step_in_parts(struct moshi_engine *engine, struct moshi_session **bat
     times->encode_s = os_clock() - start;
     for (int i = 0; i < n; ++i)
         if (starts_offline(batch[i])) engine->subset[twice++] = batch[i];
-    if (!status && twice)
-        status = language_step(engine, engine->subset, twice, 0, shape, times);
+    if (!status && twice) status = language_step(engine, engine->subset, twice, 0, shape, times);
     return status ? status : language_step(engine, batch, n, 1, shape, times);
 }
 
-void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n)
+static void step_all(struct moshi_engine *engine, struct moshi_session **batch, int n)
 {
     const int at_once = runs_at_once(engine, batch, n);
     struct tick_times times = {0};
@@ -774,4 +777,30 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int 
     engine->stats.other_s += (end - start) - times.encode_s - times.temporal_s - times.depth_s -
                              times.decode_s;
     os_mutex_unlock(engine->lock);
+}
+
+/* Makes room for a session's next frame, where memory has to come for it. */
+static int make_room(struct moshi_engine *engine, const struct moshi_session *session)
+{
+    const int slot = session->slot;
+    int status = lm_step_room(&engine->lm, slot, session_is_guided(session));
+    if (!status && session->has_pcm) status = mimi_encode_room(&engine->mimi, slot, 1);
+    if (!status && session->frame->pcm && engine->mimi.backend)
+        status = mimi_decode_room(&engine->mimi, slot, 1);
+    return status;
+}
+
+void engine_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count)
+{
+    struct moshi_session **batch = engine->stepping;
+    int n = 0;
+    /* Who finds no memory ends, and nobody else. */
+    for (int i = 0; i < count; ++i) {
+        int status = make_room(engine, sessions[i]);
+        if (status)
+            session_end(sessions[i], status);
+        else
+            batch[n++] = sessions[i];
+    }
+    if (n) step_all(engine, batch, n);
 }

@@ -63,7 +63,7 @@ struct moshi_engine {
     struct moshi_engine_stats stats; /* under lock */
 
     /* one tick; host arrays of max_sessions rows, then device arrays */
-    struct moshi_session **batch, **subset;
+    struct moshi_session **batch, **stepping, **subset;
     int32_t *row_slots, *user, *codes;
     struct slot_params *params; /* [max_sessions] by slot */
     char *results; /* what the step gave: lm.results and what lies behind them */

@@ -306,7 +306,8 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
             {(void **)&state->audio_logits, n * (size_t)dep_q * (size_t)config->card * 4},
             {(void **)&state->raw_heads, s * (size_t)(config->heads * config->head_dim) * 4},
         };
-        int failed = create_results(state, beside) != MOSHI_OK || create_host_rows(state) != MOSHI_OK;
+        int failed = create_results(state, beside) != MOSHI_OK ||
+                     create_host_rows(state) != MOSHI_OK;
         for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
             *wanted[i].pointer = block(state, wanted[i].bytes);
             failed |= !*wanted[i].pointer;
@@ -510,6 +511,14 @@ static struct rows slot_rows(const struct lm_state *state, const struct lm_shape
     return (struct rows){.n = shape->slots, .lane = state->row_slot, .active = state->step_active};
 }
 
+int lm_step_room(struct lm_state *state, int slot, int guided)
+{
+    int status = MOSHI_OK;
+    for (int half = 0; half < 1 + guided && !status; ++half)
+        status = kv_pages_grow(&state->kv, half * state->slots + slot, state->positions[slot], 1);
+    return status;
+}
+
 int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
                     const struct lm_shape *shape)
 {
@@ -531,9 +540,9 @@ int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
             const int lane = half * state->slots + slot, row = half ? host->null_row[i] : i;
             host->lane[row] = lane;
             host->active[row] = 1;
-            int status = kv_pages_grow(&state->kv, lane, state->positions[slot], 1);
-            if (status) return status;
         }
+        int status = lm_step_room(state, slot, step->guided[i] != 0);
+        if (status) return status;
         ++state->offset[slot];
         ++state->positions[slot];
     }
@@ -616,15 +625,15 @@ static void step_temporal(struct lm_state *state, const struct lm_shape *shape)
     const struct rows rows = {
         .n = shape->rows, .lane = state->row_lane, .active = state->step_active};
 
-    ops->delay_input(backend, &(struct op_delay_input){.name = "delay_input",
-                                                       .rows = slots,
-                                                       .cache = &state->delay,
-                                                       .params = state->params,
-                                                       .user = shape->heard ? shape->heard
-                                                                            : state->user,
-                                                       .given = shape->heard ? state->user : NULL,
-                                                       .null_row = state->null_row,
-                                                       .tokens = state->tokens});
+    ops->delay_input(backend,
+                     &(struct op_delay_input){.name = "delay_input",
+                                              .rows = slots,
+                                              .cache = &state->delay,
+                                              .params = state->params,
+                                              .user = shape->heard ? shape->heard : state->user,
+                                              .given = shape->heard ? state->user : NULL,
+                                              .null_row = state->null_row,
+                                              .tokens = state->tokens});
     read_tokens(state, rows, rows, 1, state->context);
     ops->norm(backend, &(struct op_norm){.name = "out_norm",
                                          .n = rows.n,
@@ -656,8 +665,7 @@ static void step_temporal(struct lm_state *state, const struct lm_shape *shape)
                                                      .n = slots.n,
                                                      .x = state->z,
                                                      .weight = lm->heads[i],
-                                                     .y = state->raw_heads +
-                                                          i * config->head_dim,
+                                                     .y = state->raw_heads + i * config->head_dim,
                                                      .y_stride = config->heads * config->head_dim});
         ops->softmax(backend, &(struct op_softmax){.name = "extra_head",
                                                    .n = slots.n * config->heads,
@@ -721,8 +729,8 @@ int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape)
 
 int lm_step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 2, depth_stage,
-                                    &(struct stage){state, shape}, 0);
+    return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, shape},
+                                    0);
 }
 
 /* ---- frames that are given -------------------------------------------------------------- */
@@ -787,9 +795,8 @@ static void given_stage(struct backend *backend, void *arg)
                                                     .audio = state->audio + t * delay->dep_q,
                                                     .out = state->output + t * (1 + delay->dep_q)});
     }
-    const struct rows frames = {.n = pass->halves * pass->frames,
-                                .lane = state->row_lane,
-                                .active = state->row_active};
+    const struct rows frames = {
+        .n = pass->halves * pass->frames, .lane = state->row_lane, .active = state->row_active};
     read_tokens(state, rows, frames, pass->frames, (int)ring_positions(state));
 }
 
@@ -817,7 +824,8 @@ int lm_step_given(struct lm_state *state, const struct lm_given *given)
     ops->upload(backend, state->text, given->text, n * sizeof *given->text);
     ops->upload(backend, state->audio, given->audio, n * dep_q * sizeof *given->audio);
     ops->upload(backend, state->user, given->user, n * user_q * sizeof *given->user);
-    status = ops->run(backend, STAGE_GIVEN, given_stage, &(struct pass){state, halves, frames, 1}, 0);
+    status = ops->run(backend, STAGE_GIVEN, given_stage, &(struct pass){state, halves, frames, 1},
+                      0);
     if (status) return status;
     state->offset[slot] += frames;
     state->positions[slot] += frames;

@@ -111,9 +111,9 @@ int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor
 /* Which slots step, and what the user said. Host memory. */
 struct lm_step {
     int n;
-    const int32_t *slots;   /* [n], ascending or not, each once */
-    const uint8_t *guided;  /* [n] the slot steps its null half too */
-    const int32_t *user;    /* [n][user_q] */
+    const int32_t *slots; /* [n], ascending or not, each once */
+    const uint8_t *guided; /* [n] the slot steps its null half too */
+    const int32_t *user; /* [n][user_q] */
 };
 
 /* How many rows the operations of a step have. Null halves come after `slots` rows of slots, in the
@@ -129,6 +129,8 @@ struct lm_shape lm_shape_exact(const struct lm_step *step);
 /* As many as the next of a few numbers, so that few shapes occur. */
 struct lm_shape lm_shape_padded(const struct lm_state *state, const struct lm_step *step);
 
+/* Makes room in the pages for a slot's next frame; lm_step_prepare then has it. */
+int lm_step_room(struct lm_state *state, int slot, int guided);
 /* Uploads the row map and the user's tokens and makes room in the pages. */
 int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
                     const struct lm_shape *shape);
@@ -145,11 +147,11 @@ void lm_step_stage(struct lm_state *state, const struct lm_shape *shape);
 /* Frames of one slot of which every token is known, as its steps would store them. Host memory. */
 struct lm_given {
     int slot, guided, frames;
-    const int32_t *text;   /* [frames] */
-    const int32_t *audio;  /* [frames][dep_q] */
-    const int32_t *user;   /* [frames][user_q] */
-    int32_t *output;       /* [frames][1 + dep_q], as the steps would give it */
-    int32_t *read;         /* [halves][frames][streams] what the steps would read, or NULL */
+    const int32_t *text; /* [frames] */
+    const int32_t *audio; /* [frames][dep_q] */
+    const int32_t *user; /* [frames][user_q] */
+    int32_t *output; /* [frames][1 + dep_q], as the steps would give it */
+    int32_t *read; /* [halves][frames][streams] what the steps would read, or NULL */
 };
 
 /* How many frames the next pass may have: what one of them writes must not be what another still

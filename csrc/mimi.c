@@ -530,19 +530,29 @@ size_t mimi_state_lane_bytes(const struct mimi_state *state)
            2 * (size_t)state->encoder_kv.cache.pages_per_lane * state->encoder_kv.cache.page_bytes;
 }
 
+int mimi_encode_room(struct mimi_state *state, int lane, int frames)
+{
+    return kv_pages_grow(&state->encoder_kv, lane, state->encoder_offset[lane],
+                         frames * state->mimi->config.stride);
+}
+
+int mimi_decode_room(struct mimi_state *state, int lane, int frames)
+{
+    return kv_pages_grow(&state->decoder_kv, lane, state->decoder_offset[lane],
+                         frames * state->mimi->config.stride);
+}
+
 int mimi_encode_grow(struct mimi_state *state, int lane, int frames)
 {
-    int steps = frames * state->mimi->config.stride;
-    int status = kv_pages_grow(&state->encoder_kv, lane, state->encoder_offset[lane], steps);
-    if (!status) state->encoder_offset[lane] += steps;
+    int status = mimi_encode_room(state, lane, frames);
+    if (!status) state->encoder_offset[lane] += frames * state->mimi->config.stride;
     return status;
 }
 
 int mimi_decode_grow(struct mimi_state *state, int lane, int frames)
 {
-    int steps = frames * state->mimi->config.stride;
-    int status = kv_pages_grow(&state->decoder_kv, lane, state->decoder_offset[lane], steps);
-    if (!status) state->decoder_offset[lane] += steps;
+    int status = mimi_decode_room(state, lane, frames);
+    if (!status) state->decoder_offset[lane] += frames * state->mimi->config.stride;
     return status;
 }
 

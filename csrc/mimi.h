@@ -79,6 +79,10 @@ int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
 int mimi_encode_grow(struct mimi_state *state, int lane, int frames);
 int mimi_decode_grow(struct mimi_state *state, int lane, int frames);
 
+/* The same with nothing counted yet. */
+int mimi_encode_room(struct mimi_state *state, int lane, int frames);
+int mimi_decode_room(struct mimi_state *state, int lane, int frames);
+
 /* pcm[n][frames*1920] -> codes[n*frames][levels], device memory. */
 void mimi_encode(struct mimi_state *state, struct rows rows, int frames, const float *pcm,
                  int levels, int32_t *codes);

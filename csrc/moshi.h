@@ -212,7 +212,7 @@ struct moshi_memory {
 };
 MOSHI_API int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory);
 
-/* Where the time of all ticks so far went, in seconds. */
+/* Where the time of all ticks so far went, in seconds; all of it is other_s where a tick is one graph. */
 struct moshi_engine_stats {
     int64_t ticks, frames; /* frames >= ticks when sessions share ticks */
     double encode_s, temporal_s, depth_s, decode_s, other_s;

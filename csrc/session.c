@@ -214,6 +214,7 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
 int session_take_slot(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
+    int status = MOSHI_OK;
     os_mutex_lock(engine->model->backend_lock);
     os_mutex_lock(engine->lock);
     for (int slot = 0; slot < engine->max_sessions && session->slot < 0; ++slot)
@@ -221,11 +222,18 @@ int session_take_slot(struct moshi_session *session)
     os_mutex_unlock(engine->lock);
     if (session->slot >= 0) {
         reset_slot(session);
+        /* Without memory for a first frame it is refused now. */
+        status = lm_step_room(&engine->lm, session->slot, session_is_guided(session));
+        if (status) lm_state_reset(&engine->lm, session->slot);
         os_mutex_lock(engine->lock);
-        engine->slots[session->slot] = session;
+        if (!status) engine->slots[session->slot] = session;
         os_mutex_unlock(engine->lock);
     }
     os_mutex_unlock(engine->model->backend_lock);
+    if (status) {
+        session->slot = -1;
+        return status;
+    }
     if (session->slot < 0)
         return moshi_fail(
             MOSHI_ERROR_SESSION,

@@ -116,10 +116,11 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
     kv->host_table = malloc(entries * sizeof *kv->host_table);
     kv->references = calloc(entries, sizeof *kv->references);
     kv->free_pages = malloc(entries * sizeof *kv->free_pages);
+    kv->committed = calloc(entries, 1);
     kv->device_table = backend->ops->allocate(backend, entries * sizeof *kv->device_table);
-    cache->pages = backend->ops->allocate(backend, kv->bytes);
-    if (!kv->host_table || !kv->references || !kv->free_pages || !kv->device_table ||
-        !cache->pages) {
+    cache->pages = backend->ops->allocate_pages(backend, kv->bytes, cache->page_bytes);
+    if (!kv->host_table || !kv->references || !kv->free_pages || !kv->committed ||
+        !kv->device_table || !cache->pages) {
         size_t bytes = kv->bytes;
         kv_pages_destroy(kv);
         return moshi_fail(MOSHI_ERROR_MEMORY,
@@ -147,6 +148,7 @@ void kv_pages_destroy(struct kv_pages *kv)
     free(kv->host_table);
     free(kv->references);
     free(kv->free_pages);
+    free(kv->committed);
     memset(kv, 0, sizeof *kv);
 }
 
@@ -179,6 +181,12 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
             if (kv->n_free == 0)
                 return moshi_fail(MOSHI_ERROR_INTERNAL, "no page of keys and values is free");
             int32_t page = kv->free_pages[kv->n_free - 1];
+            int status = kv->committed[page]
+                             ? MOSHI_OK
+                             : kv->backend->ops->commit(kv->backend, page_address(kv, page),
+                                                        kv->cache.page_bytes);
+            if (status) return status;
+            kv->committed[page] = 1;
             set_free(kv, kv->n_free - 1);
             kv->references[page] = 1;
             if (shared >= 0) {
@@ -203,6 +211,7 @@ static void forget(struct kv_pages *kv, int lane, int decommit)
         if (--kv->references[page] > 0) continue;
         if (decommit)
             kv->backend->ops->decommit(kv->backend, page_address(kv, page), kv->cache.page_bytes);
+        kv->committed[page] &= !decommit;
         kv->free_pages[kv->n_free] = page;
         set_free(kv, kv->n_free + 1);
     }

@@ -50,6 +50,7 @@ struct kv_pages {
     int32_t *host_table; /* [lanes][pages_per_lane], -1: no page yet */
     int32_t *references; /* [n_pages] */
     int32_t *free_pages; /* stack */
+    uint8_t *committed;  /* [n_pages] there is memory behind it */
     size_t bytes;
     int32_t *device_table;
 };

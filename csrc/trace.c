@@ -328,6 +328,16 @@ static int64_t trace_memory_free(struct backend *backend)
     return inner_of(backend)->ops->memory_free(inner_of(backend));
 }
 
+static void *trace_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
+{
+    return inner_of(backend)->ops->allocate_pages(inner_of(backend), bytes, page_bytes);
+}
+
+static int trace_commit(struct backend *backend, void *device, size_t bytes)
+{
+    return inner_of(backend)->ops->commit(inner_of(backend), device, bytes);
+}
+
 static void trace_decommit(struct backend *backend, void *device, size_t bytes)
 {
     inner_of(backend)->ops->decommit(inner_of(backend), device, bytes);
@@ -414,6 +424,8 @@ static const struct backend_ops trace_ops = {
     .download = trace_download,
     .copy = trace_copy,
     .clear = trace_clear,
+    .allocate_pages = trace_allocate_pages,
+    .commit = trace_commit,
     .decommit = trace_decommit,
     .memory_free = trace_memory_free,
     .prepare_matrix = trace_prepare_matrix,

@@ -47,23 +47,25 @@ bool cuda_fits(struct cuda_backend *cuda, const char *name, size_t shared)
 
 /* ---- memory ----------------------------------------------------------------------------- */
 
+void cuda_out_of_memory(struct cuda_backend *cuda, size_t bytes)
+{
+    size_t free_bytes = 0, total = 0;
+
+    cudaGetLastError();
+    cudaMemGetInfo(&free_bytes, &total);
+    cuda_fail(cuda, MOSHI_ERROR_MEMORY,
+              "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
+              "fewer sessions or a shorter context need less",
+              cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
+              (double)total / 0x1p20);
+}
+
 void *cuda_take(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = NULL;
     cudaError_t error = cudaMalloc(&memory, bytes);
 
-    if (error == cudaErrorMemoryAllocation) {
-        size_t free_bytes = 0, total = 0;
-
-        cudaGetLastError();
-        cudaMemGetInfo(&free_bytes, &total);
-        cuda_fail(cuda, MOSHI_ERROR_MEMORY,
-                  "%s is out of memory: %.1f MiB more are needed, %.1f of its %.1f MiB are free; "
-                  "fewer sessions or a shorter context need less",
-                  cuda->device, (double)bytes / 0x1p20, (double)free_bytes / 0x1p20,
-                  (double)total / 0x1p20);
-        return NULL;
-    }
+    if (error == cudaErrorMemoryAllocation) return cuda_out_of_memory(cuda, bytes), nullptr;
     return cuda_good(cuda, error, "an allocation") ? memory : NULL;
 }
 
@@ -87,7 +89,7 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cuda->releases++;
     cuda_flush(cuda);
     cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
-    cudaFree(memory);
+    if (!cuda_release_pages(cuda, memory)) cudaFree(memory);
     cudaGetLastError();
 }
 
@@ -110,11 +112,6 @@ void cuda_wait(struct cuda_backend *cuda)
         cuda_fail(cuda, MOSHI_ERROR_CHECKPOINT,
                   "a weight is not finite or beyond the range of a 16-bit scale, which a block "
                   "format can't hold");
-}
-
-static void cuda_decommit(struct backend *backend, void *device, size_t bytes)
-{
-    cuda_clear(backend, device, 0, bytes);
 }
 
 static int64_t cuda_memory_free(struct backend *backend)
@@ -235,6 +232,7 @@ static void cuda_destroy(struct backend *backend)
     cudaSetDevice(cuda->card);
     if (cuda->stream) cudaStreamSynchronize(cuda->stream);
     cuda_forget_graphs(cuda);
+    while (cuda->ranges) cuda_release_pages(cuda, cuda->ranges->base);
     cudaFree(cuda->scratch);
     cudaFree(cuda->landing);
     if (cuda->staging) cudaFreeHost(cuda->staging);
@@ -255,6 +253,8 @@ static struct backend_ops make_ops(void)
     ops.download = cuda_download;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
+    ops.allocate_pages = cuda_allocate_pages;
+    ops.commit = cuda_commit;
     ops.decommit = cuda_decommit;
     ops.memory_free = cuda_memory_free;
     ops.prepare_matrix = cuda_prepare_matrix;
@@ -373,6 +373,7 @@ static int open_card(struct cuda_backend *cuda, int card)
     if (!cuda_good(cuda, cudaMallocHost(&report, sizeof *cuda->report), "pinned memory")) return 0;
     cuda->report = (struct cuda_report *)report;
     cuda->report->trouble = TROUBLE_NONE;
+    virtual_open(&cuda->virtual_memory, card);
     return 1;
 }
 
@@ -420,7 +421,8 @@ static void *share_memory(size_t bytes)
 
 static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
                                             count_cards,    describe_card,
-                                            create_backend, share_memory};
+                                            create_backend, cuda_probe,
+                                            share_memory};
 
 extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
     void)

@@ -37,6 +37,20 @@ struct cuda_piece {
     size_t staged, bytes;
 };
 
+/* A piece of a range that gets memory at once; `pages` of the model's lie in it, at least in part. */
+struct cuda_unit {
+    virtual_handle handle;
+    int pages;
+};
+
+/* Addresses for memory that grows. */
+struct cuda_range {
+    struct cuda_range *next;
+    char *base;
+    size_t bytes, unit;
+    struct cuda_unit units[1];
+};
+
 enum cuda_mode { CUDA_DIRECT, CUDA_WALK, CUDA_CAPTURE };
 
 struct cuda_graph {
@@ -65,6 +79,8 @@ struct cuda_backend {
     size_t staged;
     struct cuda_piece pieces[GATHERED]; /* uploads that have not crossed yet */
     int n_pieces;
+    struct virtual_memory virtual_memory;
+    struct cuda_range *ranges;
     char *landing; /* on the card: where they arrive together */
     struct cuda_report *report;
     int (*fail)(int status, const char *sentence);
@@ -104,6 +120,10 @@ void cuda_hash(struct cuda_backend *cuda, const void *bytes, size_t count);
 int cuda_run(struct backend *backend, int stage, void (*stage_function)(struct backend *, void *),
              void *arg, size_t arg_bytes);
 void cuda_forget_graphs(struct cuda_backend *cuda);
+/* Sticks the sentence about it to the backend. */
+void cuda_out_of_memory(struct cuda_backend *cuda, size_t bytes);
+/* Whether it was memory of cuda_allocate_pages; nothing uses it any more. */
+bool cuda_release_pages(struct cuda_backend *cuda, void *memory);
 /* Device memory of any content; NULL after a sentence that says what was needed and what is free. */
 void *cuda_take(struct cuda_backend *cuda, size_t bytes);
 /* That release_matrix gives those rows back; whether it was so. */
@@ -154,6 +174,11 @@ __host__ __device__ static inline int round_up(int a, int b)
     return ceil_div(a, b) * b;
 }
 
+void *cuda_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes);
+int cuda_commit(struct backend *backend, void *memory, size_t bytes);
+void cuda_decommit(struct backend *backend, void *memory, size_t bytes);
+int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
+               double *copy_rate);
 void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes);
 void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes);
 void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes);

@@ -272,6 +272,8 @@ typedef std::lock_guard<std::recursive_mutex> shim_lock;
 static unsigned char *device_memory; /* protected but while work is done */
 static size_t device_high;           /* what has ever been used of it */
 static std::map<size_t, size_t> pieces; /* offset -> bytes with the zone behind them */
+static std::map<size_t, size_t> ranges; /* those of them that are only addresses -> bytes */
+static size_t mapped_bytes;              /* behind such addresses */
 static std::map<uintptr_t, size_t> host_blocks, managed_blocks;
 
 static cudaError_t broken; /* sticky */
@@ -337,30 +339,105 @@ static int looks_like_host(uintptr_t word)
            !is_device(word) && !inside(host_blocks, word) && !inside(managed_blocks, word);
 }
 
-cudaError_t cudaMalloc(void **memory, size_t bytes)
+/* A place for so many bytes, which nothing may touch yet; DEVICE_BYTES if there is none. */
+static size_t take_place(size_t bytes)
 {
-    shim_lock lock(shim_mutex);
     size_t wanted = (bytes + REDZONE - 1) / REDZONE * REDZONE + REDZONE, at = 0;
 
-    *memory = NULL;
     initialise();
-    if (broken != cudaSuccess) return give(broken);
-    ++counts[SHIM_PREPARED];
-    if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
     for (auto &block : pieces) {
         if (block.first - at >= wanted) break;
         at = block.first + block.second;
     }
-    if (bytes > DEVICE_BYTES || at + wanted > DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
+    if (bytes > DEVICE_BYTES || at + wanted > DEVICE_BYTES) return DEVICE_BYTES;
     pieces[at] = wanted;
     if (at + wanted > device_high) device_high = (at + wanted + 4095) / 4096 * 4096;
+    ASAN_POISON_MEMORY_REGION(device_memory + at, wanted);
+    return at;
+}
+
+/* Memory has come behind the addresses. */
+static void fill_place(void *memory, size_t bytes)
+{
     protect(PROT_READ | PROT_WRITE);
-    ASAN_UNPOISON_MEMORY_REGION(device_memory + at, bytes);
-    memset(device_memory + at, 0xff, bytes);
-    ASAN_POISON_MEMORY_REGION(device_memory + at + bytes, wanted - bytes);
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+    memset(memory, 0xff, bytes);
     protect(PROT_NONE);
+}
+
+cudaError_t cudaMalloc(void **memory, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+
+    *memory = NULL;
+    if (broken != cudaSuccess) return give(broken);
+    ++counts[SHIM_PREPARED];
+    if (strikes(SHIM_FAULT_MALLOC)) return give(cudaErrorMemoryAllocation);
+    size_t at = take_place(bytes);
+
+    if (at == DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
     *memory = device_memory + at;
+    fill_place(*memory, bytes);
     return cudaSuccess;
+}
+
+#define GRANULARITY (size_t)(64 << 10)
+
+void virtual_open(struct virtual_memory *memory, int card)
+{
+    (void)card;
+    memory->granularity = GRANULARITY;
+}
+
+cudaError_t virtual_reserve(struct virtual_memory *memory, void **address, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory;
+    *address = NULL;
+    if (broken != cudaSuccess) return broken;
+    if (bytes % GRANULARITY) return cudaErrorInvalidValue;
+    size_t at = take_place(bytes);
+
+    if (at == DEVICE_BYTES) return cudaErrorMemoryAllocation;
+    ranges[at] = bytes;
+    *address = device_memory + at;
+    return cudaSuccess;
+}
+
+cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t bytes,
+                        virtual_handle *handle)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory;
+    *handle = 0;
+    if (broken != cudaSuccess) return broken;
+    ++counts[SHIM_PREPARED];
+    if (strikes(SHIM_FAULT_MALLOC)) return cudaErrorMemoryAllocation;
+    mapped_bytes += bytes;
+    fill_place(address, bytes);
+    return cudaSuccess;
+}
+
+void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
+                   virtual_handle handle)
+{
+    shim_lock lock(shim_mutex);
+
+    (void)memory, (void)handle;
+    mapped_bytes -= bytes;
+    ASAN_POISON_MEMORY_REGION(address, bytes);
+}
+
+void virtual_free(struct virtual_memory *memory, void *address, size_t bytes)
+{
+    shim_lock lock(shim_mutex);
+    size_t at = (size_t)((unsigned char *)address - device_memory);
+
+    (void)memory, (void)bytes;
+    ranges.erase(at);
+    pieces.erase(at);
 }
 
 cudaError_t cudaFree(void *memory)
@@ -432,7 +509,9 @@ cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total)
     shim_lock lock(shim_mutex);
 
     *free_bytes = *total = DEVICE_BYTES;
-    for (auto &block : pieces) *free_bytes -= block.second;
+    for (auto &block : pieces)
+        if (!ranges.count(block.first)) *free_bytes -= block.second;
+    *free_bytes -= mapped_bytes < *free_bytes ? mapped_bytes : *free_bytes;
     return give(broken);
 }
 

@@ -21,6 +21,7 @@
 
 #ifdef __CUDACC__
 
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -81,6 +82,96 @@ template <class P> inline bool has_kernel(void (*kernel)(P))
     cudaFuncAttributes attributes;
 
     return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess;
+}
+
+/* ---- addresses and the memory behind them, by the driver -------------------------------- */
+
+typedef CUmemGenericAllocationHandle virtual_handle;
+
+/* The driver's functions are asked for by name, since the library is not linked with it. */
+struct virtual_memory {
+    size_t granularity; /* 0: not here */
+    CUmemAllocationProp properties;
+    CUresult (*reserve)(CUdeviceptr *, size_t, size_t, CUdeviceptr, unsigned long long);
+    CUresult (*free_addresses)(CUdeviceptr, size_t);
+    CUresult (*create)(CUmemGenericAllocationHandle *, size_t, const CUmemAllocationProp *,
+                       unsigned long long);
+    CUresult (*release)(CUmemGenericAllocationHandle);
+    CUresult (*map)(CUdeviceptr, size_t, size_t, CUmemGenericAllocationHandle, unsigned long long);
+    CUresult (*unmap)(CUdeviceptr, size_t);
+    CUresult (*set_access)(CUdeviceptr, size_t, const CUmemAccessDesc *, size_t);
+};
+
+template <class F> inline bool find_driver_function(const char *name, F *function)
+{
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault,
+                                                         &result);
+
+    *function = (F)found;
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess && found;
+}
+
+inline void virtual_open(struct virtual_memory *memory, int card)
+{
+    CUresult (*granularity)(size_t *, const CUmemAllocationProp *,
+                            CUmemAllocationGranularity_flags);
+
+    *memory = {};
+    memory->properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    memory->properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    memory->properties.location.id = card;
+    if (!find_driver_function("cuMemGetAllocationGranularity", &granularity) ||
+        !find_driver_function("cuMemAddressReserve", &memory->reserve) ||
+        !find_driver_function("cuMemAddressFree", &memory->free_addresses) ||
+        !find_driver_function("cuMemCreate", &memory->create) ||
+        !find_driver_function("cuMemRelease", &memory->release) ||
+        !find_driver_function("cuMemMap", &memory->map) ||
+        !find_driver_function("cuMemUnmap", &memory->unmap) ||
+        !find_driver_function("cuMemSetAccess", &memory->set_access) ||
+        granularity(&memory->granularity, &memory->properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM) !=
+            CUDA_SUCCESS)
+        memory->granularity = 0;
+    cudaGetLastError();
+}
+
+/* The driver's numbers are the runtime's. */
+inline cudaError_t virtual_reserve(struct virtual_memory *memory, void **address, size_t bytes)
+{
+    CUdeviceptr found = 0;
+    CUresult result = memory->reserve(&found, bytes, 0, 0, 0);
+
+    *address = (void *)found;
+    return (cudaError_t)result;
+}
+
+inline cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t bytes,
+                               virtual_handle *handle)
+{
+    CUmemAccessDesc access = {memory->properties.location, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    CUresult result = memory->create(handle, bytes, &memory->properties, 0);
+
+    if (result != CUDA_SUCCESS) return (cudaError_t)result;
+    result = memory->map((CUdeviceptr)address, bytes, 0, *handle, 0);
+    if (result == CUDA_SUCCESS) {
+        result = memory->set_access((CUdeviceptr)address, bytes, &access, 1);
+        if (result != CUDA_SUCCESS) memory->unmap((CUdeviceptr)address, bytes);
+    }
+    if (result != CUDA_SUCCESS) memory->release(*handle);
+    return (cudaError_t)result;
+}
+
+inline void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
+                          virtual_handle handle)
+{
+    memory->unmap((CUdeviceptr)address, bytes);
+    memory->release(handle);
+}
+
+inline void virtual_free(struct virtual_memory *memory, void *address, size_t bytes)
+{
+    memory->free_addresses((CUdeviceptr)address, bytes);
 }
 
 #else
@@ -336,6 +427,21 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+
+/* Addresses and the memory behind them; such memory is NaN when it comes. */
+typedef int virtual_handle;
+
+struct virtual_memory {
+    size_t granularity;
+};
+
+void virtual_open(struct virtual_memory *memory, int card);
+cudaError_t virtual_reserve(struct virtual_memory *memory, void **address, size_t bytes);
+cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t bytes,
+                        virtual_handle *handle);
+void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
+                   virtual_handle handle);
+void virtual_free(struct virtual_memory *memory, void *address, size_t bytes);
 
 /* Runs `body` in every thread; the parameters are only looked at. */
 cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,

@@ -17,6 +17,19 @@ static void *cpu_allocate(struct backend *backend, size_t bytes)
     return os_reserve(bytes);
 }
 
+static void *cpu_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
+{
+    (void)backend, (void)page_bytes;
+    return os_reserve(bytes);
+}
+
+/* The system does it when they are touched. */
+static int cpu_commit(struct backend *backend, void *device, size_t bytes)
+{
+    (void)backend, (void)device, (void)bytes;
+    return MOSHI_OK;
+}
+
 static void cpu_release(struct backend *backend, void *memory, size_t bytes)
 {
     (void)backend;
@@ -290,6 +303,8 @@ static const struct backend_ops cpu_ops = {
     .download = cpu_download,
     .copy = cpu_copy,
     .clear = cpu_clear,
+    .allocate_pages = cpu_allocate_pages,
+    .commit = cpu_commit,
     .decommit = cpu_decommit,
     .memory_free = cpu_memory_free,
     .prepare_matrix = cpu_prepare_matrix,

@@ -327,8 +327,8 @@ static void delay_input_row(const struct op_delay_input *op, int i, int32_t *tok
         int stream = 1 + cache->dep_q + j;
         int32_t token = op->given ? op->given[at] : TOKEN_FREE;
 
-        *delay_cell(cache, slot, stream, offset + cache->delays[stream]) =
-            token == TOKEN_FREE ? op->user[at] : token;
+        *delay_cell(cache, slot, stream,
+                    offset + cache->delays[stream]) = token == TOKEN_FREE ? op->user[at] : token;
     }
     for (int s = 0; s < cache->streams; s++) {
         int32_t delay = cache->delays[s];

@@ -345,6 +345,83 @@ static int test_memory_is_that_of_the_card(void)
     return 1;
 }
 
+static int64_t free_bytes(struct moshi_engine *engine)
+{
+    struct moshi_memory memory;
+
+    return moshi_engine_memory(engine, &memory) == MOSHI_OK ? memory.free_bytes : -1;
+}
+
+/* An engine for many long calls takes little until they are held, and has it back afterwards. */
+static int test_keys_and_values_come_with_the_calls_and_go(void)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    struct moshi_session *session, *other;
+    struct moshi_memory memory;
+    static float pcm[FRAME_SIZE], sound[FRAME_SIZE];
+    struct moshi_frame frame = {.pcm = sound};
+
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+    CHECK(moshi_engine_create(model,
+                              &(struct moshi_engine_options){.max_sessions = 4, .context = 40000},
+                              &engine) == MOSHI_OK);
+    const int64_t before = free_bytes(engine);
+
+    CHECK(moshi_engine_memory(engine, &memory) == MOSHI_OK);
+    CHECK(memory.session_bytes > 100 << 20 && (6ll << 30) - before < memory.session_bytes);
+    CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
+    const int64_t open = free_bytes(engine);
+
+    CHECK(open < before && before - open < memory.session_bytes / 8);
+    make_frame(0, 0, pcm);
+    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+    const int64_t stepped = free_bytes(engine);
+
+    CHECK(moshi_session_fork(session, NULL, &other) == MOSHI_OK);
+    CHECK(moshi_session_step(other, pcm, &frame) == MOSHI_OK);
+    CHECK(free_bytes(engine) < stepped); /* it writes to pages of its own */
+    moshi_session_destroy(other);
+    moshi_session_destroy(session);
+    CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
+    CHECK(free_bytes(engine) >= open - memory.session_bytes / 8);
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
+/* A session that finds no memory is refused, or ends where it grows; the others go on. */
+static int test_memory_that_runs_out_ends_no_other_session(void)
+{
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    struct moshi_session *session, *fork, *refused;
+    static float pcm[FRAME_SIZE], sound[FRAME_SIZE];
+    struct moshi_frame frame = {.pcm = sound};
+
+    CHECK(open_model("cuda", MOSHI_AUTO, &model) == MOSHI_OK);
+    CHECK(open_engine(model, 3, &engine) == MOSHI_OK);
+    CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
+    make_frame(0, 0, pcm);
+    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+    inject(FAULT_MALLOC, 0);
+    CHECK(open_session(model, engine, GREEDY, &refused) == MOSHI_ERROR_MEMORY);
+    CHECK(says("MiB more are needed") && refused == NULL);
+    CHECK(moshi_session_fork(session, NULL, &fork) == MOSHI_OK);
+    inject(FAULT_MALLOC, 0);
+    CHECK(moshi_session_step(fork, pcm, &frame) == MOSHI_ERROR_MEMORY && says("are free"));
+    CHECK(moshi_session_step(session, pcm, &frame) == MOSHI_OK);
+    CHECK(moshi_session_step(fork, pcm, &frame) == MOSHI_ERROR_SESSION && says("are free"));
+    CHECK(open_session(model, engine, GREEDY, &refused) == MOSHI_OK);
+    moshi_session_destroy(refused);
+    moshi_session_destroy(fork);
+    moshi_session_destroy(session);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    return 1;
+}
+
 /* Wherever the memory runs out, the sentence says what was needed and what is free; afterwards all
  * is well. */
 static int test_memory_that_runs_out_is_said(void)
@@ -511,6 +588,10 @@ int main(int argc, char **argv)
         run_repaired("a tick is one graph and one copy each way, however many talk",
                      test_a_tick_is_one_graph_and_one_copy_each_way_however_many_talk);
         run_repaired("memory is that of the card", test_memory_is_that_of_the_card);
+        run_repaired("keys and values come with the calls and go",
+                     test_keys_and_values_come_with_the_calls_and_go);
+        run_repaired("memory that runs out ends no other session",
+                     test_memory_that_runs_out_ends_no_other_session);
         run_faults();
     }
     printf("%d passed, %d failed\n", passed, failed);

@@ -1,0 +1,71 @@
+/* probe.cu: what the card's memory can do at best: the denominators of every share that is told. */
+#include "device.h"
+
+#define THREADS 512
+#define ROUNDS 10
+
+struct read_all {
+    const uint4 *from;
+    size_t count; /* of 16 bytes */
+    unsigned *sum;
+};
+
+/* Reads, and stores a word that depends on all. Four loads are under way at once in each thread. */
+__global__ static void __launch_bounds__(THREADS) k_read(const __grid_constant__ struct read_all p)
+{
+    size_t step = (size_t)gridDim.x * THREADS;
+    size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    unsigned sum = 0;
+
+#pragma unroll 4
+    for (size_t i = at; i < p.count; i += step) {
+        uint4 v = p.from[i];
+
+        sum ^= v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if (sum == 1) atomicAdd(p.sum, sum);
+}
+
+static void read_once(struct cuda_backend *cuda, const struct read_all &p)
+{
+    launch(cuda, k_read, dim3((unsigned)(4 * cuda->processors)), THREADS, 0, p);
+}
+
+int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
+               double *copy_rate)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    cuda_turn turn(cuda);
+    struct read_all p = blank<struct read_all>();
+    char *memory = (char *)cuda_take(cuda, 2 * bytes + sizeof *p.sum);
+    double began;
+    int status;
+
+    *read_rate = *copy_rate = 0;
+    if (memory) {
+        p.from = (const uint4 *)(const void *)memory;
+        p.count = bytes / sizeof(uint4);
+        p.sum = (unsigned *)(void *)(memory + 2 * bytes);
+        cuda_good(cuda, cudaMemsetAsync(memory, 0x5a, 2 * bytes + sizeof *p.sum, cuda->stream),
+                  "a fill");
+        for (int warm = 1; warm >= 0; warm--) {
+            cuda_wait(cuda);
+            began = clock();
+            for (int i = 0; i < ROUNDS; i++) read_once(cuda, p);
+            cuda_wait(cuda);
+            *read_rate = ROUNDS * (double)bytes / (clock() - began);
+            began = clock();
+            for (int i = 0; i < ROUNDS; i++)
+                cuda_good(cuda,
+                          cudaMemcpyAsync(memory + bytes, memory, bytes, cudaMemcpyDefault,
+                                          cuda->stream),
+                          "a copy");
+            cuda_wait(cuda);
+            *copy_rate = 2 * ROUNDS * (double)bytes / (clock() - began);
+        }
+        cudaFree(memory);
+    }
+    status = backend->failure;
+    backend->failure = MOSHI_OK;
+    return status ? cuda->fail(status, backend->sentence) : MOSHI_OK;
+}
