@@ -230,6 +230,14 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         async with http.post(url, data=b"x" * 70000, headers=headers | form) as response:
             assert response.status == 413
+        for damage, body in (
+            (form, b"To=\xff"),
+            ({"Content-Type": f"{form['Content-Type']}; charset=none"}, b"To=1"),
+            (form | {"Content-Encoding": "gzip"}, b"To=1"),
+        ):
+            async with http.post(url, data=body, headers=headers | damage) as response:
+                assert response.status == 400, damage
+                assert (await response.json())["error"] == "form"
         async with http.put(url, data=fields, headers=headers) as response:
             assert response.status == 405
         async with ringing(server), http.post(url, data=fields, headers=headers) as response:

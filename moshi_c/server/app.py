@@ -298,6 +298,8 @@ class Server:
                 fields = await asyncio.wait_for(request.post(), _FIRST_REQUEST)
             except asyncio.TimeoutError:
                 raise Refused(408, "slow", "the form did not come in time") from None
+            except (ValueError, LookupError, web.RequestPayloadError):
+                raise Refused(400, "form", "the body is no form in UTF-8") from None
         elif request.method not in ("GET", "POST"):
             raise Refused(405, "method", f"the method is {request.method[:20]}; expected POST")
         url = self._check_twilio(request, "http", [(k, str(v)) for k, v in fields.items()])
