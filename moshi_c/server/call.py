@@ -40,6 +40,9 @@ _LOST = 1006
 _MOST_IGNORED = 100
 #: Seconds of sound that are taken a second; a caller who sends more is read more slowly.
 _SOUND_PER_SECOND = 10.0
+#: Likewise characters of text, and times that words are put into the model's mouth: what these
+#: take to read, others wait.
+_TEXT_PER_SECOND, _WORDS_PER_SECOND = float(1 << 20), 5.0
 #: A wake-up later than this is the server's own fault, s.
 _HELD_UP = 0.05
 #: Seconds between two words about late answers.
@@ -320,6 +323,7 @@ class Call:
     async def _read(self) -> None:
         messages = Allowance(self._settings.messages_per_second)
         sound = Allowance(_SOUND_PER_SECOND)
+        text, words = Allowance(_TEXT_PER_SECOND), Allowance(_WORDS_PER_SECOND)
         pieces = 0
         while True:
             message = await self._socket.receive()
@@ -335,6 +339,8 @@ class Call:
                     await self._socket.pong(message.data)
                 await asyncio.sleep(pause)
                 continue
+            if message.type == WSMsgType.TEXT:
+                pause = max(pause, text.wait(self._loop.time(), len(message.data)))
             try:
                 for pcm in self._wire.hear(message):
                     if pcm is None:
@@ -344,6 +350,8 @@ class Call:
                     if isinstance(pcm, Words):
                         self._words.append(pcm)
                         self._wake.set()
+                        pause = max(pause, words.wait(self._loop.time(), 1))
+                        await asyncio.sleep(0)
                         continue
                     if not isinstance(pcm, np.ndarray):
                         await self._reply(pcm)
