@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,7 +171,6 @@ def read_number(
     try:
         value = kind(text)
     except ValueError:
-        value = kind(0) if kind is int else math.nan
         raise ValueError(f"{name} is {text[:40]!r}; expected a number") from None
     if not least <= value <= most:
         raise ValueError(f"{name} is {text[:40]}; expected {least} to {most}")
