@@ -52,9 +52,9 @@ def shown(value: Any) -> str:
     """A value of an event, for a sentence: not all of a long one."""
     if isinstance(value, str):
         return repr(value[:40])
-    return (
-        str(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (int, float, type(None))):
+        return str(value)[:40]
+    return f"a {type(value).__name__}"
 
 
 def part(of: Any, name: str) -> dict[str, Any]:

@@ -343,7 +343,8 @@ def _number(event: Event) -> Event:
 
 def _not_ours(session: Event) -> Iterator[tuple[str, str]]:
     """What a session asks for that this model has not: its name, and a sentence."""
-    if str(session.get("instructions") or "").strip():
+    instructions = session.get("instructions")
+    if instructions and not (isinstance(instructions, str) and instructions.isspace()):
         yield "session.instructions", "this model takes no instructions; it goes on without"
     voice = part(part(session, "audio"), "output").get("voice")
     if voice not in (None, _ANY_VOICE):
