@@ -347,7 +347,7 @@ async def test_the_command_takes_the_url_and_the_secret_from_the_environment() -
 
 def test_a_public_name_lets_nobody_in_without_a_token_unasked() -> None:
     """By that name others reach all the paths, not Twilio's alone."""
-    with pytest.raises(ValueError, match="phone.example can be reached by others.*--token"):
+    with pytest.raises(ValueError, match=r"phone\.example can be reached by others.*--token"):
         Settings(public_url=URL, twilio_token=SECRET)
     Settings(public_url=URL, twilio_token=SECRET, insecure=True)
     Settings(public_url="http://127.0.0.1:8998", twilio_token=SECRET)
