@@ -549,6 +549,17 @@ async def test_who_waits_is_told_so_and_starts_when_it_is_their_turn(model: Mode
         assert server._admission.busy == 0
 
 
+def test_the_time_of_a_call_counts_from_its_slot_however_late_it_is_started(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = live.LiveWire(model, 100.0)
+    monkeypatch.setattr(live.time, "time", lambda: 1000.0)
+    assert wire.ready(None) == []  # type: ignore[arg-type]
+    monkeypatch.setattr(live.time, "time", lambda: 1050.0)
+    ((answer,),) = wire.hear(text_message(start(model="m")))
+    assert json.loads(answer)["session"]["expires_at"] == 1100
+
+
 @scenario
 async def test_a_call_out_of_time_is_expired_and_an_idle_one_an_error(model: Model) -> None:
     async with serving(model, max_seconds=2.0) as server, talking(server) as caller:
