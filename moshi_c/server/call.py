@@ -324,7 +324,6 @@ class Call:
         messages = Allowance(self._settings.messages_per_second)
         sound = Allowance(_SOUND_PER_SECOND)
         text, words = Allowance(_TEXT_PER_SECOND), Allowance(_WORDS_PER_SECOND)
-        pieces = 0
         while True:
             message = await self._socket.receive()
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
@@ -351,7 +350,6 @@ class Call:
                         self._words.append(pcm)
                         self._wake.set()
                         pause = max(pause, words.wait(self._loop.time(), 1))
-                        await asyncio.sleep(0)
                         continue
                     if not isinstance(pcm, np.ndarray):
                         await self._reply(pcm)
@@ -366,9 +364,7 @@ class Call:
             except Ignored as error:
                 self._ignore(str(error))
                 await self._reply(error.answer)
-            pieces += 1
-            if pause or pieces % 16 == 0:  # who has much to say lets others speak
-                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)  # who has much to say lets others speak
 
     async def _reply(self, answer: list[Payload] | Answer) -> None:
         """Who does not read our answers is read no further."""
