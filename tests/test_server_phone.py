@@ -361,6 +361,7 @@ def test_a_telephone_needs_both_the_secret_and_the_url() -> None:
     for url in (
         "phone.example",
         "wss://phone.example",
+        "HTTPS://phone.example",  # signatures are over the letters
         "https://",
         "https://a/?x=1",
         "https://a:x",

@@ -113,7 +113,7 @@ def _is_url(text: str) -> bool:
     """Whether it leads to a server, and asks for nothing of it."""
     try:
         parts = urlsplit(text)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname)
+        named = text.startswith(("http://", "https://")) and bool(parts.hostname)
         return named and not (parts.query or parts.fragment) and (parts.port or 1) > 0
     except ValueError:
         return False
