@@ -267,6 +267,7 @@ static struct backend_ops make_ops(void)
     ops.embed = cuda_embed;
     ops.norm = cuda_norm;
     ops.linear = cuda_linear;
+    ops.linear_many = cuda_linear_many;
     ops.linear_residual = cuda_linear_residual;
     ops.linear_gated = cuda_linear_gated;
     ops.rope = cuda_rope;

@@ -186,6 +186,7 @@ void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes);
 void cuda_embed(struct backend *backend, const struct op_embed *op);
 void cuda_norm(struct backend *backend, const struct op_norm *op);
 void cuda_linear(struct backend *backend, const struct op_linear *op);
+void cuda_linear_many(struct backend *backend, const struct op_linear_many *op);
 void cuda_linear_residual(struct backend *backend, const struct op_linear_residual *op);
 void cuda_linear_gated(struct backend *backend, const struct op_linear_gated *op);
 void cuda_rope(struct backend *backend, const struct op_rope *op);

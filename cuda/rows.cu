@@ -21,10 +21,10 @@ struct embed {
     struct embed_stream streams[MOSHI_MAX_CODEBOOKS];
     const int32_t *tokens, *lane;
     const uint8_t *active;
-    const float *condition;
+    const float *condition, *from;
     float *y;
     struct cuda_report *report;
-    int n_streams, token_stride, width, columns, accumulate;
+    int n_streams, token_stride, width, columns;
 };
 
 __device__ static float element(const void *data, int format, long at)
@@ -67,7 +67,7 @@ __global__ static void __launch_bounds__(THREADS) k_embed(const __grid_constant_
     const int32_t *tokens = p.tokens + (long)i * p.token_stride;
     float *y = p.y + (long)i * p.width + d, sum = 0;
 
-    if (p.accumulate && d < p.width) sum = *y;
+    if (p.from && d < p.width) sum = p.from[(long)i * p.width + d];
     for (int s = 0; s < p.n_streams && p.active[i]; s++) {
         const struct embed_stream &stream = p.streams[s];
         int token = tokens[s];
@@ -109,7 +109,7 @@ void cuda_embed(struct backend *backend, const struct op_embed *op)
     p.condition = op->condition;
     p.y = op->y;
     p.report = cuda->report;
-    p.accumulate = op->accumulate;
+    p.from = op->from;
     p.n_streams = op->n_streams;
     for (int s = 0; s < op->n_streams; s++, e++) {
         struct embed_stream *stream = &p.streams[s];
