@@ -423,7 +423,7 @@ static void *share_memory(size_t bytes)
 static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
                                             count_cards,    describe_card,
                                             create_backend, cuda_probe,
-                                            share_memory};
+                                            share_memory,   cuda_cublaslt};
 
 extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
     void)

@@ -179,6 +179,8 @@ int cuda_commit(struct backend *backend, void *memory, size_t bytes);
 void cuda_decommit(struct backend *backend, void *memory, size_t bytes);
 int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
                double *copy_rate);
+int cuda_cublaslt(struct backend *backend, const struct cuda_peer_product *product,
+                  double (*clock)(void), double *seconds, char *found, size_t capacity);
 void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes);
 void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes);
 void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes);
