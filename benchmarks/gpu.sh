@@ -12,6 +12,8 @@
 #   dry        the program of `time` with the tiny model and few frames, to try it anywhere
 # cuBLASLt, which `time` compares with, is looked for in the folder of the wheels, in Python's packages and
 # in the toolkit; MOSHI_C_CUBLASLT names another one.
+# MOSHI_C_EARLY_KERNELS=1 launches each kernel before the one ahead of it has ended, on cards of compute
+# capability 9.0 and later: for `ops`, `sessions` and `time` with it and without it.
 # MOSHI_C_CUDA_LIBRARY names another library than the one that was built here, MODEL the folder of
 # `model`, OUT the one of the results; both are in build/gpu otherwise.
 set -euo pipefail

@@ -356,7 +356,9 @@ static int open_card(struct cuda_backend *cuda, int card)
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
     if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
-    if (!cuda_has_kernels()) {
+    const int architecture = cuda_kernel_architecture();
+
+    if (!architecture) {
         cuda_fail(cuda, MOSHI_ERROR_DEVICE,
                   "%s can't be used: " CUDA_LIBRARY
                   " was built without kernels for the card %.60s, "
@@ -364,6 +366,9 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
+    const char *early = getenv("MOSHI_C_EARLY_KERNELS");
+
+    cuda->early = architecture >= 90 && early && strcmp(early, "1") == 0;
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))

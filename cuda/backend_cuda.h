@@ -63,6 +63,7 @@ struct cuda_graph {
 struct cuda_backend {
     struct backend base;
     int card, processors;
+    bool early; /* kernels start before earlier ones have ended, and wait for them */
     size_t shared_limit; /* bytes that a block may have */
     size_t columns_limit; /* of a matrix whose input row fits there */
     cudaStream_t stream;
@@ -133,8 +134,8 @@ int cuda_forget(struct cuda_backend *cuda, const void *rows);
 void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes);
 /* Sends what was gathered: before anything is enqueued that could read it or write to the same place. */
 void cuda_flush(struct cuda_backend *cuda);
-/* Whether the library has kernels for the current card. */
-bool cuda_has_kernels(void);
+/* kernel_architecture of the library's kernels, which are all built alike. */
+int cuda_kernel_architecture(void);
 /* Waits for the stream and looks at what the kernels reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
@@ -160,7 +161,8 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
         cuda_hash(cuda, &params, sizeof params);
         return;
     }
-    cuda_good(cuda, launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, params),
+    cuda_good(cuda,
+              launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, cuda->early, params),
               "a launch");
 }
 

@@ -72,6 +72,7 @@ template <class T, int N, class E>
 __global__ static void __launch_bounds__(THREADS, 2)
     k_product(const __grid_constant__ struct product<E> p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int padded = padded_columns<T>(p.columns), warp = (int)threadIdx.x / WARP;
     int lane = (int)threadIdx.x % WARP, part = warp % p.split, groups = WARPS / p.split;
@@ -305,6 +306,7 @@ struct code_rows {
 /* What int8_row makes of a head's row; a warp for each. Grid: heads of keys and of values, rows. */
 __global__ static void k_code_rows(const __grid_constant__ struct code_rows p)
 {
+    after_earlier_kernels();
     int lane = (int)threadIdx.x, dim = p.cache.head_dim, head = (int)blockIdx.x % p.cache.kv_heads;
     int value = (int)blockIdx.x / p.cache.kv_heads, row = (int)blockIdx.y, i = row / p.steps;
     const float *from = p.fresh + ((long)row * gridDim.x + blockIdx.x) * dim;

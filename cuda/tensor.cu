@@ -321,6 +321,7 @@ template <enum weight_format F>
 __global__ static void __launch_bounds__(THREADS)
     k_arrange(const __grid_constant__ struct arrange_rows p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int row = (int)blockIdx.x;
 
@@ -334,6 +335,7 @@ template <enum weight_format F, int N, int TILES, class E>
 __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
     k_tensor(const __grid_constant__ struct product<E> p)
 {
+    after_earlier_kernels();
     typedef struct tensor_format<F> format;
     SHARED_BYTES(shared);
     float *work = (float *)(void *)shared; /* of a row that is arranged, then sums of the warps */
