@@ -163,6 +163,12 @@ build/$(1)/cuda/%.o: cuda/% $$(CUDA_HEADERS)
 	@echo "  $(1) $$<"
 	@g++ $$(CUDA_HOST) $$(FLAGS_$(1)) -c $$< -o $$@
 
+build/$(1)/cuda/libfake_cublaslt.so: build/$(1)/tests/cuda/fake_cublaslt.o
+	@mkdir -p $$(@D)
+	@$$(CC_$(1)) -shared $$(FLAGS_$(1)) $$^ -o $$@
+
+build/$(1)/cuda/test_cuda: | build/$(1)/cuda/libfake_cublaslt.so
+
 build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
 

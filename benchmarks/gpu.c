@@ -6,8 +6,11 @@
  *
  * One engine of one session, its ring full of noise: frames from samples to samples, back to back and
  * at 12.5 Hz; the parts of the language model; the codec for 1 and 64 signals; the large products.
- * Floors are measured in the same process: a kernel that only reads, and a copy. Times are the wall's,
- * from call to result. dry: few and small, to try the program itself; the times mean nothing. */
+ * Floors are measured in the same process: a kernel that only reads, and a copy. cuBLASLt makes the
+ * same products of the same numbers, where it is found: our results are checked against its own, and
+ * its large product of matrices says what the card can multiply. Times are the wall's, from call to
+ * result. dry: few and small, to try the program itself; the times mean nothing. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -89,6 +92,8 @@ static void measure_floors(struct backend *backend, const char *when)
 
 /* ---- products --------------------------------------------------------------------------- */
 
+#define MOST_DIFFERENCE 1e-3 /* of the root mean square: sums in another order */
+
 struct product {
     struct op_linear op;
     int copies; /* more than the second cache holds */
@@ -106,6 +111,75 @@ static void product_stage(struct backend *backend, void *arg)
     }
 }
 
+static void stop_if_different(const char *name, const float *ours, const float *theirs, int count)
+{
+    double most = 0, square = 0;
+
+    for (int i = 0; i < count; ++i) {
+        most = fmax(most, fabs((double)ours[i] - theirs[i]));
+        square += (double)theirs[i] * theirs[i];
+    }
+    if (most > MOST_DIFFERENCE * sqrt(square / count)) {
+        fprintf(stderr, "gpu: %s: off cuBLASLt's by %g, their root mean square is %g\n", name, most,
+                sqrt(square / count));
+        exit(1);
+    }
+    printf("%-34s differs from ours by up to %.1e of the root mean square\n", "",
+           most / sqrt(square / count));
+}
+
+/* Its time, or why there is none; its results are compared with `ours`, unless that is NULL. */
+static void measure_cublaslt(struct backend *backend, const char *name,
+                             const struct cuda_peer_product *product, const float *ours)
+{
+    const size_t count = (size_t)product->n * (size_t)product->rows;
+    const double weights = (double)product->rows * product->columns;
+    char label[64], found[300];
+    double seconds;
+
+    snprintf(label, sizeof label, "%s, cuBLASLt", name);
+    if (cuda_load()->cublaslt(backend, product, os_clock, &seconds, found, sizeof found)) {
+        printf("%-34s not measured: %s\n", label, moshi_error_detail());
+        fprintf(out, "%s\n  \"%s\": null", n_results++ ? "," : "{", label);
+        return;
+    }
+    report(label, 1e3 * seconds, 1e3 * seconds, product->n == 1 ? 2 * weights : 0);
+    printf("%-34s %9.1f TFLOP/s, %s\n", "", 2e-12 * weights * product->n / seconds, found);
+    if (!ours) return;
+    float *theirs = malloc(count * sizeof *theirs);
+
+    if (!theirs) stop(name);
+    backend->ops->download(backend, theirs, product->y, count * sizeof *theirs);
+    if (backend->ops->sync(backend)) stop(name);
+    stop_if_different(label, ours, theirs, (int)count);
+    free(theirs);
+}
+
+/* What the card can multiply at best, where there are rows enough. */
+static void measure_matrices(struct backend *backend)
+{
+    const struct backend_ops *ops = backend->ops;
+    const int side = dry ? 64 : 8192;
+    const size_t count = (size_t)side * (size_t)side;
+    uint16_t *numbers = malloc(count * 2);
+    void *a = ops->allocate(backend, count * 2), *b = ops->allocate(backend, count * 2);
+    float *y = ops->allocate(backend, count * 4);
+
+    if (!numbers || !a || !b || !y) stop("matrices");
+    make_noise(numbers, count);
+    ops->upload(backend, a, numbers, count * 2);
+    ops->upload(backend, b, numbers, count * 2);
+    measure_cublaslt(
+        backend, "matrices 8192 x 8192 x 8192",
+        &(struct cuda_peer_product){
+            .n = side, .rows = side, .columns = side, .copies = 1, .weights = a, .x = b, .y = y},
+        NULL);
+    ops->release(backend, a, count * 2);
+    ops->release(backend, b, count * 2);
+    ops->release(backend, y, count * 4);
+    free(numbers);
+}
+
 static void measure_product(struct backend *backend, const char *name, int rows, int columns)
 {
     const struct backend_ops *ops = backend->ops;
@@ -115,14 +189,20 @@ static void measure_product(struct backend *backend, const char *name, int rows,
     char *weights = ops->allocate(backend, all);
     float *x = ops->allocate(backend, (size_t)columns * 4),
           *y = ops->allocate(backend, (size_t)rows * 4);
+    void *narrow_x = ops->allocate(backend, (size_t)columns * 2);
     uint16_t *numbers = malloc(piece);
+    uint32_t *wide = malloc((size_t)columns * sizeof *wide); /* the same as f32 */
+    float *ours = malloc((size_t)rows * sizeof *ours);
     double seconds[20];
 
-    if (!weights || !x || !y || !numbers) stop(name);
+    if (!weights || !x || !y || !narrow_x || !numbers || !wide || !ours) stop(name);
+    make_noise(numbers, (size_t)columns);
+    for (int i = 0; i < columns; ++i) wide[i] = (uint32_t)numbers[i] << 16;
+    ops->upload(backend, narrow_x, numbers, (size_t)columns * 2);
+    ops->upload(backend, x, wide, (size_t)columns * 4);
     make_noise(numbers, piece / 2);
     for (size_t at = 0; at < all; at += piece)
         ops->upload(backend, weights + at, numbers, all - at < piece ? all - at : piece);
-    ops->upload(backend, x, numbers, (size_t)columns * 4);
     product.op = (struct op_linear){
         .name = name,
         .n = 1,
@@ -136,10 +216,23 @@ static void measure_product(struct backend *backend, const char *name, int rows,
         if (i >= 0) seconds[i] = (os_clock() - began) / product.copies;
     }
     report_times(name, seconds, 20, (double)bytes);
+    ops->download(backend, ours, y, (size_t)rows * sizeof *ours);
+    measure_cublaslt(backend, name,
+                     &(struct cuda_peer_product){.n = 1,
+                                                 .rows = rows,
+                                                 .columns = columns,
+                                                 .copies = product.copies,
+                                                 .weights = weights,
+                                                 .x = narrow_x,
+                                                 .y = y},
+                     ours);
     ops->release(backend, weights, all);
     ops->release(backend, x, (size_t)columns * 4);
     ops->release(backend, y, (size_t)rows * 4);
+    ops->release(backend, narrow_x, (size_t)columns * 2);
     free(numbers);
+    free(wide);
+    free(ours);
 }
 
 static void measure_products(struct backend *backend)
@@ -151,6 +244,7 @@ static void measure_products(struct backend *backend)
     measure_product(backend, "product 22528 x 4096", 22528 / small, 4096 / small);
     measure_product(backend, "product 4096 x 11264", 4096 / small, 11264 / small);
     measure_product(backend, "product 32000 x 4096", 32000 / small, 4096 / small);
+    measure_matrices(backend);
 }
 
 /* ---- frames ----------------------------------------------------------------------------- */

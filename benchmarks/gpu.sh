@@ -11,6 +11,10 @@
 #   upstream   our frame and the moshi package's in turn, with the wheels of folder WHEELS if it is set:
 #              gpu-upstream.json
 #   dry        the program of `time` with the tiny model and few frames, to try it anywhere
+# cuBLASLt, which `time` compares with, is looked for in the folder of the wheels, in Python's packages and
+# in the toolkit; MOSHI_C_CUBLASLT names another one.
+# MOSHI_C_EARLY_KERNELS=1 launches each kernel before the one ahead of it has ended, on cards of compute
+# capability 9.0 and later: for `ops`, `sessions` and `time` with it and without it.
 # MOSHI_C_CUDA_LIBRARY names another library than the one that was built here, MODEL the folder of
 # `model`, OUT the one of the results; both are in build/gpu otherwise.
 set -euo pipefail
@@ -19,6 +23,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$PWD/build/gpu/libmoshi_cuda.so}
 MODEL=${MODEL:-build/gpu/model}
 OUT=${OUT:-build/gpu}
+
+use_wheels() {
+    if [ -n "${WHEELS:-}" ]; then
+        python3 -m pip install --quiet --no-index --no-deps --target build/gpu/wheels "$WHEELS"/*.whl
+        export PYTHONPATH=$PWD/build/gpu/wheels
+    fi
+}
+
+# Beside a package that is not installed, the library itself looks in the system alone.
+find_cublaslt() {
+    local packages path
+    packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    for path in build/gpu/wheels/nvidia/*/lib/libcublasLt.so.* \
+        "$packages"/nvidia/*/lib/libcublasLt.so.*; do
+        if [ -z "${MOSHI_C_CUBLASLT:-}" ] && [ -e "$path" ]; then
+            export MOSHI_C_CUBLASLT=$path
+        fi
+    done
+}
 
 case ${1:-} in
 build)
@@ -43,13 +66,11 @@ model)
     python3 benchmarks/gpu_models.py "$MODEL"
     ;;
 time)
+    find_cublaslt
     build/gpu/gpu "$MODEL" "$OUT/gpu.json"
     ;;
 upstream)
-    if [ -n "${WHEELS:-}" ]; then
-        python3 -m pip install --quiet --no-index --no-deps --target build/gpu/wheels "$WHEELS"/*.whl
-        export PYTHONPATH=$PWD/build/gpu/wheels
-    fi
+    use_wheels
     python3 benchmarks/gpu_upstream.py "$MODEL" "$OUT/gpu-upstream.json"
     ;;
 dry)

@@ -131,7 +131,7 @@ struct slot_params {
 /* ---- operations ------------------------------------------------------------------------- */
 
 /* y[n][D] = sum over streams of table[s][tokens[i][s]], in order, then + condition[lane].
- * accumulate: y += instead. TOKEN_ZERO adds nothing. */
+ * from: y = from + that; from == y is fine. TOKEN_ZERO adds nothing. */
 struct op_embed {
     const char *name;
     struct rows rows;
@@ -139,7 +139,7 @@ struct op_embed {
     const int32_t *tokens;
     const struct embedding *tables; /* [n_streams], host memory */
     const float *condition; /* [lanes][D] or NULL */
-    int accumulate;
+    const float *from; /* [n][D] or NULL */
     float *y;
 };
 
@@ -165,6 +165,15 @@ struct op_linear {
     enum activation activation;
     float *y;
     int y_stride;
+};
+
+/* y[m][n][W.rows] = W[m] x, for matrices of as many rows and columns: each as linear makes it. */
+struct op_linear_many {
+    const char *name;
+    int n, count;
+    const float *x;
+    const struct matrix *weights; /* [count], host memory */
+    float *y;
 };
 
 /* x += scale * (W u), in place on x; scale[W.rows] or NULL. */
@@ -401,6 +410,7 @@ struct backend_ops {
     void (*embed)(struct backend *, const struct op_embed *);
     void (*norm)(struct backend *, const struct op_norm *);
     void (*linear)(struct backend *, const struct op_linear *);
+    void (*linear_many)(struct backend *, const struct op_linear_many *);
     void (*linear_residual)(struct backend *, const struct op_linear_residual *);
     void (*linear_gated)(struct backend *, const struct op_linear_gated *);
     void (*rope)(struct backend *, const struct op_rope *);

@@ -6,9 +6,18 @@
 #include "backend.h"
 
 /* Raised with every change of this header, backend.h, quant.h, or what they include. */
-#define CUDA_ABI 2
+#define CUDA_ABI 3
 #define CUDA_ENTRY "moshi_cuda_backend_v1"
 #define CUDA_LIBRARY "libmoshi_cuda.so"
+
+/* y[n][rows] = W x, of bf16 numbers, their sums in f32: for each of some matrices that lie one after
+ * the other. All of it is the card's memory. */
+struct cuda_peer_product {
+    int n, rows, columns, copies;
+    const void *weights; /* [copies][rows][columns] */
+    const void *x; /* [n][columns] */
+    float *y; /* of the last matrix */
+};
 
 struct cuda_library {
     int abi;
@@ -25,6 +34,12 @@ struct cuda_library {
                  double *copy_rate);
     /* Memory that both sides read and write, for tests; NULL on failure. Never given back. */
     void *(*share)(size_t bytes);
+    /* What NVIDIA's cuBLASLt makes of it, and the seconds that it takes for each matrix. It is used
+     * for nothing else, and looked for in the file that MOSHI_C_CUBLASLT names, or else in the package
+     * nvidia-cublas beside this one, then in the system. found: its version and file. A status;
+     * MOSHI_ERROR_DEVICE with a sentence where there is none. */
+    int (*cublaslt)(struct backend *backend, const struct cuda_peer_product *product,
+                    double (*clock)(void), double *seconds, char *found, size_t capacity);
 };
 
 typedef const struct cuda_library *cuda_entry(void);

@@ -24,14 +24,24 @@ void load_embedding(struct weight_loader *loader, const char *prefix, int vocabu
     }
 }
 
+/* Matrices of depformer_in, and which of them a weight set has. */
+static int count_inputs(const struct lm_config *config)
+{
+    return config->depth_multi_linear ? config->depth.weight_sets : 1;
+}
+
+static int input_of(const struct lm_config *config, int set)
+{
+    return config->depth_multi_linear ? set : 0;
+}
+
 int depth_load(struct depth *depth, const struct lm_config *config, struct weight_loader *loader)
 {
     memset(depth, 0, sizeof *depth);
     depth->config = config;
     const int dim = config->depth.dim, rank = config->depth_low_rank;
-    const int inputs = config->depth_multi_linear ? config->depth.weight_sets : 1;
     char name[160];
-    for (int i = 0; i < inputs; ++i)
+    for (int i = 0; i < count_inputs(config); ++i)
         weights_matrix(loader, weights_need(loader, "depformer_in.%d.weight", i), dim,
                        config->temporal.dim, &depth->input[i]);
     load_embedding(loader, "depformer_text_emb", config->text_card + 1, dim, rank, config->norm_emb,
@@ -64,9 +74,9 @@ int64_t depth_bytes(const struct depth *depth)
 {
     const struct lm_config *config = depth->config;
     int64_t bytes = 0;
+    for (int i = 0; i < count_inputs(config); ++i) bytes += (int64_t)matrix_bytes(&depth->input[i]);
     for (int k = 0; k < config->dep_q; ++k) {
         const int set = config->depth_schedule[k];
-        bytes += (int64_t)matrix_bytes(&depth->input[config->depth_multi_linear ? set : 0]);
         bytes += transformer_bytes(&depth->stack, set) + (int64_t)matrix_bytes(&depth->head[k]);
     }
     return bytes;
@@ -96,16 +106,18 @@ int depth_work_create(struct depth_work *work, const struct depth *depth, struct
     work->position_bytes = n * (size_t)dep_q * sizeof(int32_t);
     work->row_bytes = n * (size_t)stack->dim * sizeof(float);
     work->hidden_bytes = n * (size_t)stack->feedforward * sizeof(float);
+    work->input_bytes = (size_t)count_inputs(config) * work->row_bytes;
     work->cache.pages = ops->allocate(backend, work->cache_bytes);
     work->table = ops->allocate(backend, work->table_bytes);
     work->positions = ops->allocate(backend, work->position_bytes);
+    work->inputs = ops->allocate(backend, work->input_bytes);
     work->x = ops->allocate(backend, work->row_bytes);
     work->query = ops->allocate(backend, work->row_bytes);
     work->attended = ops->allocate(backend, work->row_bytes);
     work->hidden = ops->allocate(backend, work->hidden_bytes);
     int32_t *numbers = malloc(n * (size_t)(dep_q + 1) * sizeof *numbers);
-    if (!work->cache.pages || !work->table || !work->positions || !work->x || !work->query ||
-        !work->attended || !work->hidden || !numbers) {
+    if (!work->cache.pages || !work->table || !work->positions || !work->inputs || !work->x ||
+        !work->query || !work->attended || !work->hidden || !numbers) {
         free(numbers);
         depth_work_destroy(work);
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the depth pass of %d rows", lanes);
@@ -126,9 +138,13 @@ void depth_work_destroy(struct depth_work *work)
     struct {
         void *memory;
         size_t bytes;
-    } const blocks[] = {{work->cache.pages, work->cache_bytes},  {work->table, work->table_bytes},
-                        {work->positions, work->position_bytes}, {work->x, work->row_bytes},
-                        {work->query, work->row_bytes},          {work->attended, work->row_bytes},
+    } const blocks[] = {{work->cache.pages, work->cache_bytes},
+                        {work->table, work->table_bytes},
+                        {work->positions, work->position_bytes},
+                        {work->inputs, work->input_bytes},
+                        {work->x, work->row_bytes},
+                        {work->query, work->row_bytes},
+                        {work->attended, work->row_bytes},
                         {work->hidden, work->hidden_bytes}};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; ++i)
         if (blocks[i].memory)
@@ -142,15 +158,17 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
     const struct backend_ops *ops = backend->ops;
     const struct lm_config *config = depth->config;
     const int n = run->rows.n;
+    ops->linear_many(backend, &(struct op_linear_many){.name = "depth.input",
+                                                       .n = n,
+                                                       .count = count_inputs(config),
+                                                       .x = run->z,
+                                                       .weights = depth->input,
+                                                       .y = work->inputs});
     for (int k = 0; k < config->dep_q; ++k) {
         const int set = config->depth_schedule[k];
+        const float *input = work->inputs +
+                             (size_t)input_of(config, set) * (size_t)n * (size_t)config->depth.dim;
         float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
-        ops->linear(backend, &(struct op_linear){
-                                 .name = "depth.input",
-                                 .n = n,
-                                 .x = run->z,
-                                 .weight = depth->input[config->depth_multi_linear ? set : 0],
-                                 .y = work->x});
         ops->embed(backend, &(struct op_embed){.name = "depth.embedding",
                                                .rows = run->rows,
                                                .n_streams = 1,
@@ -158,7 +176,7 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
                                                .tokens = k == 0 ? run->text : run->audio + (k - 1),
                                                .tables = k == 0 ? &depth->text_embedding
                                                                 : &depth->embedding[k - 1],
-                                               .accumulate = 1,
+                                               .from = input,
                                                .y = work->x});
         transformer_forward(&depth->stack, backend,
                             &(struct transformer_run){.rows = run->rows,

@@ -5,7 +5,8 @@
  *   x = layers_s(x), causal over the steps of this frame, no positions
  *   a[k] = sample(linear[k] norm_k(x))
  *
- * z is the temporal transformer's normed output. Source: moshi/models/lm.py, forward_depformer. */
+ * z is the temporal transformer's normed output; the products with it need no token, and are made
+ * together before the first step. Source: moshi/models/lm.py, forward_depformer. */
 #ifndef MOSHI_DEPTH_H
 #define MOSHI_DEPTH_H
 
@@ -25,7 +26,7 @@ struct depth {
 
 int depth_load(struct depth *depth, const struct lm_config *config, struct weight_loader *loader);
 void depth_free(struct depth *depth);
-/* Bytes of matrices that a frame reads; what several steps share counts for each of them. */
+/* Bytes of matrices that a frame reads; layers that several steps share count for each of them. */
 int64_t depth_bytes(const struct depth *depth);
 
 /* Scratch for `lanes` rows. */
@@ -33,9 +34,10 @@ struct depth_work {
     struct backend *backend;
     int lanes;
     struct kv_cache cache; /* one page a lane, f32 */
-    size_t cache_bytes, table_bytes, position_bytes, row_bytes, hidden_bytes;
+    size_t cache_bytes, table_bytes, position_bytes, row_bytes, hidden_bytes, input_bytes;
     int32_t *table;     /* [lanes], the identity */
     int32_t *positions; /* [dep_q][lanes]: row k is full of k */
+    float *inputs; /* [weight_sets or 1][rows][Dd]: depformer_in z */
     float *x, *query, *attended, *hidden;
 };
 

@@ -586,7 +586,7 @@ static void read_tokens(struct lm_state *state, struct rows rows, struct rows fr
                                            .tokens = state->tokens,
                                            .tables = &lm->text_embedding,
                                            .condition = state->condition,
-                                           .accumulate = 1,
+                                           .from = state->x,
                                            .y = state->x});
     if (stack->position == POSITION_ROPE)
         ops->rope(backend, &(struct op_rope){.name = "temporal.rope",

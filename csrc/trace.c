@@ -170,6 +170,16 @@ static void trace_linear(struct backend *backend, const struct op_linear *op)
            op->y_stride ? op->y_stride : width);
 }
 
+static void trace_linear_many(struct backend *backend, const struct op_linear_many *op)
+{
+    int width = op->weights[0].rows;
+
+    inner_of(backend)->ops->linear_many(inner_of(backend), op);
+    for (int m = 0; m < op->count; m++)
+        floats(trace_of(backend), "linear", op->name,
+               op->y + (size_t)m * (size_t)op->n * (size_t)width, op->n, width, width);
+}
+
 static void trace_linear_residual(struct backend *backend, const struct op_linear_residual *op)
 {
     int width = op->weight.rows;
@@ -438,6 +448,7 @@ static const struct backend_ops trace_ops = {
     .embed = trace_embed,
     .norm = trace_norm,
     .linear = trace_linear,
+    .linear_many = trace_linear_many,
     .linear_residual = trace_linear_residual,
     .linear_gated = trace_linear_gated,
     .rope = trace_rope,

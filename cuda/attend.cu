@@ -139,6 +139,7 @@ template <class T, int D>
 __global__ static void __launch_bounds__(THREADS, 4)
     k_attend(const __grid_constant__ struct attend p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     float *scores = (float *)(void *)shared, *parts = scores + SPAN, *mixed = parts + WARPS;
     int *ticket = (int *)(void *)(mixed + WARPS * D * WARP);

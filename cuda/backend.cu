@@ -267,6 +267,7 @@ static struct backend_ops make_ops(void)
     ops.embed = cuda_embed;
     ops.norm = cuda_norm;
     ops.linear = cuda_linear;
+    ops.linear_many = cuda_linear_many;
     ops.linear_residual = cuda_linear_residual;
     ops.linear_gated = cuda_linear_gated;
     ops.rope = cuda_rope;
@@ -355,7 +356,9 @@ static int open_card(struct cuda_backend *cuda, int card)
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     snprintf(cuda->isa, sizeof cuda->isa, "sm_%d%d", properties.major, properties.minor);
     if (!cuda_good(cuda, cudaSetDevice(card), "its choice")) return 0;
-    if (!cuda_has_kernels()) {
+    const int architecture = cuda_kernel_architecture();
+
+    if (!architecture) {
         cuda_fail(cuda, MOSHI_ERROR_DEVICE,
                   "%s can't be used: " CUDA_LIBRARY
                   " was built without kernels for the card %.60s, "
@@ -363,6 +366,9 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
+    const char *early = getenv("MOSHI_C_EARLY_KERNELS");
+
+    cuda->early = architecture >= 90 && early && strcmp(early, "1") == 0;
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
@@ -422,7 +428,7 @@ static void *share_memory(size_t bytes)
 static const struct cuda_library library = {CUDA_ABI,       (int)sizeof(struct backend_ops),
                                             count_cards,    describe_card,
                                             create_backend, cuda_probe,
-                                            share_memory};
+                                            share_memory,   cuda_cublaslt};
 
 extern "C" __attribute__((visibility("default"))) const struct cuda_library *moshi_cuda_backend_v1(
     void)

@@ -63,6 +63,7 @@ struct cuda_graph {
 struct cuda_backend {
     struct backend base;
     int card, processors;
+    bool early; /* kernels start before earlier ones have ended, and wait for them */
     size_t shared_limit; /* bytes that a block may have */
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
@@ -132,8 +133,8 @@ int cuda_forget(struct cuda_backend *cuda, const void *rows);
 void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes);
 /* Sends what was gathered: before anything is enqueued that could read it or write to the same place. */
 void cuda_flush(struct cuda_backend *cuda);
-/* Whether the library has kernels for the current card. */
-bool cuda_has_kernels(void);
+/* kernel_architecture of the library's kernels, which are all built alike. */
+int cuda_kernel_architecture(void);
 /* Waits for the stream and looks at what the kernels reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
@@ -159,7 +160,8 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
         cuda_hash(cuda, &params, sizeof params);
         return;
     }
-    cuda_good(cuda, launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, params),
+    cuda_good(cuda,
+              launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, cuda->early, params),
               "a launch");
 }
 
@@ -178,6 +180,8 @@ int cuda_commit(struct backend *backend, void *memory, size_t bytes);
 void cuda_decommit(struct backend *backend, void *memory, size_t bytes);
 int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
                double *copy_rate);
+int cuda_cublaslt(struct backend *backend, const struct cuda_peer_product *product,
+                  double (*clock)(void), double *seconds, char *found, size_t capacity);
 void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes);
 void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes);
 void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes);
@@ -185,6 +189,7 @@ void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes);
 void cuda_embed(struct backend *backend, const struct op_embed *op);
 void cuda_norm(struct backend *backend, const struct op_norm *op);
 void cuda_linear(struct backend *backend, const struct op_linear *op);
+void cuda_linear_many(struct backend *backend, const struct op_linear_many *op);
 void cuda_linear_residual(struct backend *backend, const struct op_linear_residual *op);
 void cuda_linear_gated(struct backend *backend, const struct op_linear_gated *op);
 void cuda_rope(struct backend *backend, const struct op_rope *op);

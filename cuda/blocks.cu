@@ -114,6 +114,7 @@ template <enum weight_format F>
 __global__ static void __launch_bounds__(THREADS)
     k_make_blocks(const __grid_constant__ struct making p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int row = p.first + (int)blockIdx.x, lane = (int)threadIdx.x % WARP, inside = row < p.rows;
     float scale = 0;
@@ -168,6 +169,7 @@ template <enum weight_format F>
 __global__ static void __launch_bounds__(THREADS)
     k_take_panels(const __grid_constant__ struct making p)
 {
+    after_earlier_kernels();
     const int head = F == WEIGHT_INT8 ? PANEL * 4 : 0, in_tile = F == WEIGHT_INT8 ? 0 : 4 * PANEL;
     const int tile_bytes = in_tile + PANEL * TILE / (F == WEIGHT_Q4 ? 2 : 1);
     int row = p.first + (int)blockIdx.x, lane = (int)threadIdx.x % WARP, inside = row < p.rows;

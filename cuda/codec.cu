@@ -32,6 +32,7 @@ struct tiles {
 template <class T>
 __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant__ struct tiles p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     float (*a)[TILE_ROWS + 1] = (float (*)[TILE_ROWS + 1])(void *)shared; /* [DEPTH], turned */
     float (*w)[TILE_OUTPUTS + 1] = (float (*)[TILE_OUTPUTS + 1])(void *)(a + DEPTH);
@@ -168,6 +169,7 @@ __device__ static void turn_history(const struct fill &p, int i, float *work)
 /* Grid: pieces of a row's new steps, and one block more for its history; rows. Bytes: x and work. */
 __global__ static void k_fill(const __grid_constant__ struct fill p)
 {
+    after_earlier_kernels();
     int i = (int)blockIdx.y, pieces = (int)gridDim.x - 1;
     float *work = p.work + (long)i * (p.past + p.steps) * p.width;
     long count = (long)p.steps * p.width;
@@ -239,6 +241,7 @@ struct depthwise {
 /* Grid: channels, rows; a thread goes through the steps of its channel. */
 __global__ static void k_depthwise(const __grid_constant__ struct depthwise p)
 {
+    after_earlier_kernels();
     int i = (int)blockIdx.y, c = (int)(blockIdx.x * blockDim.x + threadIdx.x);
 
     if (!p.active[i] || c >= p.width) return;
@@ -335,6 +338,7 @@ __device__ static unsigned long long rank_of(float distance, int entry)
  * it. Bytes: the codebook once a row. */
 __global__ static void __launch_bounds__(THREADS) k_search(const __grid_constant__ struct search p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int *last = (int *)(void *)shared;
     int i = (int)blockIdx.y, lane = (int)threadIdx.x % WARP;
@@ -411,6 +415,7 @@ struct gather {
 
 __global__ static void k_gather(const __grid_constant__ struct gather p)
 {
+    after_earlier_kernels();
     int i = (int)blockIdx.y, d = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     float sum = 0;
 

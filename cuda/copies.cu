@@ -25,6 +25,7 @@ struct scatter {
 __global__ static void __launch_bounds__(THREADS)
     k_scatter(const __grid_constant__ struct scatter p)
 {
+    after_earlier_kernels();
     const struct piece piece = ((const struct piece *)(const void *)(p.landing +
                                                                      p.pieces))[blockIdx.y];
     const char *from = p.landing + piece.from;
@@ -36,9 +37,9 @@ __global__ static void __launch_bounds__(THREADS)
     for (uint32_t i = 4 * words + at; i < piece.bytes; i += step) piece.to[i] = from[i];
 }
 
-bool cuda_has_kernels(void)
+int cuda_kernel_architecture(void)
 {
-    bool found = has_kernel(k_scatter);
+    int found = kernel_architecture(k_scatter);
 
     cudaGetLastError();
     return found;

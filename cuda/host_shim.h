@@ -4,7 +4,7 @@
  * them. All differences between the two stand in this header.
  *
  * What the shim is stricter about than a card:
- *  - device memory can be touched by kernels and copies alone; between them it is protected;
+ *  - device memory can be touched by copies alone, and by kernels that have waited for earlier ones;
  *  - a kernel's parameters may hold no address of the host's own memory;
  *  - shared memory is NaN when a block begins, device memory when it is allocated;
  *  - work waits in its stream until somebody waits for it;
@@ -28,11 +28,15 @@
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define WARP 32
 
+/* `early`: it may start when all blocks of the kernel before it have begun, and waits there. Only for
+ * code that waits: of kernel_architecture 90 or more. */
 template <class P>
 inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
-                                 cudaStream_t stream, const P &params)
+                                 cudaStream_t stream, bool early, const P &params)
 {
     void *arguments[] = {const_cast<P *>(&params)};
+    cudaLaunchAttribute attribute = {};
+    cudaLaunchConfig_t config = {};
 
     if (shared > 48 << 10) {
         cudaError_t error = cudaFuncSetAttribute((const void *)kernel,
@@ -41,7 +45,25 @@ inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_
 
         if (error != cudaSuccess) return error;
     }
-    return cudaLaunchKernel((const void *)kernel, grid, block, arguments, shared, stream);
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early;
+    return cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
+}
+
+/* Every kernel begins with it, in all threads: waits until the kernels before it have ended and what
+ * they wrote can be seen; then the next kernel may start, which waits in its turn. */
+__device__ static __forceinline__ void after_earlier_kernels(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 __device__ static __forceinline__ float half_to_float(uint16_t half)
@@ -76,12 +98,14 @@ __device__ static __forceinline__ void multiply_codes(int (&sums)[4], const unsi
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Whether this library has code of the kernel for the current card. */
-template <class P> inline bool has_kernel(void (*kernel)(P))
+/* What this library's code of the kernel for the current card was written for: 90 is compute capability
+ * 9.0, and a later card may run it too. 0: there is none. */
+template <class P> inline int kernel_architecture(void (*kernel)(P))
 {
     cudaFuncAttributes attributes;
 
-    return cudaFuncGetAttributes(&attributes, (const void *)kernel) == cudaSuccess;
+    if (cudaFuncGetAttributes(&attributes, (const void *)kernel) != cudaSuccess) return 0;
+    return attributes.ptxVersion;
 }
 
 /* ---- addresses and the memory behind them, by the driver -------------------------------- */
@@ -251,6 +275,8 @@ extern struct shim_place shim_now;
 #define blockDim shim_now.threads
 #define SHARED_BYTES(name) unsigned char *name = shim_now.shared
 
+/* Before it, a kernel can touch no device memory. */
+void after_earlier_kernels(void);
 void __syncthreads(void);
 /* Every lane of the warp gives so many bytes, at most SHARE_BYTES; all get them, those of a lane at
  * lane * SHARE_BYTES, until the share after the next one. */
@@ -449,17 +475,18 @@ cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t strea
 
 template <class P>
 inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
-                                 cudaStream_t stream, const P &params)
+                                 cudaStream_t stream, bool early, const P &params)
 {
+    (void)early;
     return shim_launch(
         grid, block, shared, stream, [kernel, params] { kernel(params); }, &params, sizeof params);
 }
 
 int shim_has_kernels(void);
 
-template <class P> inline bool has_kernel(void (*kernel)(P))
+template <class P> inline int kernel_architecture(void (*kernel)(P))
 {
-    return kernel && shim_has_kernels();
+    return kernel && shim_has_kernels() ? 90 : 0;
 }
 
 /* For tests: call number `countdown` from now (0: the next one) of that kind fails; a failed launch

@@ -13,6 +13,7 @@ struct read_all {
 /* Reads, and stores a word that depends on all. Four loads are under way at once in each thread. */
 __global__ static void __launch_bounds__(THREADS) k_read(const __grid_constant__ struct read_all p)
 {
+    after_earlier_kernels();
     size_t step = (size_t)gridDim.x * THREADS;
     size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x;
     unsigned sum = 0;

@@ -39,8 +39,8 @@ __device__ static __forceinline__ void multiply(const struct product<E> &p, int 
 {
     const int n = vector<T>::N, chunk = n * WARP;
     int lane = (int)threadIdx.x % WARP;
-    const T *a = (const T *)p.weight + (long)p.first_of(pair) * p.columns;
-    const T *b = (const T *)p.weight + (long)p.second_of(pair) * p.columns;
+    const T *a = (const T *)p.matrix() + (long)p.first_of(pair) * p.columns;
+    const T *b = (const T *)p.matrix() + (long)p.second_of(pair) * p.columns;
 
 #pragma unroll 4
     for (int k = part * chunk; k < padded; k += p.split * chunk) {
@@ -72,6 +72,7 @@ template <class T, int N, class E>
 __global__ static void __launch_bounds__(THREADS, 2)
     k_product(const __grid_constant__ struct product<E> p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int padded = padded_columns<T>(p.columns), warp = (int)threadIdx.x / WARP;
     int lane = (int)threadIdx.x % WARP, part = warp % p.split, groups = WARPS / p.split;
@@ -139,8 +140,9 @@ static void launch_product(struct cuda_backend *cuda, const char *name, struct p
     blocks = ceil_div(p.pairs, WARPS / p.split);
     if (blocks > 8 * cuda->processors) blocks = 8 * cuda->processors;
     if (cuda_fits(cuda, name, shared))
-        launch(cuda, k_product<T, N, E>, dim3((unsigned)blocks, (unsigned)ceil_div(p.rows, N)),
-               THREADS, shared, p);
+        launch(cuda, k_product<T, N, E>,
+               dim3((unsigned)blocks, (unsigned)ceil_div(p.rows, N), (unsigned)p.matrices), THREADS,
+               shared, p);
 }
 
 template <class T, class E>
@@ -158,12 +160,18 @@ static void choose_rows(struct cuda_backend *cuda, const char *name, struct prod
         launch_product<T, 1>(cuda, name, p);
 }
 
+static const void *matrix_memory(const struct matrix *weight)
+{
+    return weight->packed ? weight->packed : weight->data;
+}
+
 /* `second` as in struct product: 1, or half of the rows. */
 template <class E> static struct product<E> product_of(const struct matrix *weight, int second)
 {
     struct product<E> p = blank<struct product<E>>();
 
-    p.weight = weight->packed ? weight->packed : weight->data;
+    p.weight = matrix_memory(weight);
+    p.matrices = 1;
     p.row_scales = weight->scales;
     p.outputs = weight->rows;
     p.columns = weight->cols;
@@ -224,6 +232,40 @@ void cuda_linear(struct backend *backend, const struct op_linear *op)
     cuda_product(cuda_of(backend), op->name, &op->weight, &rows);
 }
 
+/* Whether one launch can do both. */
+static bool go_together(const struct matrix *a, const struct matrix *b)
+{
+    return a->format == b->format && !a->packed == !b->packed && !a->scales && !b->scales &&
+           (uintptr_t)matrix_memory(a) % 16 == (uintptr_t)matrix_memory(b) % 16;
+}
+
+void cuda_linear_many(struct backend *backend, const struct op_linear_many *op)
+{
+    struct cuda_backend *cuda = cuda_of(backend);
+    const struct matrix *weight = op->weights, *end = weight + op->count;
+    float *y = op->y;
+
+    while (weight < end) {
+        struct product<struct row_end> p = product_of<struct row_end>(weight, 1);
+
+        p.x = op->x;
+        p.rows = op->n;
+        p.steps = 1;
+        p.row_stride = weight->cols;
+        p.end.y = y;
+        p.end.y_stride = weight->rows;
+        p.end.bias_period = weight->rows;
+        p.end.next = (long)op->n * weight->rows;
+        for (; p.matrices < TOGETHER && weight + p.matrices < end; p.matrices++) {
+            if (!go_together(weight, weight + p.matrices)) break;
+            p.end.others[p.matrices - 1] = matrix_memory(weight + p.matrices);
+        }
+        run_product(cuda, op->name, weight, p, 0);
+        weight += p.matrices;
+        y += p.matrices * p.end.next;
+    }
+}
+
 void cuda_linear_residual(struct backend *backend, const struct op_linear_residual *op)
 {
     struct product_rows rows = {};
@@ -264,6 +306,7 @@ struct code_rows {
 /* What int8_row makes of a head's row; a warp for each. Grid: heads of keys and of values, rows. */
 __global__ static void k_code_rows(const __grid_constant__ struct code_rows p)
 {
+    after_earlier_kernels();
     int lane = (int)threadIdx.x, dim = p.cache.head_dim, head = (int)blockIdx.x % p.cache.kv_heads;
     int value = (int)blockIdx.x / p.cache.kv_heads, row = (int)blockIdx.y, i = row / p.steps;
     const float *from = p.fresh + ((long)row * gridDim.x + blockIdx.x) * dim;

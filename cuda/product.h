@@ -9,10 +9,13 @@
 #define WARPS 8
 #define THREADS (WARPS * WARP)
 
+#define TOGETHER 16 /* matrices of one launch */
+
 /* Outputs come in pairs: 2 p and 2 p + 1, or a gate p and its value p + second. */
 template <class E> struct product {
-    const void *weight;
+    const void *weight; /* the first one; E has the others */
     const float *row_scales; /* of int8 rows */
+    int matrices; /* of one shape, that meet the same rows: the grid's third dimension */
     int pairs, outputs, columns;
     int second; /* rows of weights from a pair's first one to its second one */
     int split, aligned;
@@ -37,6 +40,11 @@ template <class E> struct product {
         return first + second < outputs ? first + second : first;
     }
 
+    __device__ const void *matrix() const
+    {
+        return end.matrix(weight);
+    }
+
     __device__ const float *input(int row) const
     {
         return x + row / steps * row_stride + row % steps * step_stride;
@@ -48,10 +56,17 @@ struct row_end {
     float *y;
     long y_stride;
     int bias_period, gelu;
+    const void *others[TOGETHER - 1];
+    long next; /* elements from the outputs of one matrix to those of the next one */
+
+    __device__ const void *matrix(const void *first) const
+    {
+        return blockIdx.z ? others[blockIdx.z - 1] : first;
+    }
 
     __device__ void one(int row, int o, float v) const
     {
-        long at = row * y_stride + o;
+        long at = row * y_stride + o + blockIdx.z * next;
 
         if (bias) v += bias[o % bias_period];
         if (gelu) v = 0.5f * v * (1.0f + erff(v * 0.70710678f));
@@ -70,6 +85,11 @@ struct row_end {
 struct gate_end {
     float *y;
 
+    __device__ const void *matrix(const void *first) const
+    {
+        return first;
+    }
+
     __device__ void store(int row, int pair, int outputs, float a, float b) const
     {
         y[(long)row * (outputs / 2) + pair] = a / (1.0f + expf(-a)) * b;
@@ -85,6 +105,11 @@ struct qkv_end {
     struct kv_cache cache;
     float *q, *fresh; /* [rows][queries], [rows][2][keys] */
     int steps, layer, queries, keys; /* the last two: outputs */
+
+    __device__ const void *matrix(const void *first) const
+    {
+        return first;
+    }
 
     __device__ void one(int row, int o, float v) const
     {

@@ -21,10 +21,10 @@ struct embed {
     struct embed_stream streams[MOSHI_MAX_CODEBOOKS];
     const int32_t *tokens, *lane;
     const uint8_t *active;
-    const float *condition;
+    const float *condition, *from;
     float *y;
     struct cuda_report *report;
-    int n_streams, token_stride, width, columns, accumulate;
+    int n_streams, token_stride, width, columns;
 };
 
 __device__ static float element(const void *data, int format, long at)
@@ -62,12 +62,13 @@ __device__ static float embed_value(const struct embed &p, const struct embed_st
 /* Grid: pieces of the width, rows. Bytes: a row of each table. */
 __global__ static void __launch_bounds__(THREADS) k_embed(const __grid_constant__ struct embed p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int i = (int)blockIdx.y, d = (int)(blockIdx.x * THREADS + threadIdx.x);
     const int32_t *tokens = p.tokens + (long)i * p.token_stride;
     float *y = p.y + (long)i * p.width + d, sum = 0;
 
-    if (p.accumulate && d < p.width) sum = *y;
+    if (p.from && d < p.width) sum = p.from[(long)i * p.width + d];
     for (int s = 0; s < p.n_streams && p.active[i]; s++) {
         const struct embed_stream &stream = p.streams[s];
         int token = tokens[s];
@@ -109,7 +110,7 @@ void cuda_embed(struct backend *backend, const struct op_embed *op)
     p.condition = op->condition;
     p.y = op->y;
     p.report = cuda->report;
-    p.accumulate = op->accumulate;
+    p.from = op->from;
     p.n_streams = op->n_streams;
     for (int s = 0; s < op->n_streams; s++, e++) {
         struct embed_stream *stream = &p.streams[s];
@@ -145,6 +146,7 @@ struct norm_rows {
 
 __global__ static void __launch_bounds__(THREADS) k_norm(const __grid_constant__ struct norm_rows p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     long at = (long)blockIdx.x * p.width;
 
@@ -172,6 +174,7 @@ struct softmax_rows {
 __global__ static void __launch_bounds__(THREADS)
     k_softmax(const __grid_constant__ struct softmax_rows p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     float *parts = (float *)(void *)shared, most = -INFINITY, sum = 0;
     const float *x = p.x + (long)blockIdx.x * p.width;
@@ -213,6 +216,7 @@ struct rope {
 
 __global__ static void __launch_bounds__(MOST_PAIRS) k_rope(const __grid_constant__ struct rope p)
 {
+    after_earlier_kernels();
     int row = (int)blockIdx.x, i = row / p.steps, pair = (int)threadIdx.x;
 
     if (!p.active[i] || pair >= p.half) return;
@@ -255,6 +259,7 @@ struct advance {
 
 __global__ static void k_advance(const __grid_constant__ struct advance p)
 {
+    after_earlier_kernels();
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
 
     if (i < p.n && p.active[i]) p.position[p.lane[i]] += p.steps;
@@ -304,6 +309,7 @@ __device__ static int32_t null_token(const struct slot_params &params, int strea
 /* A thread is a row: streams are few, and a column may be written and read in one frame. */
 __global__ static void k_delay_input(const __grid_constant__ struct delays p)
 {
+    after_earlier_kernels();
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), users;
 
     if (i >= p.n) return;
@@ -351,6 +357,7 @@ void cuda_delay_input(struct backend *backend, const struct op_delay_input *op)
 
 __global__ static void k_delay_output(const __grid_constant__ struct delays p)
 {
+    after_earlier_kernels();
     int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
 
     if (i >= p.n) return;

@@ -188,6 +188,7 @@ __device__ static int choose(const struct sample &p, const struct slot_params &p
 /* Grid: rows. Bytes: the logits, a few times, from the second cache. */
 __global__ static void __launch_bounds__(THREADS) k_sample(const __grid_constant__ struct sample p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     struct table *table = (struct table *)(void *)shared;
     int i = (int)blockIdx.x, slot = p.lane[i], n = p.card, null_row = p.null_row[i], bad = 0;

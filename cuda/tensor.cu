@@ -109,8 +109,8 @@ template <enum weight_format F> struct tensor_format {
     __device__ static __forceinline__ void read(const struct product<E> &p, int a, int b, int chunk,
                                                 struct words<F> *w)
     {
-        read_row(octet(p.weight, p.columns, a), a, chunk, w->a, &w->a_scales);
-        read_row(octet(p.weight, p.columns, b), b, chunk, w->b, &w->b_scales);
+        read_row(octet(p.matrix(), p.columns, a), a, chunk, w->a, &w->a_scales);
+        read_row(octet(p.matrix(), p.columns, b), b, chunk, w->b, &w->b_scales);
     }
 
     /* Two words that a lane gives for one row: of the first or second group of half a chunk. */
@@ -187,7 +187,7 @@ template <enum weight_format F> struct tensor_format {
     template <class E> __device__ static float scale(const struct product<E> &p, int row)
     {
         if (F != WEIGHT_INT8) return 1;
-        return ((const float *)(const void *)octet(p.weight, p.columns, row))[row % OCTET];
+        return ((const float *)(const void *)octet(p.matrix(), p.columns, row))[row % OCTET];
     }
 };
 
@@ -241,7 +241,7 @@ template <> struct tensor_format<WEIGHT_BF16> {
     __device__ static __forceinline__ void read(const struct product<E> &p, int a, int b, int chunk,
                                                 struct words<WEIGHT_BF16> *w)
     {
-        const uint16_t *rows = (const uint16_t *)p.weight;
+        const uint16_t *rows = (const uint16_t *)p.matrix();
         int at = chunk * COLUMNS + (int)threadIdx.x % 4 * 8;
 
 #pragma unroll
@@ -321,6 +321,7 @@ template <enum weight_format F>
 __global__ static void __launch_bounds__(THREADS)
     k_arrange(const __grid_constant__ struct arrange_rows p)
 {
+    after_earlier_kernels();
     SHARED_BYTES(shared);
     int row = (int)blockIdx.x;
 
@@ -329,11 +330,12 @@ __global__ static void __launch_bounds__(THREADS)
                    p.to + row * tensor_format<F>::row_bytes(p.columns));
 }
 
-/* Grid: tiles of outputs, N columns of rows. N: columns of a tile / 8; TILES: of outputs. */
+/* Grid: tiles of outputs, N columns of rows, matrices. N: columns of a tile / 8; TILES: of outputs. */
 template <enum weight_format F, int N, int TILES, class E>
 __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
     k_tensor(const __grid_constant__ struct product<E> p)
 {
+    after_earlier_kernels();
     typedef struct tensor_format<F> format;
     SHARED_BYTES(shared);
     float *work = (float *)(void *)shared; /* of a row that is arranged, then sums of the warps */
@@ -422,6 +424,7 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
     p.work_bytes = (int)shared;
     if (p.rows <= ROWS_HERE && shared + (size_t)p.rows * row_bytes <= cuda->shared_limit) {
         shared += (size_t)p.rows * row_bytes;
+        most = ceil_div(most, p.matrices);
         blocks = blocks < most ? blocks : most; /* for several tiles each */
     } else {
         struct arrange_rows rows = blank<struct arrange_rows>();
@@ -442,8 +445,9 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
     }
     if (cuda_fits(cuda, name, shared))
         launch(cuda, k_tensor<F, N, TILES, E>,
-               dim3((unsigned)blocks, (unsigned)ceil_div(p.rows, N * COLUMNS_OF_TILE)), THREADS,
-               shared, p);
+               dim3((unsigned)blocks, (unsigned)ceil_div(p.rows, N * COLUMNS_OF_TILE),
+                    (unsigned)p.matrices),
+               THREADS, shared, p);
 }
 
 template <enum weight_format F, class E>

@@ -322,6 +322,7 @@ static const struct backend_ops cpu_ops = {
     .embed = cpu_embed,
     .norm = cpu_norm,
     .linear = cpu_linear,
+    .linear_many = cpu_linear_many,
     .linear_residual = cpu_linear_residual,
     .linear_gated = cpu_linear_gated,
     .rope = cpu_rope,

@@ -80,6 +80,7 @@ void norm_row(const struct cpu_backend *cpu, const struct norm *norm, const floa
 void cpu_embed(struct backend *backend, const struct op_embed *op);
 void cpu_norm(struct backend *backend, const struct op_norm *op);
 void cpu_linear(struct backend *backend, const struct op_linear *op);
+void cpu_linear_many(struct backend *backend, const struct op_linear_many *op);
 void cpu_linear_residual(struct backend *backend, const struct op_linear_residual *op);
 void cpu_linear_gated(struct backend *backend, const struct op_linear_gated *op);
 void cpu_rope(struct backend *backend, const struct op_rope *op);

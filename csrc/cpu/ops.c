@@ -50,7 +50,10 @@ void cpu_embed(struct backend *backend, const struct op_embed *op)
         const int32_t *tokens = op->tokens + (size_t)i * (size_t)op->token_stride;
         float *y = op->y + (size_t)i * (size_t)width;
 
-        if (!op->accumulate) memset(y, 0, (size_t)width * sizeof *y);
+        if (!op->from)
+            memset(y, 0, (size_t)width * sizeof *y);
+        else
+            memmove(y, op->from + (size_t)i * (size_t)width, (size_t)width * sizeof *y);
         if (!op->rows.active[i]) continue;
         for (int s = 0; s < op->n_streams; s++)
             if (tokens[s] != TOKEN_ZERO) embed_token(cpu, op, &op->tables[s], tokens[s], width, y);

@@ -295,6 +295,17 @@ void cpu_linear(struct backend *backend, const struct op_linear *op)
     product_run(cpu_backend(backend), &p);
 }
 
+void cpu_linear_many(struct backend *backend, const struct op_linear_many *op)
+{
+    for (int m = 0; m < op->count; m++)
+        cpu_linear(backend, &(struct op_linear){.name = op->name,
+                                                .n = op->n,
+                                                .x = op->x,
+                                                .weight = op->weights[m],
+                                                .y = op->y + (size_t)m * (size_t)op->n *
+                                                                 (size_t)op->weights[m].rows});
+}
+
 static void finish_residual(const struct product *p, int row, int first, int count, float *sums,
                             const float *other)
 {

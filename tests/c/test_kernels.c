@@ -39,14 +39,18 @@ static const struct bound {
     {"embed", 5e-6, 5e-6},     /* a few additions; low rank: a product */
     {"norm", 2e-6, 2e-6},      /* one reduction, a root, a division */
     {"linear", 5e-6, 5e-6},    /* sums of up to 600 products in f32 */
-    {"residual", 5e-6, 5e-6},    {"gated", 5e-6, 5e-6},
+    {"many", 5e-6, 5e-6},
+    {"residual", 5e-6, 5e-6},
+    {"gated", 5e-6, 5e-6},
     {"rope", 2e-6, 0},         /* the same libm calls on every instruction set */
     {"attend", 1e-5, 1e-5},    /* two sums around an exponential */
     {"attend_bf16", 2e-2, 2e-2}, /* a key may round to the other neighbour: 2^-8 each */
     {"attend_int8", 4e-2, 4e-2}, /* a code may be the other neighbour: 2^-7 of the largest each */
-    {"conv", 5e-6, 5e-6},        {"transposed", 5e-6, 5e-6},
+    {"conv", 5e-6, 5e-6},
+    {"transposed", 5e-6, 5e-6},
     {"rvq_encode", 0, 0},      /* codes; the seeds have no near ties */
-    {"rvq_decode", 5e-6, 5e-6},  {"softmax", 2e-6, 2e-6},
+    {"rvq_decode", 5e-6, 5e-6},
+    {"softmax", 2e-6, 2e-6},
     {"codes", 5e-6, 0},          /* integers, and float sums in one order */
     {"near_codes", 5e-3, 5e-3},  /* norms differ by an ulp, and a code may round the other way */
 };
@@ -391,6 +395,7 @@ static int run_stage(struct backend *backend, void (*function)(struct backend *,
 STAGE(embed)
 STAGE(norm)
 STAGE(linear)
+STAGE(linear_many)
 STAGE(linear_residual)
 STAGE(linear_gated)
 STAGE(rope)
@@ -497,6 +502,42 @@ static void case_linear(const struct shape *s, struct backend *backend, struct o
     }
 }
 
+/* variant: 0 three matrices, 1 the last one in f32, 2 more than go together */
+static void case_many(const struct shape *s, struct backend *backend, struct outcome *o)
+{
+    const int count = s->variant == 2 ? 18 : 3;
+    size_t in = (size_t)s->in, out = (size_t)s->out, n = s->only < 0 ? (size_t)s->n : 1;
+    struct matrix *weights = take((size_t)count * sizeof *weights);
+    float *x = take_random((size_t)s->n * in, 2), *y = take(n * out * (size_t)count * sizeof *y);
+
+    for (int m = 0; m < count; m++) {
+        int odd = s->variant == 1 && m == count - 1;
+
+        weights[m] = take_matrix(odd ? WEIGHT_F32 : s->format, s->out, s->in);
+        prepare(backend, &weights[m], odd ? 0 : s->packed);
+    }
+    start_outcome(o, s->n, out * (size_t)count, 0);
+    poison(y, n * out * (size_t)count * sizeof *y);
+    if (backend)
+        run_linear_many(backend, &(struct op_linear_many){.name = "many",
+                                                          .n = (int)n,
+                                                          .count = count,
+                                                          .x = x + first_row(s) * in,
+                                                          .weights = weights,
+                                                          .y = y});
+    for (size_t i = 0; i < n; i++) {
+        double *a = naive_norm(&(struct norm){.kind = NORM_NONE}, x + i * in, s->in);
+
+        for (size_t m = 0; m < (size_t)count; m++) {
+            float *from = y + (m * n + i) * out;
+
+            for (int r = 0; r < s->out && !backend; r++)
+                from[r] = (float)naive_dot(&weights[m], r, a);
+            memcpy(o->y + ((first_row(s) + i) * (size_t)count + m) * out, from, out * sizeof *y);
+        }
+    }
+}
+
 /* variant 1: with a scale */
 static void case_residual(const struct shape *s, struct backend *backend, struct outcome *o)
 {
@@ -553,7 +594,7 @@ static void case_gated(const struct shape *s, struct backend *backend, struct ou
     }
 }
 
-/* variant: 1 low rank, 2 norm, 4 condition, 8 accumulate */
+/* variant: 1 low rank, 2 norm, 4 condition, 8 added to y, with 1 to other rows */
 static void case_embed(const struct shape *s, struct backend *backend, struct outcome *o)
 {
     enum { STREAMS = 5, VOCABULARY = 11 };
@@ -563,7 +604,9 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
     int columns = s->variant & 1 ? s->in : s->out;
     int32_t *tokens = take((size_t)s->n * (STREAMS + 2) * sizeof *tokens);
     float *condition = s->variant & 4 ? take_random((size_t)lanes_of(s->n) * out, 1) : NULL;
-    float *y = take_random((size_t)s->n * out, 1);
+    float *y = take_random((size_t)s->n * out, 1), *from = NULL;
+
+    if (s->variant & 8) from = s->variant & 1 ? take_random((size_t)s->n * out, 1) : y;
 
     for (int t = 0; t < STREAMS; t++) {
         tables[t].table = take_matrix(s->format, VOCABULARY, columns);
@@ -573,7 +616,7 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
     }
     for (int i = 0; i < s->n * (STREAMS + 2); i++) tokens[i] = random_below(VOCABULARY + 1) - 1;
     start_outcome(o, s->n, out, 0);
-    if (!(s->variant & 8) && backend) poison(y, (size_t)s->n * out * sizeof *y);
+    if (from != y && backend) poison(y, (size_t)s->n * out * sizeof *y);
     if (backend)
         run_embed(backend, &(struct op_embed){.name = "embed",
                                               .rows = call_rows(s, rows),
@@ -582,12 +625,12 @@ static void case_embed(const struct shape *s, struct backend *backend, struct ou
                                               .tokens = tokens + first_row(s) * (STREAMS + 2),
                                               .tables = tables,
                                               .condition = condition,
-                                              .accumulate = (s->variant & 8) != 0,
+                                              .from = from ? from + first_row(s) * out : NULL,
                                               .y = y + first_row(s) * out});
     for (int i = 0; i < s->n && !backend; i++) {
         for (int d = 0; d < s->out; d++) {
             size_t at = (size_t)i * out + (size_t)d;
-            double sum = s->variant & 8 ? y[at] : 0;
+            double sum = from ? from[at] : 0;
 
             for (int t = 0; t < STREAMS; t++) {
                 int32_t token = tokens[i * (STREAMS + 2) + t];
@@ -1463,6 +1506,8 @@ static void check_block_products(void)
                 check_shape(case_residual, shape, &near);
                 shape.variant = turn % 3;
                 check_shape(case_gated, shape, &near);
+                shape.variant = 0;
+                check_shape(case_many, shape, &exact);
             }
         }
         report("codes", name, &exact);
@@ -2412,6 +2457,7 @@ static int test_cuda(void)
     check_rows("softmax", case_softmax, 1, 1);
     check_rows("rope", case_rope, 1, 3);
     check_products("linear", case_linear, 12, 0);
+    check_products("many", case_many, 3, 0);
     check_products("residual", case_residual, 2, 0);
     check_products("gated", case_gated, 3, 0);
     check_products("embed", case_embed, 16, 0);
@@ -2809,6 +2855,7 @@ int main(int argc, char **argv)
     check_rows("softmax", case_softmax, 1, 1);
     check_rows("rope", case_rope, 1, 3);
     check_products("linear", case_linear, 12, 0);
+    check_products("many", case_many, 3, 0);
     check_products("residual", case_residual, 2, 0);
     check_products("gated", case_gated, 3, 0);
     check_products("embed", case_embed, 16, 0);

@@ -8,7 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../../csrc/cuda.h"
+#include "../../csrc/os.h"
 #include "../c/harness.h"
+#include "fake_cublaslt.h"
 #include "moshi.h"
 
 #define FRAMES 4
@@ -545,6 +548,67 @@ static int test_the_right_library_is_found_and_another_refused(void)
     return 1;
 }
 
+static const void *fake_last; /* the weights that it should have seen last */
+
+/* What comes of products by that library. */
+static int multiply(const char *library, int copies, double *seconds, char *found)
+{
+    const struct cuda_library *cuda = cuda_load();
+    struct cuda_peer_product product = {
+        .n = 1, .rows = FAKE_ROWS, .columns = FAKE_COLUMNS, .copies = copies};
+    const size_t bytes = 2 * FAKE_ROWS * FAKE_COLUMNS;
+    struct backend *backend;
+
+    setenv("MOSHI_C_CUBLASLT", library, 1);
+    if (!cuda || cuda_backend_create("cuda", &backend)) return -1;
+    char *weights = backend->ops->allocate(backend, bytes * (size_t)copies);
+    void *x = backend->ops->allocate(backend, 2 * FAKE_COLUMNS);
+
+    product.weights = weights;
+    product.x = x;
+    product.y = backend->ops->allocate(backend, 4 * FAKE_ROWS);
+    int status = cuda->cublaslt(backend, &product, os_clock, seconds, found, 300);
+
+    fake_last = weights + bytes * (size_t)(copies - 1);
+    backend->ops->release(backend, weights, bytes * (size_t)copies);
+    backend->ops->release(backend, x, 2 * FAKE_COLUMNS);
+    backend->ops->release(backend, product.y, 4 * FAKE_ROWS);
+    backend->ops->destroy(backend);
+    unsetenv("MOSHI_C_CUBLASLT");
+    return status;
+}
+
+static int test_cublaslt_is_found_or_what_is_missing_is_said(void)
+{
+    char path[4200], found[300], *slash;
+    struct fake_cublaslt *fake;
+    double seconds;
+
+    snprintf(path, sizeof path, "%s", getenv("MOSHI_C_CUDA_LIBRARY"));
+    slash = strrchr(path, '/');
+    CHECK(slash != NULL);
+    snprintf(slash, sizeof path - (size_t)(slash - path), "/libfake_cublaslt.so");
+    CHECK(multiply("gone.so", 1, &seconds, found) == MOSHI_ERROR_DEVICE &&
+          says("cuBLASLt is not at gone.so, which MOSHI_C_CUBLASLT names") && found[0] == '\0');
+    CHECK(multiply("libm.so.6", 1, &seconds, found) == MOSHI_ERROR_DEVICE &&
+          says("what was found as cuBLASLt has no function cublasLtGetVersion"));
+    CHECK(multiply(path, 3, &seconds, found) == MOSHI_OK && seconds > 0);
+    CHECK(strstr(found, "cuBLASLt 13.1.2, ") == found && strstr(found, "libfake_cublaslt.so"));
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+
+    CHECK(library != NULL);
+    fake = dlsym(library, "fake_cublaslt");
+    /* Each matrix once before the capture and once in it. */
+    CHECK(fake->products == 6 && fake->last == fake_last && fake->objects == 0);
+    fake->fault = 15;
+    CHECK(multiply(path, 3, &seconds, found) == MOSHI_ERROR_DEVICE &&
+          says("cuBLASLt: a search gave status 15"));
+    CHECK(fake->products == 6 && fake->objects == 0);
+    fake->fault = 0;
+    dlclose(library);
+    return 1;
+}
+
 static void run_faults(void)
 {
     run_repaired("memory that runs out is said", test_memory_that_runs_out_is_said);
@@ -553,6 +617,8 @@ static void run_faults(void)
     run_repaired("a missing driver or card is said", test_a_missing_driver_or_card_is_said);
     run_repaired("the right library is found and another refused",
                  test_the_right_library_is_found_and_another_refused);
+    run_repaired("cuBLASLt is found, or what is missing is said",
+                 test_cublaslt_is_found_or_what_is_missing_is_said);
 }
 
 int main(int argc, char **argv)
