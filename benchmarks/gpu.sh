@@ -3,7 +3,8 @@
 #   build      the library for this machine's card, the C tests and the timing program
 #   ops        every operation on the card against the generic kernels of the CPU
 #   sessions   conversations of the tiny model on the card against the CPU, and in company
-#   sanitize   the operations under compute-sanitizer: memory, then races in shared memory
+#   sanitize   the operations, one shape of five, under compute-sanitizer: memory, then races in shared
+#              memory
 #   model      a folder of the 7B's shapes, random numbers in it (NumPy, 15.8 GB on the disk)
 #   time       what a frame and its parts cost beside the card's read rate, measured in the same run:
 #              a table, and gpu.json
@@ -58,7 +59,7 @@ sessions)
     ;;
 sanitize)
     for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 build/gpu/test_kernels cuda
+        compute-sanitizer --tool "$tool" --error-exitcode 1 build/gpu/test_kernels cuda every 5
     done
     ;;
 model)

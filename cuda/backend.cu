@@ -30,8 +30,8 @@ bool cuda_good(struct cuda_backend *cuda, cudaError_t error, const char *what)
         cuda_fail(cuda, MOSHI_ERROR_MEMORY, "%s has no memory for %s", cuda->device, what);
     else
         cuda_fail(cuda, MOSHI_ERROR_DEVICE,
-                  "%s failed at %s: %s; sessions on it have ended, and a "
-                  "model opened anew may work",
+                  "%s failed at %s: %s; sessions on it have ended, and if a model opened anew "
+                  "fails too, the process has to be started again",
                   cuda->device, what, cudaGetErrorString(error));
     return false;
 }

@@ -65,7 +65,6 @@ struct cuda_backend {
     int card, processors;
     bool early; /* kernels start before earlier ones have ended, and wait for them */
     size_t shared_limit; /* bytes that a block may have */
-    size_t columns_limit; /* of a matrix whose input row fits there */
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
     enum cuda_mode mode;

@@ -207,7 +207,7 @@ static double median_time(struct cuda_backend *cuda, const struct cuda_peer_prod
     multiply_all(cuda, product, m); /* what is loaded at first use is not captured */
     cuda_wait(cuda);
     if (cuda->base.failure ||
-        !cuda_good(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal),
+        !cuda_good(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeRelaxed),
                    "a capture"))
         return 0;
     multiply_all(cuda, product, m);

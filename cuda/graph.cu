@@ -114,7 +114,8 @@ static struct cuda_graph *capture(struct cuda_backend *cuda,
     cudaGraphExec_t executable = NULL;
     cudaError_t error;
 
-    if (!cuda_good(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeThreadLocal),
+    /* Relaxed: a kernel's first launch loads it, and may set its attributes. */
+    if (!cuda_good(cuda, cudaStreamBeginCapture(cuda->stream, cudaStreamCaptureModeRelaxed),
                    "a capture"))
         return NULL;
     cuda->mode = CUDA_CAPTURE;

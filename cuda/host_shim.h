@@ -423,7 +423,7 @@ typedef struct shim_stream *cudaStream_t;
 typedef struct shim_graph *cudaGraph_t;
 typedef struct shim_graph *cudaGraphExec_t;
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed = 2 };
 #define cudaStreamNonBlocking 1
 
 const char *cudaGetErrorString(cudaError_t error);

@@ -78,8 +78,9 @@ def address(url: str, seed: int | None = None) -> str:
     Raises:
         ValueError: no such scheme, no host, or a file.
     """
-    if Path(url).is_file():
-        raise ValueError(f"{url} is a file; expected the address of a server, and --in {url}")
+    with contextlib.suppress(OSError):  # too long for a file's name, with a token in it
+        if Path(url).is_file():
+            raise ValueError(f"{url} is a file; expected the address of a server, and --in {url}")
     parts = urlsplit(url if "://" in url else f"ws://{url}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:

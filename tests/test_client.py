@@ -376,7 +376,9 @@ def test_a_server_that_is_not_there_is_one_sentence(
         ("localhost:8998", "ws://localhost:8998/api/chat"),
         ("https://host/", "wss://host/api/chat"),
         ("http://host:80/other?a=1", "ws://host:80/other?a=1&seed=3"),
+        (f"ws://host/a?token={'x' * 300}", f"ws://host/a?token={'x' * 300}"),
     ],
+    ids=["name", "https", "path", "token"],
 )
 def test_addresses_are_made_whole(url: str, expected: str) -> None:
     assert client.address(url, 3 if "seed" in expected else None) == expected

@@ -110,14 +110,14 @@ MEASURE = textwrap.dedent(
     before = private_kb()
     codec = moshi_c.load_mimi(sys.argv[2])
     middle = private_kb()
-    start = time.perf_counter()
+    start = time.process_time()
     model = moshi_c.load(sys.argv[1], mimi=sys.argv[2], progress=False)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     after = private_kb()
     print(json.dumps({
         "codec_mb": (middle - before) / 1024,
         "model_mb": (after - middle) / 1024,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
         "parameters": model._core.info["parameters"],
         "config": model.config["dim"],
     }))
@@ -141,8 +141,8 @@ def test_a_7b_folder_opens_at_once_and_stays_in_the_map(tmp_path: Path, mimi_ful
     assert measured["parameters"] > parameters
     assert measured["config"] == DIM
     assert measured["model_mb"] - measured["codec_mb"] < 300, measured
-    # The bound on time is generous to a busy machine; benchmarks/open.py has the figure.
-    assert measured["seconds"] < 20, measured
+    # Of the processor: a busy machine takes longer, not more. benchmarks/open.py has the figure.
+    assert measured["cpu_seconds"] < 10, measured
 
 
 PEAK = textwrap.dedent(

@@ -28,6 +28,7 @@ import moshi_c
 from moshi_c import Frame, Model, Session
 from moshi_c.server import Server, live
 from moshi_c.server.call import Ending, Ignored
+from moshi_c.server.events import read_event
 from moshi_c.telephony import BytesIn, BytesOut, decode, encode
 
 pytestmark = pytest.mark.python
@@ -359,6 +360,7 @@ BEFORE = [
     (sounds({"type": {}}), "invalid_value", "session.audio.format"),
     (sounds({"rate": 0}), "invalid_value", "session.audio.format.rate"),
     (sounds({"rate": True}), "invalid_value", "session.audio.format.rate"),
+    (sounds({"rate": int("9" * 4000)}), "invalid_value", "session.audio.format.rate"),
     (sounds({"type": "audio/pcmu", "rate": 24000}), "invalid_value", "session.audio.format.rate"),
 ]
 AFTER = [
@@ -389,7 +391,7 @@ async def test_what_a_caller_gets_wrong_is_an_error_event_and_hurts_no_call(mode
                 await caller.socket.send_str(message)
                 error = (await caller.next("error"))["error"]
                 assert (error["code"], error["param"]) == (code, name), message[:80]
-                assert error["type"] == "invalid_request_error" and error["message"]
+                assert error["type"] == "invalid_request_error" and 0 < len(error["message"]) < 200
             if cases is BEFORE:
                 await caller.socket.send_bytes(b"\x00\x01")
                 assert (await caller.next("error"))["error"]["code"] == "invalid_json"
@@ -447,6 +449,33 @@ async def test_words_that_wait_to_be_said_are_bounded(model: Model) -> None:
 
 
 @scenario
+async def test_events_that_are_much_work_are_read_more_slowly(model: Model) -> None:
+    async with serving(model, **PATIENT) as server, talking(server) as caller:
+        await caller.start()
+        long = json.dumps({"type": "session.update", "padding": " " * 1_000_000})
+        begin = time.monotonic()
+        for _ in range(4):
+            await caller.socket.send_str(long)
+        await caller.until(lambda: len(caller.kinds("session.updated")) == 4)
+        assert time.monotonic() - begin > 1.5, "a second's at once, then one a second"
+        begin = time.monotonic()
+        for _ in range(12):  # the work is done even where nothing of it can be said
+            await caller.send("session.commentary.append", content="@ " * 1000)
+        await caller.until(lambda: len(caller.kinds("session.commentary.appended")) == 12)
+        assert time.monotonic() - begin > 1.0, "five at once, then five a second"
+        assert not caller.errors
+
+
+def test_an_event_of_very_many_parts_is_not_read() -> None:
+    for part in ("[],", "{},", "7,"):
+        message = text_message('{"type": "session.update", "session": [' + part * 20_000 + "7]}")
+        with pytest.raises(Ignored, match="20000 brackets and commas"):
+            read_event(message, "type")
+    message = text_message('{"type": "session.update", "session": [' + "7," * 10_000 + "7]}")
+    assert read_event(message, "type")[0] == "session.update"
+
+
+@scenario
 async def test_a_flood_of_wrong_events_and_a_message_too_large_end_the_call(model: Model) -> None:
     async with serving(model, messages_per_second=100_000, message_bytes=1 << 16) as server:
         async with talking(server) as caller:
@@ -462,7 +491,7 @@ async def test_a_flood_of_wrong_events_and_a_message_too_large_end_the_call(mode
                 await caller.append(bytes(1 << 20))
             await caller.finished()
             assert caller.code == 1009
-        assert server._admission.busy == 0
+        await eventually(lambda: server._admission.busy == 0)
 
 
 @scenario
@@ -518,6 +547,17 @@ async def test_who_waits_is_told_so_and_starts_when_it_is_their_turn(model: Mode
             await second.finished()
             assert second.kinds("session.closed")[0]["usage"]["seconds"] == pytest.approx(0.16)
         assert server._admission.busy == 0
+
+
+def test_the_time_of_a_call_counts_from_its_slot_however_late_it_is_started(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = live.LiveWire(model, 100.0)
+    monkeypatch.setattr(live.time, "time", lambda: 1000.0)
+    assert wire.ready(None) == []  # type: ignore[arg-type]
+    monkeypatch.setattr(live.time, "time", lambda: 1050.0)
+    ((answer,),) = wire.hear(text_message(start(model="m")))
+    assert json.loads(answer)["session"]["expires_at"] == 1100
 
 
 @scenario

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.python
 
 QUESTION, ANSWER = "what colour is the sky", "the sky is blue"
 SECRET, URL = "0123456789abcdef0123456789abcdef", "https://phone.example"
-SIGNED = {"twilio_token": SECRET, "public_url": URL}
+SIGNED = {"token": "only for others", "twilio_token": SECRET, "public_url": URL}
 PACKET = 160  # 20 ms
 START = {
     "event": "start",
@@ -215,7 +215,7 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
     # Twilio comes by the public name, and knows no token of ours
     headers["Host"] = "phone.example"
     async with (
-        serving(model, token="only for others", **SIGNED) as server,
+        serving(model, **SIGNED) as server,
         aiohttp.ClientSession() as http,
     ):
         url = server.url + "/twilio/answer"
@@ -230,6 +230,14 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         async with http.post(url, data=b"x" * 70000, headers=headers | form) as response:
             assert response.status == 413
+        for damage, body in (
+            (form, b"To=\xff"),
+            ({"Content-Type": f"{form['Content-Type']}; charset=none"}, b"To=1"),
+            (form | {"Content-Encoding": "gzip"}, b"To=1"),
+        ):
+            async with http.post(url, data=body, headers=headers | damage) as response:
+                assert response.status == 400, damage
+                assert (await response.json())["error"] == "form"
         async with http.put(url, data=fields, headers=headers) as response:
             assert response.status == 405
         async with ringing(server), http.post(url, data=fields, headers=headers) as response:
@@ -326,13 +334,23 @@ async def test_the_command_takes_the_url_and_the_secret_from_the_environment() -
     with pytest.MonkeyPatch.context() as patch:
         for name, text in names.items():
             patch.setenv(name, text)
-        process = await asyncio.to_thread(process_module.Server, "--sessions", "1")
+        process = await asyncio.to_thread(
+            process_module.Server, "--sessions", "1", "--token", "only for others"
+        )
     headers = {"X-Twilio-Signature": signature(SECRET, URL + "/moshi/twilio/answer")}
     try:
         status, page, _ = await get(process.url[:-1], "/twilio/answer", headers=headers)
     finally:
         process.end()
     assert status == 200 and "wss://phone.example/moshi/twilio/media" in page
+
+
+def test_a_public_name_lets_nobody_in_without_a_token_unasked() -> None:
+    """By that name others reach all the paths, not Twilio's alone."""
+    with pytest.raises(ValueError, match=r"phone\.example can be reached by others.*--token"):
+        Settings(public_url=URL, twilio_token=SECRET)
+    Settings(public_url=URL, twilio_token=SECRET, insecure=True)
+    Settings(public_url="http://127.0.0.1:8998", twilio_token=SECRET)
 
 
 def test_a_telephone_needs_both_the_secret_and_the_url() -> None:
@@ -343,6 +361,7 @@ def test_a_telephone_needs_both_the_secret_and_the_url() -> None:
     for url in (
         "phone.example",
         "wss://phone.example",
+        "HTTPS://phone.example",  # signatures are over the letters
         "https://",
         "https://a/?x=1",
         "https://a:x",

@@ -6,11 +6,12 @@ Paths: `/` and `/page/...` the page; calls at `/api/chat`, `/ws/pcm`, `/v1/live/
 in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
-`{"error", "reason"}`: 400 an option, 401 the token, 403 host or origin, 426 no WebSocket, 429 too
-many from one address, 503 full or stopping, with Retry-After. A call ends with a close frame: 1000
-the input has ended or the time is up, 1003 messages without meaning, 1008 options that the model
-refuses, 1009 a message too large, 1011 an error, 1012 the server stops, 1013 no slot after all,
-4400 sound that cannot be decoded, 4408 no sound came or nothing was read for too long.
+`{"error", "reason"}`: 400 an option, 401 the token, 403 host, origin or Twilio's signature, 404 no
+telephone here, 426 no WebSocket, 429 too many from one address, 503 full or stopping; the last two
+with Retry-After. A call ends with a close frame: 1000 the input has ended or the time is up, 1003
+messages without meaning, 1008 options that the model refuses, 1009 a message too large, 1011 an
+error, 1012 the server stops, 1013 no slot after all, 4400 sound that cannot be decoded, 4408 no
+sound came or nothing was read for too long.
 """
 
 from __future__ import annotations
@@ -298,6 +299,8 @@ class Server:
                 fields = await asyncio.wait_for(request.post(), _FIRST_REQUEST)
             except asyncio.TimeoutError:
                 raise Refused(408, "slow", "the form did not come in time") from None
+            except (ValueError, LookupError, web.RequestPayloadError):
+                raise Refused(400, "form", "the body is no form in UTF-8") from None
         elif request.method not in ("GET", "POST"):
             raise Refused(405, "method", f"the method is {request.method[:20]}; expected POST")
         url = self._check_twilio(request, "http", [(k, str(v)) for k, v in fields.items()])

@@ -40,6 +40,9 @@ _LOST = 1006
 _MOST_IGNORED = 100
 #: Seconds of sound that are taken a second; a caller who sends more is read more slowly.
 _SOUND_PER_SECOND = 10.0
+#: Likewise characters of text, and times that words are put into the model's mouth: what these
+#: take to read, others wait.
+_TEXT_PER_SECOND, _WORDS_PER_SECOND = float(1 << 20), 5.0
 #: A wake-up later than this is the server's own fault, s.
 _HELD_UP = 0.05
 #: Seconds between two words about late answers.
@@ -320,7 +323,7 @@ class Call:
     async def _read(self) -> None:
         messages = Allowance(self._settings.messages_per_second)
         sound = Allowance(_SOUND_PER_SECOND)
-        pieces = 0
+        text, words = Allowance(_TEXT_PER_SECOND), Allowance(_WORDS_PER_SECOND)
         while True:
             message = await self._socket.receive()
             if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
@@ -335,6 +338,8 @@ class Call:
                     await self._socket.pong(message.data)
                 await asyncio.sleep(pause)
                 continue
+            if message.type == WSMsgType.TEXT:
+                pause = max(pause, text.wait(self._loop.time(), len(message.data)))
             try:
                 for pcm in self._wire.hear(message):
                     if pcm is None:
@@ -344,6 +349,7 @@ class Call:
                     if isinstance(pcm, Words):
                         self._words.append(pcm)
                         self._wake.set()
+                        pause = max(pause, words.wait(self._loop.time(), 1))
                         continue
                     if not isinstance(pcm, np.ndarray):
                         await self._reply(pcm)
@@ -358,9 +364,7 @@ class Call:
             except Ignored as error:
                 self._ignore(str(error))
                 await self._reply(error.answer)
-            pieces += 1
-            if pause or pieces % 16 == 0:  # who has much to say lets others speak
-                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)  # who has much to say lets others speak
 
     async def _reply(self, answer: list[Payload] | Answer) -> None:
         """Who does not read our answers is read no further."""

@@ -1,4 +1,4 @@
-"""Protocols whose messages are JSON in text, with sound as base64."""
+"""Messages that are JSON in text, and sound in them as base64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from aiohttp import WSMessage, WSMsgType
 
 from .call import Ignored
 
+#: Brackets and commas of an event. Sound has none; a message full of them would take a second and
+#: a hundred times its size to read.
+_MOST_MARKS = 20_000
+
 
 def read_event(message: WSMessage, key: str) -> tuple[str, dict[str, Any]]:
     """An event, and what it is by the `key` of its kind.
@@ -20,6 +24,8 @@ def read_event(message: WSMessage, key: str) -> tuple[str, dict[str, Any]]:
     """
     if message.type != WSMsgType.TEXT:
         raise Ignored("messages are text here")
+    if sum(map(message.data.count, "[{,")) > _MOST_MARKS:
+        raise Ignored(f"an event has more than {_MOST_MARKS} brackets and commas")
     try:
         event = json.loads(message.data)
         kind = event[key]
@@ -46,9 +52,9 @@ def shown(value: Any) -> str:
     """A value of an event, for a sentence: not all of a long one."""
     if isinstance(value, str):
         return repr(value[:40])
-    return (
-        str(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
-    )
+    if isinstance(value, (int, float, type(None))):
+        return str(value)[:40]
+    return f"a {type(value).__name__}"
 
 
 def part(of: Any, name: str) -> dict[str, Any]:

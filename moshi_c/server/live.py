@@ -80,7 +80,8 @@ class LiveWire:
         self._expires_after = max_seconds or _NEVER
         self._events = 0
         self._frames = 0  # stepped so far
-        self._has_slot = self._muted = False
+        self._muted = False
+        self._expires_at: int | None = None  # None before there is a slot
         self._refused: list[tuple[str, str]] = []  # parts of session.start: name, why
         self._start: Event | None = None  # of the caller's session.start, what answers need
         self._session: Event | None = None  # as started: what the caller is told of it
@@ -171,7 +172,7 @@ class LiveWire:
         }
         self._refused = list(_not_ours(session))
         self._start = {"event_id": _number(event).get("client_event_id")}
-        return self._started() if self._has_slot else []
+        return self._started() if self._expires_at is not None else []
 
     def _format(self, event: Event, session: Event) -> tuple[str, int]:
         name = "session.audio.format"
@@ -191,7 +192,7 @@ class LiveWire:
     def _started(self) -> list[Payload]:
         """The caller has asked for a session, and there is a slot."""
         assert self._start is not None
-        self._session = {**self._about, "expires_at": int(time.time() + self._expires_after)}
+        self._session = {**self._about, "expires_at": self._expires_at}
         made = self._made("session.started", client=self._start, session=self._session)
         for name, why in self._refused:
             made += self._error("unsupported", why, name, self._start)
@@ -236,7 +237,7 @@ class LiveWire:
 
     def ready(self, session: Session) -> list[Payload]:
         """See Wire."""
-        self._has_slot = True
+        self._expires_at = int(time.time() + self._expires_after)
         return self._started() if self._start is not None else []
 
     def waiting(self, position: int) -> list[Payload]:
@@ -343,7 +344,8 @@ def _number(event: Event) -> Event:
 
 def _not_ours(session: Event) -> Iterator[tuple[str, str]]:
     """What a session asks for that this model has not: its name, and a sentence."""
-    if str(session.get("instructions") or "").strip():
+    instructions = session.get("instructions")
+    if instructions and not (isinstance(instructions, str) and instructions.isspace()):
         yield "session.instructions", "this model takes no instructions; it goes on without"
     voice = part(part(session, "audio"), "output").get("voice")
     if voice not in (None, _ANY_VOICE):

@@ -26,6 +26,7 @@ from aiohttp import WSMessage, WSMsgType
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler
 from ..session import Frame, Session
 from .call import Ending, Ignored, Payload
+from .events import read_event, shown
 
 FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "s16": np.dtype("<i2")}
 
@@ -57,12 +58,9 @@ class PcmWire:
                     pcm = pcm / np.float32(32768)
                 yield self._resampled(pcm)
             return
-        try:
-            kind = json.loads(message.data)["type"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise Ignored('text messages are JSON with a "type"') from None
+        kind, _ = read_event(message, "type")
         if kind != "end":
-            raise Ignored(f"the type {str(kind)[:40]!r} is not known here")
+            raise Ignored(f"the type {shown(kind)} is not known here")
         yield self._in.flush()
         yield None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ class Settings:
     queue: callers who may wait for a slot; those after them are refused at once.
     token: what callers must know; None lets everyone in who reaches the port.
     tls: certificate and key, two PEM files.
-    insecure: allows a host that others can reach without a token.
+    insecure: allows a host or a public_url that others can reach without a token.
     origins: web pages of other hosts that may connect, such as "https://example.org".
     public_url: where others reach this server, through a proxy or tunnel too; Twilio signs it.
     twilio_token: the auth token of the Twilio account whose telephone calls are taken, on
@@ -91,11 +90,13 @@ class Settings:
                 "telephone calls by Twilio need the account's auth token, and the public URL over "
                 "which Twilio signs: give --twilio-token T and --public-url URL"
             )
-        if not is_loopback(self.host) and self.token is None and not self.insecure:
-            raise ValueError(
-                f"{self.host} can be reached by others, and there is no token: give --token T, "
-                "or --insecure to let everyone in"
-            )
+        public = urlsplit(self.public_url or "").hostname
+        for name in (self.host, public or "localhost"):
+            if not is_loopback(name) and self.token is None and not self.insecure:
+                raise ValueError(
+                    f"{name} can be reached by others, and there is no token: give --token T, "
+                    "or --insecure to let everyone in"
+                )
 
 
 def is_loopback(host: str) -> bool:
@@ -112,7 +113,7 @@ def _is_url(text: str) -> bool:
     """Whether it leads to a server, and asks for nothing of it."""
     try:
         parts = urlsplit(text)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname)
+        named = text.startswith(("http://", "https://")) and bool(parts.hostname)
         return named and not (parts.query or parts.fragment) and (parts.port or 1) > 0
     except ValueError:
         return False
@@ -170,7 +171,6 @@ def read_number(
     try:
         value = kind(text)
     except ValueError:
-        value = kind(0) if kind is int else math.nan
         raise ValueError(f"{name} is {text[:40]!r}; expected a number") from None
     if not least <= value <= most:
         raise ValueError(f"{name} is {text[:40]}; expected {least} to {most}")

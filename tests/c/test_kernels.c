@@ -12,8 +12,8 @@
  *
  * test_kernels cuda: the CUDA backend in the place of the other instruction sets, on a card or on the
  * host shim (MOSHI_C_CUDA_LIBRARY), fewer shapes.
- * test_kernels every N: one shape of N, for machines that are emulated. With 5 and 11 every operation
- * still meets all row counts, sizes and kinds, though not each with each.
+ * test_kernels [cuda] every N: one shape of N, for machines that are emulated or watched. With 5 and 11
+ * every operation still meets all row counts, sizes and kinds, though not each with each.
  * test_kernels best NAME: only whether this machine's kernels are those, and it refuses better ones.
  * test_kernels bench [threads [words]]: times the main kernels beside the machine's read rate and its
  * rate of multiply-adds, those whose name has the words in it. */
@@ -2825,6 +2825,8 @@ static int bench(int threads)
 int main(int argc, char **argv)
 {
     cuda = argc > 1 && strcmp(argv[1], "cuda") == 0;
+    if (argc > 2 + cuda && strcmp(argv[1 + cuda], "every") == 0)
+        every = atoi(argv[2 + cuda]) > 1 ? atoi(argv[2 + cuda]) : 1;
     if (!take_memory()) return 2;
     if (cuda) return test_cuda();
     if (argc > 3) bench_words = argv[3];
@@ -2833,7 +2835,6 @@ int main(int argc, char **argv)
         test_kernels_are_the_best_that_the_machine_can_run(argv[2]);
         return failed != 0;
     }
-    if (argc > 2 && strcmp(argv[1], "every") == 0) every = atoi(argv[2]) > 1 ? atoi(argv[2]) : 1;
     open_backends();
     test_half_floats_convert_exactly();
     test_rows_below_the_normal_range_have_codes();
