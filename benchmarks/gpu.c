@@ -27,7 +27,7 @@ static FILE *out;
 static int n_results;
 static double read_rate;
 
-static void stop(const char *what)
+_Noreturn static void stop(const char *what)
 {
     fprintf(stderr, "gpu: %s: %s\n", what, moshi_error_detail());
     exit(1);

@@ -185,6 +185,18 @@ def test_imports_have_no_circles() -> None:
             del left[name]
 
 
+def test_every_kernel_waits_for_earlier_ones_first() -> None:
+    kernels = 0
+    for path in (ROOT / "cuda").glob("*.cu"):
+        text = path.read_text()
+        bodies = re.findall(r"^__global__ [^{;]*\{\n(.*)", text, re.MULTILINE)
+        assert len(bodies) == text.count("__global__"), path.name
+        for first in bodies:
+            assert first.strip() == "after_earlier_kernels();", f"{path.name}: {first}"
+        kernels += len(bodies)
+    assert kernels > 10
+
+
 def test_there_is_something_to_look_at() -> None:
     assert len(CORE_FILES) > 20
     assert len(PYTHON_FILES) > 5
