@@ -6,6 +6,7 @@
 #   sanitize   the operations, one shape of five, under compute-sanitizer: memory, then races in shared
 #              memory
 #   model      a folder of the 7B's shapes, random numbers in it (NumPy, 15.8 GB on the disk)
+#   large      its greedy stream on the card against the CPU
 #   time       what a frame and its parts cost beside the card's read rate, measured in the same run:
 #              a table, and gpu.json
 #   upstream   our frame and the moshi package's in turn, with the wheels of folder WHEELS if it is set:
@@ -64,6 +65,9 @@ sanitize)
     ;;
 model)
     python3 benchmarks/gpu_models.py "$MODEL"
+    ;;
+large)
+    build/gpu/cuda/test_cuda "$MODEL" greedy
     ;;
 time)
     find_cublaslt
