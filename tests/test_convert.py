@@ -319,4 +319,4 @@ def test_a_7b_folder_of_panels_opens_at_once_and_stays_in_the_map(
     measured = json.loads(found.stdout)
     assert measured["parameters"] > 7_687_729_152
     assert measured["model_mb"] - measured["codec_mb"] < 300, measured
-    assert measured["seconds"] < 20, measured
+    assert measured["cpu_seconds"] < 10, measured
