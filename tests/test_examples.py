@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "moshi_c" / "data" / "moshi-tiny"
 
 
+@pytest.fixture(autouse=True)
+def _scripts_find_what_lies_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do for users; the tests under the sanitizers are told otherwise."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+
+
 @pytest.fixture(scope="module")
 def session_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/session.c with the core that the C tests are linked with."""
