@@ -55,10 +55,10 @@ def main() -> None:
         }
         if status:
             break
+    failed = [stage for stage, one in found.items() if one["outcome"] == "failed"]
     # Read only now: another run may have added stages meanwhile.
     if options.stages != STAGES and options.out.exists():
         found = json.loads(options.out.read_text())["stages"] | found
-    failed = [stage for stage, one in found.items() if one["outcome"] == "failed"]
     seconds = round(time.monotonic() - began)
     common.report(
         "full",
