@@ -93,6 +93,12 @@ def as_pcm(
     return np.ascontiguousarray(samples)
 
 
+def to_int16(pcm: Pcm) -> NDArray[np.int16]:
+    """Samples as int16, as `as_pcm` takes them; what is louder than full scale is clipped."""
+    samples: NDArray[np.int16] = np.clip(np.rint(pcm * 32768.0), -32768, 32767).astype(np.int16)
+    return samples
+
+
 def _with_dimensions(samples: Pcm, name: str, ndim: int) -> Pcm:
     found = samples.shape
     if ndim == 1:

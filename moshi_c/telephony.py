@@ -9,12 +9,13 @@ nearest of the values that a byte can stand for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .audio import Pcm, StreamResampler
+from .audio import Pcm, StreamResampler, to_int16
 
 #: "s16" is little endian.
 Encoding = Literal["s16", "pcmu", "pcma"]
@@ -38,6 +39,12 @@ class BytesIn:
         whole = len(data) - len(data) % sample_bytes(self.encoding)
         self._cut = data[whole:]
         return self._resampler.process(decode(data[:whole], self.encoding))
+
+    def add_by_seconds(self, data: bytes) -> Iterator[Pcm]:
+        """As `add`, a second of it at a time, so that others get a turn in between."""
+        second = self.rate * sample_bytes(self.encoding)
+        for start in range(0, len(data), second):
+            yield self.add(data[start : start + second])
 
     def flush(self) -> Pcm:
         """The rest, at the end of the sound."""
@@ -79,9 +86,9 @@ def decode(data: bytes, encoding: Encoding) -> Pcm:
 
 def encode(pcm: Pcm, encoding: Encoding) -> bytes:
     """Samples as bytes; what is louder than full scale is clipped."""
-    samples = np.clip(np.rint(pcm * np.float32(32768)), -32768, 32767).astype("<i2")
+    samples = to_int16(pcm)
     if encoding == "s16":
-        return bytes(samples)
+        return bytes(samples.astype("<i2", copy=False))
     return bytes(_nearest(encoding)[samples.astype(np.int32) + 32768])
 
 

@@ -306,9 +306,3 @@ def from_int16(data: bytes | bytearray | memoryview, channels: int) -> NDArray[n
         return samples
     mean: NDArray[np.int16] = samples.reshape(-1, channels).mean(axis=1).astype(np.int16)
     return mean
-
-
-def to_int16(pcm: Pcm) -> NDArray[np.int16]:
-    """float32 `[N]` in -1..1 as int16."""
-    samples: NDArray[np.int16] = np.clip(np.rint(pcm * 32768.0), -32768, 32767).astype(np.int16)
-    return samples

@@ -26,11 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..audio import to_int16
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
 from ..turns import Moment, Reply
-from .conversation import RATE, Conversation, SharedModel, log, to_int16
+from .conversation import RATE, Conversation, SharedModel, log
 
 try:
     from fastrtc import AdditionalOutputs, AsyncStreamHandler, CloseStream

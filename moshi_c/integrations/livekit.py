@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterable
 from typing import Any
 
+from ..audio import to_int16
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
@@ -34,7 +35,6 @@ from .conversation import (
     SharedModel,
     from_int16,
     log,
-    to_int16,
 )
 
 try:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..audio import to_int16
 from ..errors import MoshiError
 from ..model import Model
 from ..session import Stats
@@ -36,7 +37,6 @@ from .conversation import (
     Conversation,
     SharedModel,
     from_int16,
-    to_int16,
 )
 
 try:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from aiohttp import ClientConnectionError, WSCloseCode, WSMessage, WSMsgType, web
@@ -99,8 +100,8 @@ class Counts:
     ignored: int = 0
 
 
-class Wire(Protocol):
-    """One caller's protocol.
+class Wire(ABC):
+    """One caller's protocol. What it has no message for, it says nothing of.
 
     All but `hear` are called when their turn to be sent has come.
     """
@@ -109,6 +110,7 @@ class Wire(Protocol):
     #: On the clock; else a file, as fast as it goes.
     live: bool
 
+    @abstractmethod
     def hear(self, message: WSMessage) -> Iterable[Pcm | Words | list[Payload] | Answer | None]:
         """The caller's samples at the model's rate, words for the model's mouth; None is the end of
         the input, a list or an Answer what we say to the message.
@@ -120,25 +122,33 @@ class Wire(Protocol):
 
     def ready(self, session: Session) -> list[Payload]:
         """The slot is there."""
+        return []
 
     def waiting(self, position: int) -> list[Payload]:
         """It is not there yet; 1 is the next."""
+        return []
 
+    @abstractmethod
     def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """A frame of the model's voice, and what else is known of it."""
 
     def text(self, text: str, time: float) -> list[Payload]:
         """What the model says."""
+        return []
 
     def event(self, event: str, **facts: Any) -> list[Payload]:
         """Something that the caller may want to know."""
+        return []
 
     def keep_alive(self) -> list[Payload]:
-        """Nothing has been sent for a while."""
+        """Nothing has been sent for a while; WebSocket's own pings go out besides."""
+        return []
 
     def finish(self) -> list[Payload]:
-        """The last of the sound, and that this was the end."""
+        """The last of the sound, and that this was the end, where callers do not just hang up."""
+        return []
 
+    @abstractmethod
     def error(self, ending: Ending) -> list[Payload]:
         """Why the call is cut short."""
 

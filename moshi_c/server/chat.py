@@ -30,7 +30,7 @@ from ..audio import Pcm
 from ..errors import AudioError
 from ..ogg_opus import OggOpusReader, OggOpusWriter
 from ..session import Frame, Session
-from .call import BAD_AUDIO, Ending, Ignored, Payload
+from .call import BAD_AUDIO, Ending, Ignored, Payload, Wire
 
 HANDSHAKE, SOUND, TEXT, CONTROL, METADATA, ERROR, PING, COLORED_TEXT = range(8)
 
@@ -43,7 +43,7 @@ _SILENCE_LEVEL = -45.0
 _SILENCE_FRAMES = 6
 
 
-class ChatWire:
+class ChatWire(Wire):
     """One caller's `/api/chat`."""
 
     name = "/api/chat"
@@ -109,10 +109,6 @@ class ChatWire:
         """See Wire."""
         place = json.dumps({"position": self._position}).encode() if self._position else b""
         return [bytes([PING]) + place]
-
-    def finish(self) -> list[Payload]:
-        """Nothing: callers hang up."""
-        return []
 
     def error(self, ending: Ending) -> list[Payload]:
         """See Wire."""

@@ -33,8 +33,8 @@ from ..audio import Pcm
 from ..model import Model
 from ..say import spoken_tokens
 from ..session import Frame, Session
-from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding, sample_bytes
-from .call import Answer, Ending, Ignored, Payload, Words
+from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding
+from .call import Answer, Ending, Ignored, Payload, Wire, Words
 from .events import part, read_event, read_sound, shown, write_sound
 
 #: What each format of the protocol is, and the rates that it may have; the first is the usual one.
@@ -69,7 +69,7 @@ _UNSUPPORTED = {
 Event = dict[str, Any]
 
 
-class LiveWire:
+class LiveWire(Wire):
     """One caller's `/v1/live/sessions`."""
 
     name = "/v1/live/sessions"
@@ -104,10 +104,7 @@ class LiveWire:
         elif kind == "session.input_audio.append":
             data = self._audio(event)
             if self._session is not None:
-                # at a time: others get a turn in between
-                second = self._in.rate * sample_bytes(self._in.encoding)
-                for start in range(0, len(data), second):
-                    pcm = self._in.add(data[start : start + second])
+                for pcm in self._in.add_by_seconds(data):
                     yield np.zeros_like(pcm) if self._muted else pcm
         elif self._session is None:
             raise self._wrong(event, "not_started", "type", f"{kind} came before session.started")
@@ -276,10 +273,6 @@ class LiveWire:
         """See Wire."""
         message = ", ".join([event, *(f"{name} {value}" for name, value in facts.items())])
         return self._made("info", code=event, message=message)
-
-    def keep_alive(self) -> list[Payload]:
-        """Nothing: WebSocket's own pings do."""
-        return []
 
     def finish(self) -> list[Payload]:
         """See Wire."""

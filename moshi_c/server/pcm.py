@@ -25,13 +25,14 @@ from aiohttp import WSMessage, WSMsgType
 
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler
 from ..session import Frame, Session
-from .call import Ending, Ignored, Payload
+from ..telephony import decode, encode
+from .call import Ending, Ignored, Payload, Wire
 from .events import read_event, shown
 
 FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "s16": np.dtype("<i2")}
 
 
-class PcmWire:
+class PcmWire(Wire):
     """One caller's `/ws/pcm`."""
 
     name = "/ws/pcm"
@@ -52,10 +53,11 @@ class PcmWire:
             self._cut = data[whole:]
             second = self._rate * self._dtype.itemsize  # at a time: others get a turn in between
             for start in range(0, whole, second):
-                samples = np.frombuffer(data[start : min(start + second, whole)], self._dtype)
-                pcm = samples.astype(np.float32, copy=False)
+                piece = data[start : min(start + second, whole)]
                 if self._format == "s16":
-                    pcm = pcm / np.float32(32768)
+                    pcm = decode(piece, "s16")
+                else:
+                    pcm = np.frombuffer(piece, self._dtype).astype(np.float32, copy=False)
                 yield self._resampled(pcm)
             return
         kind, _ = read_event(message, "type")
@@ -94,7 +96,7 @@ class PcmWire:
         if not len(pcm):
             return []
         if self._format == "s16":
-            pcm = np.clip(np.rint(pcm * np.float32(32768)), -32768, 32767)
+            return [encode(pcm, "s16")]
         return [pcm.astype(self._dtype, copy=False).tobytes()]
 
     def text(self, text: str, time: float) -> list[Payload]:
@@ -104,10 +106,6 @@ class PcmWire:
     def event(self, event: str, **facts: Any) -> list[Payload]:
         """See Wire."""
         return [json.dumps({"type": event, **facts})]
-
-    def keep_alive(self) -> list[Payload]:
-        """Nothing: WebSocket's own pings do."""
-        return []
 
     def finish(self) -> list[Payload]:
         """See Wire."""

@@ -34,9 +34,9 @@ from aiohttp import WSMessage
 from ..audio import Pcm
 from ..model import Model
 from ..session import Frame, Session
-from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding, sample_bytes
+from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding
 from ..turns import Moment, Reply, Turns
-from .call import Answer, Ending, Ignored, Payload
+from .call import Answer, Ending, Ignored, Payload, Wire
 from .events import part, read_event, read_sound, shown, write_sound
 
 _RATE = 24000
@@ -84,7 +84,7 @@ class _Response:
         self.reply: Reply | None = None
 
 
-class RealtimeWire:
+class RealtimeWire(Wire):
     """One caller's `/v1/realtime`."""
 
     name = "/v1/realtime"
@@ -140,9 +140,7 @@ class RealtimeWire:
         except Ignored as error:
             raise self._ignored("invalid_value", str(error), event) from None
         self._uncommitted += len(data)
-        second = self._in.rate * sample_bytes(self._in.encoding)
-        for start in range(0, len(data), second):  # others get a turn in between
-            yield self._in.add(data[start : start + second])
+        yield from self._in.add_by_seconds(data)
 
     def _answer(self, handle: Handler, event: Event) -> list[Payload]:
         try:
@@ -287,10 +285,6 @@ class RealtimeWire:
         early, self._early = self._early, []
         return [self._event("session.created", session=self._session()), *early]
 
-    def waiting(self, position: int) -> list[Payload]:
-        """Nothing: `session.created` comes with the slot."""
-        return []
-
     def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         moment = self._turns.add(frame)
@@ -379,18 +373,6 @@ class RealtimeWire:
         """Ends the response; what the model goes on to say of it is not sent."""
         self._muted = self._reply is not None
         yield from self._close("cancelled", reason)
-
-    def event(self, event: str, **facts: Any) -> list[Payload]:
-        """Nothing: there is no event for it."""
-        return []
-
-    def keep_alive(self) -> list[Payload]:
-        """Nothing: WebSocket's own pings do."""
-        return []
-
-    def finish(self) -> list[Payload]:
-        """Nothing: callers hang up."""
-        return []
 
     def error(self, ending: Ending) -> list[Payload]:
         """See Wire."""

@@ -27,9 +27,9 @@ from xml.sax.saxutils import quoteattr
 from aiohttp import WSCloseCode, WSMessage
 
 from ..audio import Pcm
-from ..session import Frame, Session
+from ..session import Frame
 from ..telephony import PHONE_RATE, BytesIn, BytesOut
-from .call import BAD_AUDIO, Answer, Ending, Ignored, Payload
+from .call import BAD_AUDIO, Answer, Ending, Ignored, Payload, Wire
 from .events import part, read_event, read_sound, shown, write_sound
 from .guard import Refused
 
@@ -86,7 +86,7 @@ def _twiml(verb: str) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<Response>{verb}</Response>\n'
 
 
-class TwilioWire:
+class TwilioWire(Wire):
     """One caller's `/twilio/media`."""
 
     name = "/twilio/media"
@@ -134,9 +134,7 @@ class TwilioWire:
             raise Ignored('"media" before "start"')
         if media.get("track", "inbound") != "inbound":
             return  # what we said
-        data = read_sound(media.get("payload"))
-        for start in range(0, len(data), PHONE_RATE):  # others get a turn in between
-            yield self._in.add(data[start : start + PHONE_RATE])
+        yield from self._in.add_by_seconds(read_sound(media.get("payload")))
 
     def _played(self, name: Any) -> list[Payload]:
         """A mark has come back: all that was sent before it has been played, or cleared."""
@@ -150,14 +148,6 @@ class TwilioWire:
     def _event(self, event: str, **facts: Any) -> str:
         return json.dumps({"event": event, "streamSid": self._stream, **facts})
 
-    def ready(self, session: Session) -> list[Payload]:
-        """Nothing: the caller hears it."""
-        return []
-
-    def waiting(self, position: int) -> list[Payload]:
-        """Nothing: the line is silent."""
-        return []
-
     def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
         """See Wire."""
         data = self._out.add(pcm)
@@ -169,22 +159,6 @@ class TwilioWire:
             self._marked = self._sent
             said.append(self._event("mark", mark={"name": str(self._sent)}))
         return said
-
-    def text(self, text: str, time: float) -> list[Payload]:
-        """Nothing: a telephone has no screen."""
-        return []
-
-    def event(self, event: str, **facts: Any) -> list[Payload]:
-        """Nothing: there is no message for it."""
-        return []
-
-    def keep_alive(self) -> list[Payload]:
-        """Nothing: WebSocket's own pings do."""
-        return []
-
-    def finish(self) -> list[Payload]:
-        """Nothing: callers hang up."""
-        return []
 
     def error(self, ending: Ending) -> list[Payload]:
         """Nothing: Twilio knows no such message; the close frame has the reason."""
