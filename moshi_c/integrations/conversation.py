@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler, as_pcm
-from ..errors import CheckpointError, SessionError
+from ..errors import SessionError
 from ..model import Model, load
 from ..say import spoken_tokens
 from ..session import Session, Stats
@@ -278,11 +278,6 @@ class Conversation:
             self._texts.append(text)
             return
         model = self._session.model
-        if model.tokenizer is None:
-            raise CheckpointError(
-                "say needs a tokenizer, and the model was loaded without one; "
-                "give one with load(..., tokenizer=...)"
-            )
         self._tokens.append(spoken_tokens(model.tokenizer, text, model.frame_rate))
         self.begin()
 
