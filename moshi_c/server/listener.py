@@ -128,7 +128,7 @@ class Listener:
                 ssl=self._tls,
                 ssl_handshake_timeout=self._first_seconds / 2 if self._tls else None,
             )
-        except (OSError, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError):  # most are OSErrors, but not "out of memory"
             line.over()
 
     def _over(self, handler: asyncio.Protocol, address: str) -> None:
