@@ -25,9 +25,11 @@ import numpy as np
 import pytest
 from callers import (
     FRAME,
+    PATIENT,
     UPGRADE,
     Caller,
     calling,
+    connected,
     converse,
     eventually,
     get,
@@ -46,9 +48,6 @@ from moshi_c.server import call as call_module
 from moshi_c.server.listener import neighbourhood
 
 pytestmark = pytest.mark.python
-
-#: For calls whose sound has to arrive bit for bit however busy the machine is.
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +197,21 @@ async def test_the_pages_say_what_they_promise(model: Model) -> None:
             ):
                 assert name in text, name
         assert (await get(server, "/ws/pcm"))[0] == 426
+
+
+@scenario
+async def test_what_is_not_there_is_refused_as_everything_else_is(model: Model) -> None:
+    async with serving(model) as server, aiohttp.ClientSession() as client:
+        async with client.get(f"{server.url}/nowhere") as response:
+            assert response.status == 404
+            assert await response.json() == {"error": "path", "reason": "there is no '/nowhere'"}
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+        async with client.delete(f"{server.url}/health") as response:
+            assert response.status == 405 and response.headers["Allow"] == "GET, HEAD"
+            reason = "the method is DELETE; expected GET or HEAD"
+            assert await response.json() == {"error": "method", "reason": reason}
+        for label in ("path", "method"):
+            assert value(server, "moshi_refused_total", reason=label) == 1
 
 
 @scenario
@@ -834,22 +848,33 @@ async def test_a_handshake_of_tls_takes_a_place_and_no_longer_than_it_may(
 
 
 @scenario
+async def test_a_handshake_that_fails_in_whatever_way_gives_its_place_back(
+    model: Model, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    async with serving(model, tls=certificate, connections=1) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(ssl.SSLContext, "wrap_bio", no_memory)
+            reader, writer = await raw(server.port, b"")
+            assert await closed(reader)
+        assert (await get(server, "/health", ssl=trusting))[0] == 200
+        writer.close()
+
+
+@scenario
 async def test_tls_serves_https_and_wss(model: Model, certificate: tuple[str, str]) -> None:
     trusting = ssl.create_default_context(cafile=certificate[0])
     voice = sound(3)
     async with serving(model, tls=certificate) as server:
         assert server.url.startswith("https://")
         assert (await get(server, "/health", ssl=trusting))[0] == 200
-        async with (
-            aiohttp.ClientSession() as client,
-            client.ws_connect(
-                f"{callers.websocket(server)}/ws/pcm?live=0", ssl=trusting
-            ) as connection,
-        ):
-            caller = Caller(connection)
+        async with connected(server, "/ws/pcm?live=0", Caller, ssl=trusting) as caller:
             await caller.send(voice)
             await caller.end()
-            await caller.listen()
+            await caller.finished()
             assert caller.code == 1000 and len(caller.pcm) == 4 * FRAME
     with pytest.raises(OSError, match="are not a certificate and its key"):
         await Server(model, Settings(port=0, tls=certificate[1:] * 2)).start()

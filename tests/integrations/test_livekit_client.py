@@ -21,7 +21,7 @@ from moshi_c import Model
 async def test_livekits_personaplex_client_holds_a_call_in_turns(model: Model) -> None:
     """Package livekit-plugins-nvidia, unmodified. It does not wait for the handshake, and takes
     half a second without sound for the end of a turn."""
-    asked = np.concatenate([sound.speech("what is the opposite of hot"), sound.silence(2.5)])
+    asked = sound.question()
     turns: list[tuple[str, Sound]] = []
     turn_tasks: list[asyncio.Task[None]] = []
     errors: list[object] = []
