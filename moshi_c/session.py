@@ -286,6 +286,7 @@ class Session:
             SessionError: the model is closed or has no free slot.
             AudioError: a rate that is not usable.
             ValueError: an option out of range, or a condition that the model does not know.
+            TypeError: `model` is no Model.
         """
         if seed is None:
             seed = secrets.randbits(64)

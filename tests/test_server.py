@@ -330,9 +330,7 @@ async def test_fault_12_a_flood_of_messages_is_read_slowly_and_hurts_nobody(mode
 
 
 @scenario
-async def test_fault_13_ten_times_too_fast_is_answered_in_real_time(
-    model: Model, lines: Callable[[], list[str]]
-) -> None:
+async def test_fault_13_ten_times_too_fast_is_answered_in_real_time(model: Model) -> None:
     async with serving(model) as server, calling(server) as caller:
         await caller.ready()
         begin = time.monotonic()

@@ -107,6 +107,9 @@ class Conversation:
             silence_after: seconds without sound after which the model hears silence; None: never.
             user_level: the user's voice is above this, dBFS.
             options: of `Session`: seed, text_temperature and the like, but no rates.
+
+        Raises:
+            ValueError: `silence_after` is not above 0.
         """
         if silence_after is not None and not silence_after > 0:
             raise ValueError(

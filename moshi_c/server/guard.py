@@ -28,7 +28,8 @@ class Refused(Exception):
 
 
 class Guard:
-    """The checks of one server. What a caller sends as a token is never kept or logged."""
+    """The checks of one server; each raises Refused. What a caller sends as a token is never kept
+    or logged."""
 
     def __init__(self, settings: Settings) -> None:
         self._token = None if settings.token is None else settings.token.encode()
