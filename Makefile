@@ -78,7 +78,7 @@ serve: build ## a page to talk to the small model, at http://localhost:8998; Ctr
 FRAMEWORKS := livekit pipecat fastrtc openai
 BESIDE_pipecat := --extra server
 BESIDE_livekit := --extra clients
-.venv-%/.made: $(VENV)/.core $(VENV)/.uv
+.venv-%/.made: pyproject.toml $(VENV)/.uv | $(VENV)/.core
 	scripts/setup_debian.sh sound
 	$(PYTHON) -m venv --clear --without-pip $(@D)
 	$(INSTALL) --python $(@D)/bin/python -r pyproject.toml --extra $* --extra integrations $(BESIDE_$*)
@@ -87,8 +87,7 @@ BESIDE_livekit := --extra clients
 
 # Two at a time, the longest first: most of their tests hear and speak in real time.
 .PHONY: integrations $(FRAMEWORKS:%=integrations-%)
-integrations: ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
-	@$(MAKE) --no-print-directory $(VENV)/.core $(VENV)/.uv
+integrations: $(VENV)/.core $(VENV)/.uv ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
 	@scripts/setup_debian.sh sound
 	@$(MAKE) --no-print-directory -j2 -Otarget $(FRAMEWORKS:%=integrations-%)
 
