@@ -57,6 +57,11 @@ async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> No
         await asyncio.sleep(0.01)
 
 
+async def all_over(server: Server) -> None:
+    """Waits until every call has ended and been counted."""
+    await eventually(lambda: not server._calls)
+
+
 @contextlib.asynccontextmanager
 async def serving(model: Model, **options: Any) -> AsyncIterator[Server]:
     """A server in this event loop, on a free port of 127.0.0.1."""

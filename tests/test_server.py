@@ -28,6 +28,7 @@ from callers import (
     PATIENT,
     UPGRADE,
     Caller,
+    all_over,
     calling,
     connected,
     converse,
@@ -465,7 +466,7 @@ async def test_fault_23_late_answers_are_counted_and_no_lag_grows(
         assert 1 <= len(told) < late / 4 and told == sorted(set(told)) and told[-1] <= late
         # by the names of vLLM-Omni's load driver
         await caller.socket.close()
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         intervals = value(server, "moshi_client_audio_packet_interval_ms_sum")
         assert intervals > 110 * value(server, "moshi_client_audio_packet_interval_ms_count") > 0
         assert value(server, "moshi_client_first_audio_after_stream_start_ms_sum") > 110
@@ -530,7 +531,7 @@ async def test_fault_16_a_reset_at_any_stage_frees_the_slot(
                 await freed(server)
         # the next caller is served
         assert (await converse(server, sound(2), float("inf"), live=0)).code == 1000
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         assert model.memory.used < model.memory.session * 2
         ended = [line for line in lines() if " ended: " in line]
         assert len(ended) in (7, 8)
@@ -744,7 +745,7 @@ async def test_one_address_has_only_so_many_calls(model: Model) -> None:
                     pass
             assert refused.value.status == 429
             assert refused.value.headers is not None and refused.value.headers["Retry-After"]
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         async with calling(server) as caller:
             await caller.ready()
 
@@ -1037,7 +1038,7 @@ async def test_two_hundred_connects_a_second_disturb_no_call(model: Model) -> No
         caller = await converse(server, voice, seed=1)
         await storming
         assert caller.pcm.tobytes() == expected.tobytes()
-        await eventually(lambda: server._admission.busy == 0 and not server._calls)
+        await all_over(server)
         assert (await get(server, "/health"))[0] == 200
 
 

@@ -22,6 +22,7 @@ from callers import (
     PATIENT,
     Event,
     EventCaller,
+    all_over,
     connected,
     cut,
     eventually,
@@ -454,7 +455,7 @@ async def test_a_flood_of_wrong_events_and_a_message_too_large_end_the_call(mode
                 await caller.append(bytes(1 << 20))
             await caller.finished()
             assert caller.code == 1009
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario

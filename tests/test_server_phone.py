@@ -20,9 +20,9 @@ from callers import (
     PATIENT,
     Event,
     Listening,
+    all_over,
     connected,
     cut,
-    eventually,
     get,
     in_time,
     scenario,
@@ -230,7 +230,7 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
         async with ringing(server), http.post(url, data=fields, headers=headers) as response:
             reject = ElementTree.fromstring(await response.text()).find("Reject")
             assert reject is not None and reject.get("reason") == "busy"
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario
@@ -276,7 +276,7 @@ async def test_messages_without_meaning_are_counted_and_end_nothing(model: Model
             await telephone.send("x" * (1 << 20) + "x")
             await telephone.finished()
             assert telephone.code == 1009
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario

@@ -16,6 +16,7 @@ import pytest
 from callers import (
     PATIENT,
     EventCaller,
+    all_over,
     connected,
     cut,
     eventually,
@@ -394,7 +395,7 @@ async def test_hostile_messages_are_answered_and_then_end_the_call(model: Model)
             await client.finished()
             assert client.code == 1003
             assert client.events[-1]["error"]["code"] == "bad_messages"
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario
@@ -412,7 +413,7 @@ async def test_who_does_not_read_the_answers_is_read_no_further(model: Model) ->
                 await client.send("conversation.item.create", item=item)
                 most = max(most, len(call._outbox))
         assert 1 <= most < 100
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ended_total", reason="slow_reader") == 1
 
 

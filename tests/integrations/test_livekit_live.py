@@ -11,7 +11,7 @@ from typing import Any
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value
+from callers import all_over, scenario, serving, value
 from clients import KEY, PATIENT
 from livekit import rtc
 from livekit.agents import Agent
@@ -64,7 +64,7 @@ async def test_livekits_live_model_holds_a_call(model: Model, tmp_path: Path) ->
     async with serving(model, **PATIENT) as server:
         async with agent_call(live_model(server), pieces(pcm)) as call:
             await until(call.said)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="finished") == 1
     assert [text.strip() for text in call.said()] == [calls.ANSWER]

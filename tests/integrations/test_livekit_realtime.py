@@ -7,7 +7,7 @@ from pathlib import Path
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value
+from callers import all_over, scenario, serving, value
 from clients import KEY, PATIENT
 from livekit.plugins.openai.realtime import RealtimeModel
 from test_livekit import pieces, samples, until
@@ -29,7 +29,7 @@ async def test_livekits_realtime_model_holds_a_call(model: Model, tmp_path: Path
     async with serving(model, **PATIENT) as server:
         async with agent_call(realtime_model(server), pieces(pcm), "You are a pirate.") as call:
             await until(call.said)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="hung_up") == 1
     assert [text.strip() for text in call.said()] == [calls.ANSWER]

@@ -8,7 +8,7 @@ from typing import Any
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value, websocket
+from callers import all_over, scenario, serving, value, websocket
 from clients import KEY, PATIENT
 from numpy.typing import NDArray
 from pipecat.frames.frames import (
@@ -77,7 +77,7 @@ async def test_pipecats_live_service_holds_a_call(model: Model, tmp_path: Path) 
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
         down, up = await live_conversation(websocket(server), LLMContext(), pcm)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="finished") == 1
     assert said(down) == calls.ANSWER

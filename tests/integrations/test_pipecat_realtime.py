@@ -6,7 +6,7 @@ from pathlib import Path
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value, websocket
+from callers import all_over, scenario, serving, value, websocket
 from clients import KEY, PATIENT
 from numpy.typing import NDArray
 from pipecat.frames.frames import (
@@ -45,7 +45,7 @@ async def test_pipecats_realtime_service_holds_a_call(model: Model, tmp_path: Pa
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
         down, up = await realtime_conversation(websocket(server), None, pcm)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="hung_up") == 1
     assert not [frame for frame in (*down, *up) if isinstance(frame, ErrorFrame)]
