@@ -78,6 +78,28 @@ static void test_every_task_runs_once_in_its_part(void)
     verdict(good, "every task runs once, in runs that are cut at the same places each time");
 }
 
+static void test_shared_tasks_run_once_each(void)
+{
+    static const int counts[] = {1, 2, 3, 8, 17};
+    static struct seen seen;
+    int good = 1;
+
+    for (int c = 0; c < 5; c++) {
+        struct pool *pool = open_pool(counts[c]);
+
+        for (int least = 1; least <= 9; least += 4) {
+            for (int tasks = 0; tasks <= TASKS; tasks += tasks < 40 ? 1 : 160) {
+                memset(&seen, 0, sizeof seen);
+                parallel_share(pool, note, &seen, tasks, least);
+                for (int task = 0; task < TASKS; task++)
+                    good &= seen.runs[task] == (task < tasks) && seen.part_of[task] < counts[c];
+            }
+        }
+        pool_destroy(pool);
+    }
+    verdict(good, "every task that threads share runs once");
+}
+
 /* Each job reads what the one before wrote, in other parts. */
 static void add_neighbour(void *arg, int part, int first, int last)
 {
@@ -308,6 +330,7 @@ int main(int argc, char **argv)
         return 0;
     }
     test_every_task_runs_once_in_its_part();
+    test_shared_tasks_run_once_each();
     test_a_job_sees_all_that_the_last_one_wrote();
     test_workers_sleep_between_jobs();
     test_pools_run_side_by_side();
