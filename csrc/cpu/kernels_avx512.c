@@ -30,7 +30,6 @@
 #include "shared.h"
 
 #define AHEAD 2048 /* bytes */
-#define CODES_AHEAD 1024 /* one stream: beyond half a small page it is slower */
 #define BLOCK 32   /* weights */
 #define SPAN 512   /* columns of one panel that stay in the first cache: 32 KB */
 
@@ -157,14 +156,12 @@ INLINE void dot_block(enum weight_format format, int R, int O, const char *w, si
 }
 
 /* R rows of activations and O rows of weights. `fetch`: the weights come from memory, and are asked
- * for AHEAD bytes before their use; from the next O rows when these end, or at once when a row, as of
- * keys, has no more bytes. */
+ * for AHEAD bytes before their use; from the next O rows when these end. */
 INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
                      const float *const *x, int fetch, float *y, size_t stride)
 {
     size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
-    size_t ahead = row_bytes < AHEAD ? row_bytes : AHEAD;
-    int wrap = columns - (int)(ahead / bytes), k = 0;
+    int wrap = columns - AHEAD / (int)bytes, k = 0;
     __m512 s[6][8];
 
     UNROLL
@@ -176,7 +173,7 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
         const char *at = w + (size_t)k * bytes;
 
         if (fetch) {
-            const char *next = at + ahead + (k < wrap ? 0 : (size_t)(O - 1) * row_bytes);
+            const char *next = at + AHEAD + (k < wrap ? 0 : (size_t)(O - 1) * row_bytes);
 
             UNROLL
             for (int o = 0; o < O; o++) {
@@ -483,19 +480,19 @@ INLINE void code_tile(enum weight_format format, int R, const char *tile, int fe
         dots[r][0] = _mm512_set1_epi32(-CODE_OFFSET(format) * x[r]->sums[0]);
         dots[r][1] = _mm512_set1_epi32(-CODE_OFFSET(format) * x[r]->sums[1]);
     }
-    if (fetch && format != WEIGHT_INT8) _mm_prefetch(tile + CODES_AHEAD, _MM_HINT_T0);
+    if (fetch && format != WEIGHT_INT8) _mm_prefetch(tile + AHEAD, _MM_HINT_T0);
     UNROLL
     for (int c = 0; c < GROUP; c += 4) {
         const char *at = codes + c * PANEL;
         __m512i first = _mm512_loadu_si512(at), second;
 
-        if (fetch) _mm_prefetch(at + CODES_AHEAD, _MM_HINT_T0);
+        if (fetch) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
         if (format == WEIGHT_Q4) {
             second = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
             first = _mm512_and_si512(first, low);
         } else {
             second = _mm512_loadu_si512(at + GROUP * PANEL);
-            if (fetch) _mm_prefetch(at + GROUP * PANEL + CODES_AHEAD, _MM_HINT_T0);
+            if (fetch) _mm_prefetch(at + GROUP * PANEL + AHEAD, _MM_HINT_T0);
         }
         UNROLL
         for (int r = 0; r < R; r++) {
