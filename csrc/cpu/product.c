@@ -1,7 +1,7 @@
 /* product.c: rows of activations times a matrix, and the operations that are little else.
  *
  * The outputs are cut into units of a panel, and long calls into chunks of rows; a thread gets a
- * run of (chunk, unit) pairs; of one chunk it comes back for more. K is never cut: each sum is made by one thread, in the order of the
+ * run of (chunk, unit) pairs. K is never cut: each sum is made by one thread, in the order of the
  * kernel. A block of sums stays in the first cache until finish() has dealt with it. */
 #include <assert.h>
 #include <string.h>
@@ -239,7 +239,8 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     rows = rows_of(p);
     chunks = p->tiles ? (rows + TILE_ROWS - 1) / TILE_ROWS : (rows + ROWS_MAX - 1) / ROWS_MAX;
     work *= p->weight->rows;
-    if (chunks == 1)
+    /* Of few rows, reading the weights is the work, and threads get on with it at their own pace. */
+    if (rows <= TOGETHER)
         cpu_share(cpu, multiply_task, p, units_of(p), BLOCK_OUTPUTS / PANEL, work);
     else
         cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work);
