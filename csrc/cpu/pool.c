@@ -196,7 +196,7 @@ static void share_part(void *arg, int part, int first, int last)
     (void)first, (void)last;
     while (from < share->tasks) {
         count = (share->tasks - from) / (2 * share->threads);
-        if (count < share->least) count = share->least;
+        count = count < share->least ? share->least : count - count % share->least;
         if (count > share->tasks - from) count = share->tasks - from;
         if (!__atomic_compare_exchange_n(&share->next, &from, from + count, 0, __ATOMIC_RELAXED,
                                          __ATOMIC_RELAXED))
