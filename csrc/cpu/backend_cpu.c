@@ -10,6 +10,7 @@
 #include "../status.h"
 
 #define MAX_THREADS 1024
+#define LARGE_PAGE ((size_t)2 << 20) /* of the system's memory */
 
 static void *cpu_allocate(struct backend *backend, size_t bytes)
 {
@@ -19,8 +20,12 @@ static void *cpu_allocate(struct backend *backend, size_t bytes)
 
 static void *cpu_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
 {
-    (void)backend, (void)page_bytes;
-    return os_reserve(bytes);
+    void *memory = os_reserve(bytes);
+
+    (void)backend;
+    /* Runs of a page lie far apart: small pages would each be looked up anew. */
+    if (memory && page_bytes >= LARGE_PAGE) os_advise_huge(memory, bytes);
+    return memory;
 }
 
 /* The system does it when they are touched. */

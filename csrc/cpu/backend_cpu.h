@@ -47,6 +47,16 @@ static inline void cpu_parallel(struct cpu_backend *cpu, pool_function *function
         function(arg, 0, 0, tasks);
 }
 
+/* As parallel_share, likewise. */
+static inline void cpu_share(struct cpu_backend *cpu, pool_function *function, void *arg, int tasks,
+                             int least, double work)
+{
+    if (work >= PARALLEL_WORK)
+        parallel_share(cpu->pool, function, arg, tasks, least);
+    else if (tasks > 0)
+        function(arg, 0, 0, tasks);
+}
+
 /* Y = W A for rows A[r] of `weight->cols` floats, in blocks: finish() gets the sums of one row and
  * a range of outputs, and stores what becomes of them. */
 struct product {

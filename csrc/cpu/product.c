@@ -238,7 +238,12 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     if (p->tiles) gather(cpu, p);
     rows = rows_of(p);
     chunks = p->tiles ? (rows + TILE_ROWS - 1) / TILE_ROWS : (rows + ROWS_MAX - 1) / ROWS_MAX;
-    cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work * p->weight->rows);
+    work *= p->weight->rows;
+    /* Of few rows, reading the weights is the work, and threads get on with it at their own pace. */
+    if (rows <= TOGETHER)
+        cpu_share(cpu, multiply_task, p, units_of(p), BLOCK_OUTPUTS / PANEL, work);
+    else
+        cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work);
 }
 
 struct add_op {
