@@ -314,7 +314,7 @@ template <> struct tensor_format<WEIGHT_FP8> {
     {
         const long at = ((long)chunk * CHUNK + half * TILE + (int)threadIdx.x % 4 * 8) * 4;
 
-#pragma unroll(N < 8 ? 2 : 1)
+#pragma unroll(N < 2 ? 2 : 1)
         for (int second = 0; second < 2; second++) {
             struct {
                 unsigned words[4];
