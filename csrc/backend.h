@@ -393,7 +393,7 @@ struct backend_ops {
      * there leaves w.packed as it is. Returns a status; release_matrix undoes it where w has
      * changed. */
     int (*prepare_matrix)(struct backend *backend, struct matrix *w, int pack);
-    /* Instead of it: makes a block format of w's float rows, or of int8 rows with scales. */
+    /* Instead of it: makes a block format or fp8 of w's float rows, or of int8 rows with scales. */
     int (*quantise_matrix)(struct backend *backend, struct matrix *w, enum weight_format format);
     void (*release_matrix)(struct backend *backend, struct matrix *w);
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */

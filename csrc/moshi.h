@@ -55,14 +55,15 @@ MOSHI_API const char *moshi_error_detail(void);
 
 MOSHI_API const char *moshi_version(void);
 
-/* int8: one scale a row; q8, q4: one scale for 32 weights. Those three are for the language model's
- * matrices; embeddings and norms stay as stored. A file that holds one of them already opens as
- * MOSHI_AUTO, or as what it holds. */
+/* fp8, which is e4m3fn, and int8: one scale a row; q8, q4: one scale for 32 weights. Those four are for
+ * the language model's matrices; embeddings and norms stay as stored. A file that holds int8, q8 or q4
+ * already opens as MOSHI_AUTO, or as what it holds; fp8 and published int8 as any of them. */
 enum moshi_dtype {
     MOSHI_AUTO = 0,
     MOSHI_F32,
     MOSHI_F16,
     MOSHI_BF16,
+    MOSHI_FP8,
     MOSHI_INT8,
     MOSHI_Q8,
     MOSHI_Q4
@@ -119,7 +120,8 @@ struct moshi_model_options {
      * one (SIGBUS) when the missing pages are read; the codec's file is never mapped for long. */
     int copy_weights;
     /* Read all weights of the language model once, and refuse one that is not finite. Without it, such
-     * a weight ends the sessions whose logits it reaches. The codec's are always checked. */
+     * a weight ends the sessions whose logits it reaches. Those of the codec and of fp8 are always
+     * checked. */
     int check_weights;
 };
 

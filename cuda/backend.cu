@@ -110,7 +110,7 @@ void cuda_wait(struct cuda_backend *cuda)
                   report.found, report.row);
     if (report.trouble == TROUBLE_WEIGHT)
         cuda_fail(cuda, MOSHI_ERROR_CHECKPOINT,
-                  "a weight is not finite or beyond the range of a 16-bit scale, which a block "
+                  "a weight is not finite or beyond the range of a 16-bit scale, which the "
                   "format can't hold");
 }
 
@@ -154,8 +154,8 @@ int cuda_forget(struct cuda_backend *cuda, const void *rows)
     return 0;
 }
 
-/* Rows stay as they are; those in the host's memory move to the card. The panels of a file become
- * blocks. */
+/* Rows stay as they are; those in the host's memory move to the card. Rows of fp8 and the panels of a
+ * file become blocks. */
 static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -165,7 +165,7 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     int status;
 
     (void)pack;
-    if (w->packed) return cuda_make_blocks(cuda, w, w->format);
+    if (w->packed || w->format == WEIGHT_FP8) return cuda_make_blocks(cuda, w, w->format);
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;

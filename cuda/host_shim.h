@@ -77,6 +77,17 @@ __device__ static __forceinline__ uint16_t float_to_half(float value)
     return __half_as_ushort(__float2half_rn(value));
 }
 
+/* Two bf16 times 2^120, which none of them is too large for. */
+__device__ static __forceinline__ unsigned raise_bf16(unsigned pair)
+{
+    unsigned raised;
+
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(raised)
+        : "r"(pair), "r"(0x7b807b80u), "r"(0x80008000u));
+    return raised;
+}
+
 /* sums += A B, by a warp: A 16 rows, B 8 columns. Lane 4 g + t has of A the words (g, t), (g + 8, t),
  * (g, t + 4), (g + 8, t + 4), of B the words (t, g) and (t + 4, g), of the sums (g, 2 t), (g, 2 t + 1),
  * (g + 8, 2 t), (g + 8, 2 t + 1). A word is two bf16, or four signed bytes. */
@@ -316,6 +327,24 @@ static inline uint16_t float_to_half(float value)
     if (magnitude < 0x1p-14f) exponent = -13;
     unit = rintf(ldexpf(magnitude, 11 - exponent)); /* 1024 to 2048, less below the normal range */
     return (uint16_t)(sign | (unsigned)((exponent + 13) * 1024 + (int)unit));
+}
+
+static inline unsigned raise_bf16(unsigned pair)
+{
+    unsigned low = __float_as_uint(__uint_as_float(pair << 16) * 0x1p120f);
+    unsigned high = __float_as_uint(__uint_as_float(pair & 0xffff0000u) * 0x1p120f);
+
+    return low >> 16 | (high & 0xffff0000u);
+}
+
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector)
+{
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned result = 0;
+
+    for (int i = 0; i < 4; i++)
+        result |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
 }
 
 /* The words of all lanes, as the tensor cores want them. */

@@ -1,6 +1,6 @@
 /* product.h: what the kernels share that multiply rows of activations by a matrix: their parameters, and
  * what becomes of the sums. product.cu has f32, f16 and int8 rows on the ordinary cores, tensor.cu has
- * bf16 and the block formats on the tensor cores. */
+ * bf16, fp8 and the block formats on the tensor cores. */
 #ifndef MOSHI_CUDA_PRODUCT_H
 #define MOSHI_CUDA_PRODUCT_H
 
@@ -150,7 +150,7 @@ struct qkv_end {
     }
 };
 
-/* bf16 or a block format. Before its own scratch memory it leaves `kept` bytes to the caller, who has
+/* bf16, fp8 or a block format. Before its own scratch memory it leaves `kept` bytes to the caller, who has
  * taken both together: tensor_scratch is its part. */
 void tensor_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                     struct product<struct row_end> &p, size_t kept);

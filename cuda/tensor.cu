@@ -1,4 +1,4 @@
-/* tensor.cu: rows of activations times a matrix on the tensor cores: bf16 rows and the block formats.
+/* tensor.cu: rows of activations times a matrix on the tensor cores: bf16 rows, fp8 and the block formats.
  * The weights are the 16 rows of a tile, the activations its 8 columns; for one row of activations
  * seven columns are wasted, which costs nothing, as the reads of the weights are all the time there
  * is.
@@ -8,9 +8,9 @@
  * warps. All of that depends on the format alone: a row has the same bits alone and in any company.
  *
  * Activations are arranged first. bf16 weights meet them as two bf16 numbers, the nearest one and the
- * nearest one to what is left: 16 bits. The block formats meet the codes of quant.h: 8 bits and a scale
- * for a GROUP, products of codes being exact. Few rows are arranged in shared memory by every block
- * that needs them; more, by a kernel of their own.
+ * nearest one to what is left: 16 bits. fp8 weights become bf16 on their way, exactly. The block formats
+ * meet the codes of quant.h: 8 bits and a scale for a GROUP, products of codes being exact. Few rows are
+ * arranged in shared memory by every block that needs them; more, by a kernel of their own.
  *
  * Bytes: the weights once for up to 64 rows; arranged rows once for each tile or two of outputs, which
  * the second cache has. Bound: the memory's read rate. */
@@ -283,6 +283,76 @@ template <> struct tensor_format<WEIGHT_BF16> {
     }
 };
 
+/* fp8: blocks that lie as those of int8, and rows arranged as for bf16. */
+template <> struct words<WEIGHT_FP8> : words<WEIGHT_INT8> {};
+
+template <> struct tensor_format<WEIGHT_FP8> {
+    static const int COLUMNS = CHUNK;
+
+    __host__ __device__ static size_t row_bytes(int columns)
+    {
+        return (size_t)((columns + CHUNK - 1) / CHUNK) * CHUNK * 4;
+    }
+
+    __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
+                                   int inside)
+    {
+        tensor_format<WEIGHT_BF16>::arrange(x, at, padded, to, inside);
+    }
+
+    template <class E>
+    __device__ static __forceinline__ void read(const struct product<E> &p, int a, int b, int chunk,
+                                                struct words<WEIGHT_FP8> *w)
+    {
+        tensor_format<WEIGHT_INT8>::read(p, a, b, chunk, w);
+    }
+
+    template <int N, int TILES>
+    __device__ static __forceinline__ void multiply(const struct words<WEIGHT_FP8> (&w)[TILES],
+                                                    const struct activations &x, int chunk,
+                                                    int half, float (&sums)[N][TILES][4])
+    {
+        const long at = ((long)chunk * CHUNK + half * TILE + (int)threadIdx.x % 4 * 8) * 4;
+
+#pragma unroll(N < 2 ? 2 : 1)
+        for (int second = 0; second < 2; second++) {
+            struct {
+                unsigned words[4];
+            } pairs[TILES][2]; /* of 4 columns of both rows */
+
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+                uint4 a = half ? w[m].a[1] : w[m].a[0], b = half ? w[m].b[1] : w[m].b[0];
+                uint2 a0 = widen_fp8(second ? a.z : a.x), a1 = widen_fp8(second ? a.w : a.y);
+                uint2 b0 = widen_fp8(second ? b.z : b.x), b1 = widen_fp8(second ? b.w : b.y);
+
+                pairs[m][0] = {{a0.x, b0.x, a0.y, b0.y}};
+                pairs[m][1] = {{a1.x, b1.x, a1.y, b1.y}};
+            }
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const unsigned char *row = x.template row<N>(n, (int)threadIdx.x % WARP / 4) + at +
+                                           second * GROUP * 4;
+                uint4 high = ((const uint4 *)(const void *)row)[0];
+                uint4 low = ((const uint4 *)(const void *)row)[1];
+
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    multiply_bf16(sums[n][m], pairs[m][0].words, low.x, low.y);
+                    multiply_bf16(sums[n][m], pairs[m][0].words, high.x, high.y);
+                    multiply_bf16(sums[n][m], pairs[m][1].words, low.z, low.w);
+                    multiply_bf16(sums[n][m], pairs[m][1].words, high.z, high.w);
+                }
+            }
+        }
+    }
+
+    template <class E> __device__ static float scale(const struct product<E> &p, int row)
+    {
+        return tensor_format<WEIGHT_INT8>::scale(p, row);
+    }
+};
+
 template <enum weight_format F> __host__ __device__ static int padded_columns(int columns)
 {
     const int chunk = tensor_format<F>::COLUMNS;
@@ -468,7 +538,9 @@ template <class E>
 static void choose_format(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                           struct product<E> &p, size_t kept)
 {
-    if (weight->format == WEIGHT_INT8)
+    if (weight->format == WEIGHT_FP8)
+        choose_tiles<WEIGHT_FP8>(cuda, name, p, kept);
+    else if (weight->format == WEIGHT_INT8)
         choose_tiles<WEIGHT_INT8>(cuda, name, p, kept);
     else if (weight->format == WEIGHT_Q8)
         choose_tiles<WEIGHT_Q8>(cuda, name, p, kept);
@@ -500,5 +572,5 @@ void tensor_product(struct cuda_backend *cuda, const char *name, const struct ma
 
 size_t tensor_scratch(const struct matrix *weight, int rows)
 {
-    return (size_t)round_up(rows, MOST_ROWS) * tensor_format<WEIGHT_BF16>::row_bytes(weight->cols);
+    return (size_t)round_up(rows, MOST_ROWS) * tensor_format<WEIGHT_FP8>::row_bytes(weight->cols);
 }

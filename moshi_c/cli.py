@@ -491,7 +491,7 @@ def _common(*names: str) -> argparse.ArgumentParser:
         "dtype": {
             "default": "auto",
             "metavar": "T",
-            "help": "auto (as stored), f32, f16, bf16, int8, q8 or q4",
+            "help": "auto (as stored), f32, f16, bf16, fp8, int8, q8 or q4",
         },
         "seed": {
             "type": _seed,
@@ -657,7 +657,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(
-        "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+        "target",
+        metavar="TARGET",
+        help="a new folder, in --dtype q4 (default), q8, int8, fp8 or bf16",
     )
 
     serve = command(

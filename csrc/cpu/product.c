@@ -37,7 +37,7 @@ static float *multiply(const struct product *p, int first, int count, const floa
     const struct matrix *w = p->weight;
     const char *from = w->data;
 
-    if (w->packed) {
+    if (!w->data) {
         int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 
         kernels->panels[w->format]((const char *)w->packed +
@@ -151,7 +151,7 @@ static void multiply_task(void *arg, int part, int first, int last)
 /* Panels of floats take rows as they are. */
 static int arranged(const struct matrix *w)
 {
-    return !w->packed || is_block_format(w->format);
+    return w->data || is_block_format(w->format);
 }
 
 static void prepare_task(void *arg, int part, int first, int last)
@@ -161,9 +161,9 @@ static void prepare_task(void *arg, int part, int first, int last)
     size_t stride = padded(columns);
 
     /* int8 rows are read by plain floats; the arrangement of their format is the panels'. */
-    enum weight_format format = p->weight->packed || p->weight->format != WEIGHT_INT8
-                                    ? p->weight->format
-                                    : WEIGHT_F32;
+    enum weight_format format = p->weight->data && p->weight->format == WEIGHT_INT8
+                                    ? WEIGHT_F32
+                                    : p->weight->format;
 
     (void)part;
     for (int row = first; row < last; row++) {
@@ -221,7 +221,7 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     p->cpu = cpu;
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
-    p->tiles = !p->weight->packed && cpu->kernels->tiles[p->weight->format];
+    p->tiles = p->weight->data && cpu->kernels->tiles[p->weight->format];
     if ((p->norm || arranged(p->weight)) && (size_t)rows * stride > cpu->activation_floats) {
         backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
                      "a product of %d rows and %d columns exceeds the reserved scratch", rows,

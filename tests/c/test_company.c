@@ -68,6 +68,7 @@ static void tiles_bf16(const void *w, int columns, int outputs, const float *x, 
 COUNTED(WEIGHT_F32, f32)
 COUNTED(WEIGHT_F16, f16)
 COUNTED(WEIGHT_BF16, bf16)
+COUNTED(WEIGHT_FP8, fp8)
 COUNTED(WEIGHT_INT8, int8)
 COUNTED(WEIGHT_Q8, q8)
 COUNTED(WEIGHT_Q4, q4)
@@ -90,6 +91,7 @@ static void start_counting(void)
     COUNT(WEIGHT_F32, f32);
     COUNT(WEIGHT_F16, f16);
     COUNT(WEIGHT_BF16, bf16);
+    COUNT(WEIGHT_FP8, fp8);
     COUNT(WEIGHT_INT8, int8);
     COUNT(WEIGHT_Q8, q8);
     COUNT(WEIGHT_Q4, q4);

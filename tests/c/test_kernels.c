@@ -146,6 +146,19 @@ static struct matrix matrix_of(enum weight_format format, int rows, int cols, co
             scales[r] = int8_row(values + (size_t)r * (size_t)cols, cols,
                                  (int8_t *)data + (size_t)r * (size_t)cols);
         matrix.scales = scales;
+    } else if (format == WEIGHT_FP8) {
+        float *scales = take((size_t)rows * sizeof *scales);
+
+        for (int r = 0; r < rows; r++) {
+            const float *row = values + (size_t)r * (size_t)cols;
+            float most = 0;
+
+            for (int k = 0; k < cols; k++) most = fmaxf(most, fabsf(row[k]));
+            scales[r] = most / FP8_MOST;
+            for (int k = 0; k < cols; k++)
+                ((uint8_t *)data)[r * cols + k] = f32_to_fp8(row[k] / scales[r]);
+        }
+        matrix.scales = scales;
     } else {
         weight_convert(WEIGHT_F32, values, format, data, n);
     }
@@ -181,7 +194,7 @@ static const char *const isas[] = {
 static struct backend *backends[3 * COUNT(isas)];
 static int n_backends, cuda;
 
-/* pack: 0 rows, 1 panels of f32, else the block format to make. The naive formulation reads the
+/* pack: 0 rows, 1 panels of f32, else the block format, or fp8, to make. The naive formulation reads the
  * panels of the first backend then. */
 static void prepare(struct backend *backend, struct matrix *matrix, int pack)
 {
@@ -203,7 +216,7 @@ static double weight_at(const struct matrix *m, size_t i)
         return (double)m->scales[i / (size_t)m->cols] * ((const int8_t *)m->data)[i];
     weight_convert(m->format, (const char *)m->data + i * weight_bytes(m->format), WEIGHT_F32,
                    &value, 1);
-    return value;
+    return m->scales ? (double)m->scales[i / (size_t)m->cols] * value : value;
 }
 
 static struct norm take_norm(enum norm_kind kind, int width)
@@ -265,7 +278,7 @@ static double naive_block_dot(const struct matrix *m, int row, const double *x)
 
 static double naive_dot(const struct matrix *m, int row, const double *x)
 {
-    if (m->packed) return naive_block_dot(m, row, x);
+    if (!m->data) return naive_block_dot(m, row, x);
     size_t columns = (size_t)m->cols;
     double sum = 0;
 
@@ -1401,7 +1414,8 @@ static void check_shape(case_function *function, struct shape shape, struct tall
             tally->masked &= rows_masked(function, shape, backends[b], &all[b]);
     }
     tally->cases++;
-    tally->bf16 |= shape.format == WEIGHT_BF16 && shape.packed < 2 && function != case_embed;
+    tally->bf16 |= (shape.format == WEIGHT_BF16 || shape.format == WEIGHT_FP8) &&
+                   shape.packed < 2 && function != case_embed;
     free_outcome(&naive);
     for (int b = 0; b < n_backends; b++) free_outcome(&all[b]);
 }
@@ -1445,9 +1459,12 @@ static int left_out(int i, int size)
 /* All row counts and sizes; every variant in turn. */
 static void check_products(const char *operation, case_function *function, int variants, int levels)
 {
-    int formats = function == case_embed ? 3 : 4; /* int8: rows with activations in f32 */
+    int is_codec = function == case_rvq_encode || function == case_rvq_decode;
+    /* int8: rows with activations in f32 */
+    int last = function == case_embed ? WEIGHT_BF16 : WEIGHT_INT8;
 
-    for (int format = 0; format < formats; format++) {
+    for (int format = 0; format <= last; format++) {
+        if (is_codec && format == WEIGHT_FP8) continue; /* the codec has none */
         for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
             struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
             char detail[32];
@@ -1573,7 +1590,8 @@ static void check_codec(void)
     static const int transposed[][4] = {{8, 5, 4, 3}, {17, 33, 2, 2}, {40, 16, 8, 1}};
 
     for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
-        for (int format = 0; format < 4; format++) {
+        for (int format = 0; format <= WEIGHT_INT8; format++) {
+            if (format == WEIGHT_FP8) continue; /* the codec has none */
             struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
             char detail[32];
 
@@ -2048,6 +2066,110 @@ static void test_block_formats_hold_what_they_are_given(void)
     }
 }
 
+/* By the definition of e4m3fn; between two neighbours the nearer one, half way the even one. */
+static void test_fp8_converts_exactly(void)
+{
+    int good = 1;
+
+    for (int code = 0; code < 256; code++) {
+        int exponent = code >> 3 & 15, is_nan = (code & 127) == 127;
+        double want = exponent ? ldexp(1 + (code & 7) / 8.0, exponent - 7)
+                               : ldexp((code & 7) / 8.0, -6);
+        float f = fp8_to_f32((uint8_t)code);
+
+        if (is_nan) {
+            good &= isnan(f);
+            continue;
+        }
+        good &= f == (float)(code & 128 ? -want : want) && !signbit(f) == !(code & 128);
+        good &= f32_to_fp8(f) == code;
+        if ((code & 127) == 126) continue;
+        float next = fp8_to_f32((uint8_t)(code + 1)), middle = (f + next) / 2;
+
+        good &= f32_to_fp8(middle) == (code & 1 ? code + 1 : code);
+        good &= f32_to_fp8(nextafterf(middle, next)) == code + 1;
+        good &= f32_to_fp8(nextafterf(middle, f)) == code;
+    }
+    good &= f32_to_fp8(448.1f) == 0x7e && f32_to_fp8(-1e30f) == 0xfe &&
+            f32_to_fp8(INFINITY) == 0x7e;
+    good &= f32_to_fp8(-0x1p-11f) == 0x80 && f32_to_fp8(0x1p-149f) == 0;
+    verdict(good, "e4m3 converts exactly, both ways");
+}
+
+/* Each one alone in a row, in the midst of zeros and at the end of a row; subnormal ones too, although
+ * stages take subnormal floats for 0. */
+static void test_every_fp8_code_is_multiplied_as_what_it_is(struct backend *backend)
+{
+    enum { COLS = 77 };
+    int good = 1;
+
+    start_case(3);
+    uint8_t *codes = take(254 * COLS);
+    float *x = take(COLS * sizeof *x), *y = take(254 * sizeof *y);
+    struct matrix w = {.format = WEIGHT_FP8, .rows = 254, .cols = COLS, .data = codes};
+
+    for (int r = 0; r < 254; r++) codes[r * COLS + (r + r / 77) % COLS] = (uint8_t)(r + r / 127);
+    for (int k = 0; k < COLS; k++) x[k] = 1;
+    prepare(backend, &w, 0);
+    run_linear(backend, &(struct op_linear){.name = "codes", .n = 1, .x = x, .weight = w, .y = y});
+    for (int r = 0; r < 254; r++)
+        if (y[r] != fp8_to_f32(codes[r * COLS + (r + r / 77) % COLS])) good = 0;
+    verdict(good, "every code of fp8 is multiplied as what it is (%s)", backend->isa);
+    end_case();
+}
+
+/* The scale is that of the largest weight; the numbers are the nearest ones to weights over it. */
+static int is_near_as_fp8(const float *weights, const uint8_t *codes, double scale, int n)
+{
+    float most = 0;
+
+    for (int k = 0; k < n; k++) most = fmaxf(most, fabsf(weights[k]));
+    if (scale != 0 && fabs(scale / (most / 448.0) - 1) > 1e-6) return 0;
+    for (int k = 0; k < n; k++) {
+        double want = scale == 0 ? 0 : weights[k], found = scale * fp8_to_f32(codes[k]);
+        double step = fmax(ldexp(1, ilogb(want / scale) - 3), 0x1p-9); /* of neighbours */
+
+        if (fabs(want - found) > (fabs(want) == most ? 1e-6 * most : 0.5001 * step * scale))
+            return 0;
+        if (scale == 0 && codes[k] & 127) return 0;
+    }
+    return 1;
+}
+
+/* A row of zeros and one of too little have scales of 0. */
+static void test_fp8_rows_hold_what_they_are_given(void)
+{
+    enum { ROWS = 37, COLS = 150 };
+    struct matrix rows, w;
+    int good = 1;
+
+    start_case(9);
+    rows = take_matrix(WEIGHT_F32, ROWS, COLS);
+    float *values = (float *)(uintptr_t)rows.data;
+
+    for (int k = 0; k < COLS; k++) {
+        values[3 * COLS + k] = 0;
+        values[4 * COLS + k] *= 0x1p-120f;
+        values[5 * COLS + k] *= 0x1p-80f;
+        values[6 * COLS + k] *= 0x1p100f;
+    }
+    w = rows;
+    prepare(backends[0], &w, WEIGHT_FP8);
+    for (int r = 0; r < ROWS; r++)
+        if (!is_near_as_fp8(values + r * COLS, (const uint8_t *)w.data + r * COLS, w.scales[r],
+                            COLS))
+            good = 0;
+    good &= w.scales[3] == 0 && w.scales[4] == 0;
+    for (int b = 3; b < n_backends; b += 3) {
+        struct matrix other = rows;
+
+        prepare(backends[b], &other, WEIGHT_FP8);
+        good &= memcmp(other.packed, w.packed, packed_bytes(&w)) == 0;
+    }
+    verdict(good, "fp8 rows hold what they are given, the same from every instruction set");
+    end_case();
+}
+
 static void test_stored_int8_rows_keep_their_codes(void)
 {
     enum { ROWS = 21, COLS = 70 };
@@ -2080,7 +2202,7 @@ static void test_bad_numbers_do_not_hide_in_codes(void)
     int good = 1;
 
     for (int b = 0; b < n_backends; b += cuda ? 1 : 3) {
-        for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+        for (int format = WEIGHT_FP8; format <= WEIGHT_Q4; format++) {
             for (int i = 0; i < COUNT(bad); i++) {
                 struct matrix w, broken;
                 float *x, *y;
@@ -2356,14 +2478,15 @@ static void check_large_products(void)
 {
     for (int format = WEIGHT_BF16; format <= WEIGHT_Q4; format++) {
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
-        const char *name = format == WEIGHT_BF16 ? "linear" : "codes";
+        int blocks = is_block_format((enum weight_format)format);
+        const char *name = blocks ? "codes" : "linear";
         char detail[32];
 
         struct shape shape = {.operation = name,
                               .in = DEEPEST,
                               .out = 18,
-                              .packed = format == WEIGHT_BF16 ? 0 : format,
-                              .format = format == WEIGHT_BF16 ? WEIGHT_BF16 : WEIGHT_F32,
+                              .packed = blocks ? format : 0,
+                              .format = blocks ? WEIGHT_F32 : (enum weight_format)format,
                               .variant = 3};
 
         for (shape.n = 1; shape.n < 40; shape.n += 19) check_shape(case_linear, shape, &tally);
@@ -2413,13 +2536,14 @@ static void test_company_changes_no_bit(struct backend *backend)
     }
 }
 
-/* Floats, int8 rows and a file's panels give the same blocks. */
+/* Floats, fp8 and int8 rows, and a file's panels give the same blocks. */
 static void test_blocks_are_made_of_anything(struct backend *backend)
 {
     enum { ROWS = 37, COLS = 150 };
 
-    for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+    for (int format = WEIGHT_FP8; format <= WEIGHT_Q4; format++) {
         for (int source = WEIGHT_F32; source <= WEIGHT_INT8; source++) {
+            if (source == WEIGHT_FP8 && format == source) continue; /* rows are taken as they are */
             float *made[2], *in;
             struct matrix rows, w[2];
             int good;
@@ -2429,7 +2553,7 @@ static void test_blocks_are_made_of_anything(struct backend *backend)
             in = take_random(COLS, 1);
             w[0] = w[1] = rows;
             prepare(backend, &w[0], format);
-            prepare(backends[0], &w[1], format); /* panels */
+            prepare(backends[0], &w[1], format); /* panels, or rows of fp8 */
             prepare(backend, &w[1], 0);
             for (int i = 0; i < 2; i++) {
                 made[i] = take(ROWS * sizeof *made[i]);
@@ -2438,7 +2562,7 @@ static void test_blocks_are_made_of_anything(struct backend *backend)
                                .name = "made", .n = 1, .x = in, .weight = w[i], .y = made[i]});
             }
             good = memcmp(made[0], made[1], ROWS * sizeof *made[0]) == 0 && made[0][0] != 0;
-            verdict(good, "%s is made of %s as on the CPU, and of panels",
+            verdict(good, "%s is made of %s as on the CPU, and of what a file has",
                     weight_format_name((enum weight_format)format),
                     weight_format_name((enum weight_format)source));
             end_case();
@@ -2467,6 +2591,7 @@ static int test_cuda(void)
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_INT8);
     check_block_products();
     check_large_products();
+    test_every_fp8_code_is_multiplied_as_what_it_is(backends[1]);
     test_company_changes_no_bit(backends[1]);
     test_blocks_are_made_of_anything(backends[1]);
     test_bad_numbers_do_not_hide_in_codes();
@@ -2837,6 +2962,7 @@ int main(int argc, char **argv)
     }
     open_backends();
     test_half_floats_convert_exactly();
+    test_fp8_converts_exactly();
     test_rows_below_the_normal_range_have_codes();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
@@ -2861,6 +2987,9 @@ int main(int argc, char **argv)
     check_products("embed", case_embed, 16, 0);
     check_block_products();
     test_block_formats_hold_what_they_are_given();
+    test_fp8_rows_hold_what_they_are_given();
+    for (int b = 0; b < n_backends; b += 3)
+        test_every_fp8_code_is_multiplied_as_what_it_is(backends[b]);
     test_stored_int8_rows_keep_their_codes();
     test_bad_numbers_do_not_hide_in_codes();
     check_attention();

@@ -179,6 +179,11 @@ static int test_conversations_in_bf16_are_those_of_the_cpu(void)
     return compare(MOSHI_BF16);
 }
 
+static int test_conversations_in_fp8_are_those_of_the_cpu(void)
+{
+    return compare(MOSHI_FP8);
+}
+
 static int compare_coded(enum moshi_dtype dtype)
 {
     int good;
@@ -638,6 +643,8 @@ static void run_all(void)
     run_repaired("conversations in bf16 are those of the CPU",
                  test_conversations_in_bf16_are_those_of_the_cpu);
     run_repaired("company changes no bit", test_company_changes_no_bit);
+    run_repaired("conversations in fp8 are those of the CPU",
+                 test_conversations_in_fp8_are_those_of_the_cpu);
     run_repaired("conversations in int8, with int8 keys and values, are those of the CPU",
                  test_conversations_in_int8_are_those_of_the_cpu);
     run_repaired("conversations in q8, with int8 keys and values, are those of the CPU",
