@@ -33,6 +33,13 @@ struct fiber {
     dim3 thread;
     enum state state;
     int shuffles; /* made so far: even and odd ones use different slots */
+    int groups; /* of copies that have ended */
+};
+
+/* 16 bytes that a thread has sent for; group: by how many copies_end before them. */
+struct copy {
+    unsigned char *to, bytes[16];
+    int group;
 };
 
 struct warp {
@@ -43,6 +50,7 @@ struct warp {
 /* A block that has begun. While one waits at an atomic operation, the others run in the second place. */
 struct block {
     struct fiber fibers[MAX_THREADS];
+    std::vector<struct copy> copies[MAX_THREADS];
     struct warp warps[MAX_THREADS / WARP];
     unsigned char *stacks, *shared;
     void *scheduler_stack;
@@ -137,6 +145,31 @@ const unsigned char *shim_share(const void *value, size_t bytes)
     return slots;
 }
 
+void copy_piece(void *shared, const void *from, int there)
+{
+    struct copy copy = {(unsigned char *)shared, {}, now->fibers[now->current].groups};
+
+    if (there) memcpy(copy.bytes, from, sizeof copy.bytes);
+    memset(shared, 0xff, sizeof copy.bytes);
+    now->copies[now->current].push_back(copy);
+}
+
+void copies_end(void)
+{
+    now->fibers[now->current].groups++;
+}
+
+void shim_copies_wait(int left)
+{
+    std::vector<struct copy> &copies = now->copies[now->current];
+    int arrived = now->fibers[now->current].groups - left;
+    size_t n = 0;
+
+    for (; n < copies.size() && copies[n].group < arrived; n++)
+        memcpy(copies[n].to, copies[n].bytes, sizeof copies[n].bytes);
+    copies.erase(copies.begin(), copies.begin() + (long)n);
+}
+
 void shim_pause(void)
 {
     now->paused = 1;
@@ -178,7 +211,8 @@ static void start_fibers(int n)
                              (unsigned)i / threads.x / threads.y);
         fiber->stack_pointer = new_stack(now->stacks + (size_t)i * STACK_BYTES, fiber_entry);
         fiber->state = READY;
-        fiber->shuffles = 0;
+        fiber->shuffles = fiber->groups = 0;
+        now->copies[i].clear();
     }
 }
 
@@ -773,14 +807,16 @@ cudaError_t cudaGetDeviceCount(int *count)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device)
 {
+    const char *shared = getenv("SHIM_SHARED_KIB"), *processors = getenv("SHIM_PROCESSORS");
+
     if (device != 0) return give(cudaErrorInvalidDevice);
     memset(properties, 0, sizeof *properties);
     snprintf(properties->name, sizeof properties->name, "host shim");
     properties->totalGlobalMem = DEVICE_BYTES;
-    properties->sharedMemPerBlockOptin = SHARED_LIMIT;
+    properties->sharedMemPerBlockOptin = shared ? (size_t)atoi(shared) << 10 : SHARED_LIMIT;
     properties->major = 9;
     if (countdowns[SHIM_FAULT_DRIVER] == 3) properties->major = 7;
-    properties->multiProcessorCount = 132;
+    properties->multiProcessorCount = processors ? atoi(processors) : 132;
     return cudaSuccess;
 }
 

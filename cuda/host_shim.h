@@ -7,10 +7,12 @@
  *  - device memory can be touched by copies alone, and by kernels that have waited for earlier ones;
  *  - a kernel's parameters may hold no address of the host's own memory;
  *  - shared memory is NaN when a block begins, device memory when it is allocated;
+ *  - what is copied to shared memory arrives no sooner than somebody waits for it;
  *  - work waits in its stream until somebody waits for it;
  *  - a block that has done an atomic operation waits while others run from their start to their end;
  *  - threads run in the order that SHIM_ORDER names: ascending, descending, or a number that seeds
  *    shuffles. One runs until a barrier or a shuffle stops it, so that a missing barrier shows.
+ * SHIM_SHARED_KIB and SHIM_PROCESSORS say what the card has, where that is less than an H200.
  *
  * A kernel takes one struct by value. Shared memory is dynamic: SHARED_BYTES names it. */
 #ifndef MOSHI_HOST_SHIM_H
@@ -96,6 +98,27 @@ __device__ static __forceinline__ void multiply_codes(int (&sums)[4], const unsi
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* 16 bytes on their way to shared memory, or zeros there: nothing may touch the place until the thread
+ * that sent for them has waited, and another thread not until a barrier after that. What was sent for
+ * between two copies_end goes together; copies_wait<N> waits for all but the last N such groups. */
+__device__ static __forceinline__ void copy_piece(void *shared, const void *from, int there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     (unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ static __forceinline__ void copies_end(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int N> __device__ static __forceinline__ void copies_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 /* What this library's code of the kernel for the current card was written for: 90 is compute capability
@@ -359,6 +382,16 @@ static inline void multiply_codes(int (&sums)[4], const unsigned (&a)[4], unsign
 
             sums[i] += (int8_t)(x >> byte) * (int8_t)(y >> byte);
         }
+}
+
+/* What is on its way is NaN until the thread has waited. */
+void copy_piece(void *shared, const void *from, int there);
+void copies_end(void);
+void shim_copies_wait(int left);
+
+template <int N> static inline void copies_wait(void)
+{
+    shim_copies_wait(N);
 }
 
 static inline void __threadfence(void)

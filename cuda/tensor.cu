@@ -12,13 +12,12 @@
  * for a GROUP, products of codes being exact. Few rows are arranged in shared memory by every block
  * that needs them; more, by a kernel of their own.
  *
- * Bytes: the weights once for up to 64 rows; arranged rows once for each tile or two of outputs, which
+ * Bytes: the weights once for up to MOST_ROWS rows, of more and bf16 see many.cu; arranged rows once for each tile or two of outputs, which
  * the second cache has. Bound: the memory's read rate. */
 #include "blocks.h"
 #include "product.h"
 
 #define ROWS_HERE 4 /* arranged in shared memory */
-#define MOST_ROWS 64 /* for which weights are read once */
 #define COLUMNS_OF_TILE 8
 
 /* What a lane reads of one chunk of a pair: its words of both rows, and their scales. */
@@ -194,7 +193,7 @@ template <enum weight_format F> struct tensor_format {
 /* A chunk of bf16 rows, and of the rows that it meets: of 8 columns, 16 bytes of the numbers, then 16
  * of what is left. */
 template <> struct tensor_format<WEIGHT_BF16> {
-    static const int COLUMNS = 64;
+    static const int COLUMNS = ARRANGED_CHUNK;
 
     __host__ __device__ static size_t row_bytes(int columns)
     {
@@ -410,6 +409,26 @@ static void launch_arrange(struct cuda_backend *cuda, const char *name, struct a
         launch(cuda, k_arrange<F>, dim3((unsigned)count), THREADS, work, rows);
 }
 
+/* All rows, behind what is kept of the scratch memory. */
+template <enum weight_format F, class E>
+static void arrange_all(struct cuda_backend *cuda, const char *name, struct product<E> &p,
+                        size_t kept)
+{
+    size_t bytes = (size_t)round_up(p.rows, ARRANGED_TOGETHER) *
+                   tensor_format<F>::row_bytes(p.columns);
+    struct arrange_rows rows = blank<struct arrange_rows>();
+
+    rows.x = p.x;
+    rows.columns = p.columns;
+    rows.steps = p.steps;
+    rows.row_stride = p.row_stride;
+    rows.step_stride = p.step_stride;
+    rows.norm = p.norm;
+    rows.to = (unsigned char *)cuda_take_scratch(cuda, 0, kept + bytes).memory + kept;
+    launch_arrange<F>(cuda, name, rows, p.rows);
+    p.arranged = rows.to;
+}
+
 template <enum weight_format F, int N, int TILES, class E>
 static void launch_tensor(struct cuda_backend *cuda, const char *name, struct product<E> &p,
                           size_t kept)
@@ -427,20 +446,7 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
         most = ceil_div(most, p.matrices);
         blocks = blocks < most ? blocks : most; /* for several tiles each */
     } else {
-        struct arrange_rows rows = blank<struct arrange_rows>();
-
-        rows.x = p.x;
-        rows.columns = p.columns;
-        rows.steps = p.steps;
-        rows.row_stride = p.row_stride;
-        rows.step_stride = p.step_stride;
-        rows.norm = p.norm;
-        rows.to = (unsigned char *)cuda_take_scratch(
-                      cuda, 0, kept + (size_t)round_up(p.rows, MOST_ROWS) * row_bytes)
-                      .memory +
-                  kept;
-        launch_arrange<F>(cuda, name, rows, p.rows);
-        p.arranged = rows.to;
+        arrange_all<F>(cuda, name, p, kept);
         shared = sums;
     }
     if (cuda_fits(cuda, name, shared))
@@ -476,7 +482,12 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
         choose_tiles<WEIGHT_Q4>(cuda, name, p, kept);
     else {
         p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % 8 == 0;
-        choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        if (p.rows > MOST_ROWS && p.aligned && many_product_fits(cuda)) {
+            arrange_all<WEIGHT_BF16>(cuda, name, p, kept);
+            many_product(cuda, p);
+        } else {
+            choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        }
     }
 }
 
@@ -500,5 +511,6 @@ void tensor_product(struct cuda_backend *cuda, const char *name, const struct ma
 
 size_t tensor_scratch(const struct matrix *weight, int rows)
 {
-    return (size_t)round_up(rows, MOST_ROWS) * tensor_format<WEIGHT_BF16>::row_bytes(weight->cols);
+    return (size_t)round_up(rows, ARRANGED_TOGETHER) *
+           tensor_format<WEIGHT_BF16>::row_bytes(weight->cols);
 }

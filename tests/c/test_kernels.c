@@ -1479,6 +1479,56 @@ static void check_products(const char *operation, case_function *function, int v
     }
 }
 
+/* More rows than a card reads the weights once for: tiles with room left and full ones, fewer chunks of
+ * columns than warps and more, and columns that leave rows unaligned. */
+static void check_many_rows(void)
+{
+    static const int shapes[][3] = {{65, 72, 40}, {130, 600, 75}, {129, 1096, 9}, {100, 33, 35}};
+    static const enum weight_format formats[] = {WEIGHT_BF16, WEIGHT_INT8, WEIGHT_Q8, WEIGHT_Q4};
+
+    for (int f = 0; f < COUNT(formats); f++) {
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+        char detail[32];
+
+        for (int i = 0; i < COUNT(shapes); i++) {
+            struct shape shape = {.operation = "linear",
+                                  .n = shapes[i][0],
+                                  .in = shapes[i][1],
+                                  .out = shapes[i][2],
+                                  .packed = f ? (int)formats[f] : 0,
+                                  .format = WEIGHT_BF16};
+
+            if (f && i % 2 == f % 2) continue;
+            shape.variant = (5 * i + f) % 12;
+            check_shape(case_linear, shape, &tally);
+            shape.variant = i % 2;
+            check_shape(case_residual, shape, &tally);
+            shape.variant = i % 3;
+            check_shape(case_gated, shape, &tally);
+            shape.variant = 0;
+            check_shape(case_many, shape, &tally);
+        }
+        snprintf(detail, sizeof detail, "many rows, %s", weight_format_name(formats[f]));
+        report(f ? "near_codes" : "linear", detail, &tally);
+    }
+    for (int kv = 0; kv < 3; kv++) {
+        static const enum moshi_dtype dtypes[] = {MOSHI_F32, MOSHI_BF16, MOSHI_INT8};
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+        check_shape(case_attend,
+                    (struct shape){.operation = "attend",
+                                   .n = 22,
+                                   .steps = 3,
+                                   .calls = 2,
+                                   .in = 8,
+                                   .out = 4,
+                                   .format = WEIGHT_BF16,
+                                   .kv = dtypes[kv]},
+                    &tally);
+        report(kv == 2 ? "attend_int8" : "attend_bf16", "of many rows", &tally);
+    }
+}
+
 /* Block formats. variant 0 and 3 of a linear have neither a norm nor a function: every instruction
  * set gives the same bits. */
 static void check_block_products(void)
@@ -2380,7 +2430,8 @@ static void check_large_products(void)
 /* One row among others that are not finite or very large, at any place, in any number. */
 static void test_company_changes_no_bit(struct backend *backend)
 {
-    enum { IN = 200, OUT = 21, MOST = 64 };
+    enum { IN = 200, OUT = 21, MOST = 150 };
+    static const int counts[] = {1, 3, 4, 17, 64, 66, MOST};
 
     for (int format = 0; format < WEIGHT_FORMATS; format++) {
         int good = 1, packed = format > WEIGHT_INT8 ? format : 0;
@@ -2394,8 +2445,8 @@ static void test_company_changes_no_bit(struct backend *backend)
             float *y = take(sizeof *y * MOST * OUT);
 
             prepare(backend, &w, packed);
-            for (int i = 0; i < COUNT(row_counts); i++) {
-                int n = product_rows(i), place = n * 2 / 3;
+            for (int i = 0; i < COUNT(counts); i++) {
+                int n = counts[i], place = n * 2 / 3;
 
                 for (int k = 0; k < n * IN; k++) x[k] = k / IN % 2 ? NAN : 1e30f;
                 memcpy(x + place * IN, row, IN * sizeof *x);
@@ -2466,6 +2517,7 @@ static int test_cuda(void)
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_BF16);
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_INT8);
     check_block_products();
+    check_many_rows();
     check_large_products();
     test_company_changes_no_bit(backends[1]);
     test_blocks_are_made_of_anything(backends[1]);
