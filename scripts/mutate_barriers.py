@@ -1,4 +1,4 @@
-"""Removes each barrier of the CUDA kernels in turn, and each wait for copies: a test of operations must then fail.
+"""Removes each barrier and each wait for copies of the CUDA kernels in turn: a test must then fail.
 
 Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose
 removal no test sees is either not needed, or not tested; both are defects, and end this with
