@@ -437,6 +437,7 @@ struct backend {
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
     int whole_ticks; /* a tick is best run as one stage */
+    int given_rows;  /* frames that are given are best read so many at once; 0: as the model likes */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */

@@ -252,7 +252,8 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
     state->backend = backend;
     state->slots = slots;
     state->lanes = lanes;
-    state->rows = larger(lanes, LM_GIVEN_ROWS);
+    state->given_rows = larger(backend->given_rows, LM_GIVEN_ROWS);
+    state->rows = larger(lanes, state->given_rows);
     state->context = context;
     state_init(&state->slot_table, backend, slots);
     state_init(&state->lane_table, backend, lanes);
@@ -803,7 +804,7 @@ static void given_stage(struct backend *backend, void *arg)
 int lm_given_room(const struct lm_state *state, int slot, int guided)
 {
     const int64_t ring = ring_positions(state), unused = ring - state->positions[slot];
-    const int64_t beyond = ring - state->context + 1, rows = LM_GIVEN_ROWS / (1 + guided);
+    const int64_t beyond = ring - state->context + 1, rows = state->given_rows / (1 + guided);
     const int64_t room = unused > beyond ? unused : beyond;
     return (int)(room < rows ? room : rows);
 }

@@ -11,11 +11,17 @@
  * changes no bit, a prompt read at once has the bits of stepping it, and which kernel is used, or how
  * large a tile, may depend on the number of rows and on the card.
  *
+ * On compute capability 9.0 warpgroups can do the same, if MOSHI_C_WARPGROUPS=1: wgmma takes the weights
+ * from registers, in the words that mma.sync gets, and the rows from shared memory, where they are
+ * arranged so that the same 16 columns meet. Whether a card's wgmma gives the bits of its mma.sync,
+ * tests/c/test_kernels.c says there; until one has, they are not used unasked.
+ *
  * What it costs, for R rows and a matrix of P numbers: 4 R P operations, as the rows have two parts; in
  * tiles of 128 x 128 P (2 R / 128 + 4 R / 128) bytes from the second cache, 64 products of each
  * number. An H200 has about 790 TFLOP/s by wgmma, and by mma.sync some 60 % of that; its second cache
  * gives about 5.5 TB/s. 500 frames of the 7B: 13 TFLOP, 27 ms by mma.sync; 158 GB, 29 ms. Expected:
- * 35 to 45 ms. Bound: the second cache and the tensor cores, nearly alike. */
+ * 35 to 45 ms, by wgmma 30 to 35. Bound: the second cache and the tensor cores, nearly alike; with
+ * wgmma the second cache. */
 #include "product.h"
 
 #define TILE_ROWS 128
@@ -33,6 +39,7 @@
 template <int M> struct stage {
     static const int PAIRS = OUTPUT_WARPS * M * 8;
     static const int X = 2 * PAIRS * WEIGHT_BYTES;
+    static const int X_ROW = X_BYTES;
     static const int BYTES = X + TILE_ROWS * X_BYTES;
 
     __device__ static __forceinline__ int weight_at(int row, int piece)
@@ -42,7 +49,19 @@ template <int M> struct stage {
 
     __device__ static __forceinline__ int x_at(int row, int piece)
     {
-        return X + row * X_BYTES + (piece ^ row % 2) * PIECE;
+        return X + row * X_ROW + (piece ^ row % 2) * PIECE;
+    }
+};
+
+/* The same for warpgroups: of the activations all nearest numbers, then all that is left, in rows of 128
+ * bytes whose pieces are in the order that wgmma calls a swizzle of 128 bytes. */
+struct group_stage : stage<4> {
+    static const int X_ROW = X_BYTES / 2;
+    static const int PART = TILE_ROWS * X_ROW;
+
+    __device__ static __forceinline__ int x_at(int row, int piece)
+    {
+        return X + piece / 8 * PART + row * X_ROW + (piece % 8 ^ row % 8) * PIECE;
     }
 };
 
@@ -53,10 +72,10 @@ __device__ static __forceinline__ int next_chunk(int chunk, int chunks)
 }
 
 /* What a thread copies of every chunk: one piece of each of some rows. */
-template <int M> struct copier {
+template <class S> struct copier {
     static const int WEIGHT_STEP = THREADS * PIECE / WEIGHT_BYTES,
                      X_STEP = THREADS * PIECE / X_BYTES;
-    static const int WEIGHTS = 2 * stage<M>::PAIRS / WEIGHT_STEP, XS = TILE_ROWS / X_STEP;
+    static const int WEIGHTS = 2 * S::PAIRS / WEIGHT_STEP, XS = TILE_ROWS / X_STEP;
     const uint16_t *weights[WEIGHTS];
     const unsigned char *x;
     long x_step;
@@ -82,8 +101,8 @@ template <int M> struct copier {
         x_step = X_STEP * row_bytes;
         columns = p.columns;
         column = piece * 8;
-        weight_to = stage<M>::weight_at(line, piece);
-        x_to = stage<M>::x_at(x_line, x_piece);
+        weight_to = S::weight_at(line, piece);
+        x_to = S::x_at(x_line, x_piece);
     }
 
     __device__ __forceinline__ void begin(int chunk, unsigned char *to) const
@@ -96,7 +115,8 @@ template <int M> struct copier {
                        weights[i] + (there ? at : 0), there);
 #pragma unroll
         for (int i = 0; i < XS; i++)
-            copy_piece(to + x_to + i * X_STEP * X_BYTES, x + i * x_step + (long)chunk * X_BYTES, 1);
+            copy_piece(to + x_to + i * X_STEP * S::X_ROW, x + i * x_step + (long)chunk * X_BYTES,
+                       1);
     }
 };
 
@@ -175,7 +195,7 @@ __global__ static void __launch_bounds__(THREADS, 1)
     const int weight_row = warp % OUTPUT_WARPS * M * 16,
               x_row = warp / OUTPUT_WARPS * ROW_TILES * 8;
     const int tiles = ceil_div(last + 1 - first_row - x_row, 8);
-    const struct copier<M> copies(p, first_pair, first_row, (long)chunks * X_BYTES);
+    const struct copier<struct stage<M>> copies(p, first_pair, first_row, (long)chunks * X_BYTES);
     float sums[ROW_TILES][M][4] = {}, totals[ROW_TILES][M][4] = {};
     int coming = 0, begun = 0;
 
@@ -212,6 +232,96 @@ __global__ static void __launch_bounds__(THREADS, 1)
         }
 }
 
+/* ---- warpgroups ------------------------------------------------------------------------- */
+
+/* What wgmma is told of TILE_ROWS rows in shared memory: where they begin, how far it is from eight of
+ * them to the next eight, and their swizzle. The offset from column to column is not used then. */
+__device__ static __forceinline__ uint64_t describe_rows(const unsigned char *rows)
+{
+    const uint64_t start = shared_address(rows) / 16, eight = 8 * group_stage::X_ROW / 16;
+    const uint64_t swizzle_128 = 1;
+
+    return start | (uint64_t)1 << 16 | eight << 32 | swizzle_128 << 62;
+}
+
+/* A warpgroup's part of a chunk: of 64 rows of weights, which its warps read, and all activations. */
+__device__ static __forceinline__ void multiply_chunk(const unsigned char *from, int weight_row,
+                                                      float (&sums)[TILE_ROWS / 2])
+{
+    const int g = (int)threadIdx.x % WARP / 4, t = (int)threadIdx.x % 4;
+    unsigned words[4][4];
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = weight_row + g, piece = half * 4 + t;
+        uint4 a = *(const uint4 *)(const void *)(from + group_stage::weight_at(row, piece));
+        uint4 b = *(const uint4 *)(const void *)(from + group_stage::weight_at(row + 8, piece));
+        const unsigned w[2][4] = {{a.x, b.x, a.y, b.y}, {a.z, b.z, a.w, b.w}};
+
+#pragma unroll
+        for (int i = 0; i < 8; i++) words[2 * half + i / 4][i % 4] = w[i / 4][i % 4];
+    }
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < 4; step++) { /* of 16 columns; 32 bytes of a row */
+        const unsigned char *rows = from + group_stage::X + step * 32;
+
+        group_multiply(sums, words[step], describe_rows(rows + group_stage::PART));
+        group_multiply(sums, words[step], describe_rows(rows));
+    }
+    group_wait();
+}
+
+/* As k_many<4>, by wgmma: a warpgroup makes 32 pairs of outputs for all rows of the tile. */
+template <class E>
+__global__ static void __launch_bounds__(THREADS, 1)
+    k_many_groups(const __grid_constant__ struct product<E> p)
+{
+    after_earlier_kernels();
+    GROUP_SHARED_BYTES(tiles);
+    const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP, last = p.rows - 1;
+    const int chunks = ceil_div(p.columns, ARRANGED_CHUNK), weight_row = warp * 16;
+    const int first_row = (int)blockIdx.x * TILE_ROWS;
+    const int first_pair = (int)blockIdx.y * group_stage::PAIRS;
+    const struct copier<struct group_stage> copies(p, first_pair, first_row,
+                                                   (long)chunks * X_BYTES);
+    float sums[TILE_ROWS / 2] = {}, totals[TILE_ROWS / 2] = {};
+    int coming = 0, begun = 0;
+
+    for (; begun < MOST_STAGES - 1; begun++) {
+        if (begun < chunks) copies.begin(coming, tiles + begun * group_stage::BYTES);
+        copies_end();
+        coming = next_chunk(coming, chunks);
+    }
+    for (int i = 0, chunk = 0; i < chunks; i++, begun++) {
+        copies_wait<MOST_STAGES - 2>();
+        copies_show();
+        __syncthreads(); /* this chunk is there, and the one before it is no longer read */
+        if (begun < chunks) copies.begin(coming, tiles + begun % MOST_STAGES * group_stage::BYTES);
+        copies_end();
+        coming = next_chunk(coming, chunks);
+        multiply_chunk(tiles + i % MOST_STAGES * group_stage::BYTES, weight_row, sums);
+        if (chunk + WARPS >= chunks)
+#pragma unroll
+            for (int j = 0; j < TILE_ROWS / 2; j++) {
+                totals[j] += sums[j];
+                sums[j] = 0;
+            }
+        chunk = next_chunk(chunk, chunks);
+    }
+#pragma unroll
+    for (int n = 0; n < TILE_ROWS / 8; n++) {
+        const int row = first_row + n * 8 + lane % 4 * 2;
+        const int pair = first_pair + weight_row / 2 + lane / 4;
+
+        if (pair >= p.pairs) continue;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (row + i <= last)
+                p.end.store(row + i, pair, p.outputs, totals[n * 4 + i], totals[n * 4 + 2 + i]);
+    }
+}
+
 /* ---- the host's side -------------------------------------------------------------------- */
 
 template <int M, class E>
@@ -224,26 +334,46 @@ static void launch_many(struct cuda_backend *cuda, struct product<E> &p, int roo
            THREADS, (size_t)p.stages * stage<M>::BYTES, p);
 }
 
-/* How long the blocks take, one on each processor at a time, in units of M. */
-template <int M, class E>
-static int time_of(const struct cuda_backend *cuda, const struct product<E> &p)
+template <class E> static void launch_groups(struct cuda_backend *cuda, struct product<E> &p)
 {
-    int blocks = ceil_div(p.rows, TILE_ROWS) * ceil_div(p.pairs, stage<M>::PAIRS) * p.matrices;
+    launch(cuda, k_many_groups<E>,
+           dim3((unsigned)ceil_div(p.rows, TILE_ROWS),
+                (unsigned)ceil_div(p.pairs, group_stage::PAIRS), (unsigned)p.matrices),
+           THREADS, MOST_STAGES * group_stage::BYTES, p);
+}
+
+/* How long the blocks take, one on each processor at a time, in units of M. */
+template <int M>
+static int time_of(const struct cuda_backend *cuda, int rows, int pairs, int matrices)
+{
+    int blocks = ceil_div(rows, TILE_ROWS) * ceil_div(pairs, stage<M>::PAIRS) * matrices;
 
     return M * ceil_div(blocks, cuda->processors);
 }
 
-template <class E> static void choose_tile(struct cuda_backend *cuda, struct product<E> &p)
+static bool better_small(const struct cuda_backend *cuda, int rows, int pairs, int matrices)
 {
-    if (time_of<2>(cuda, p) < time_of<4>(cuda, p))
-        launch_many<2>(cuda, p, (int)cuda->shared_limit / stage<2>::BYTES);
-    else
-        launch_many<4>(cuda, p, (int)cuda->shared_limit / stage<4>::BYTES);
+    return time_of<2>(cuda, rows, pairs, matrices) < time_of<4>(cuda, rows, pairs, matrices);
 }
 
 bool many_product_fits(const struct cuda_backend *cuda)
 {
     return cuda->shared_limit >= 2 * stage<4>::BYTES;
+}
+
+bool many_product_by_groups(const struct cuda_backend *cuda, int rows, int pairs, int matrices)
+{
+    return cuda->groups && !better_small(cuda, rows, pairs, matrices);
+}
+
+template <class E> static void choose_tile(struct cuda_backend *cuda, struct product<E> &p)
+{
+    if (many_product_by_groups(cuda, p.rows, p.pairs, p.matrices))
+        launch_groups(cuda, p);
+    else if (better_small(cuda, p.rows, p.pairs, p.matrices))
+        launch_many<2>(cuda, p, (int)cuda->shared_limit / stage<2>::BYTES);
+    else
+        launch_many<4>(cuda, p, (int)cuda->shared_limit / stage<4>::BYTES);
 }
 
 void many_product(struct cuda_backend *cuda, struct product<struct row_end> &p)

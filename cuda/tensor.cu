@@ -57,7 +57,7 @@ template <enum weight_format F> struct tensor_format {
 
     /* Eight columns of a row that begin at x; the four lanes of a group do it together. */
     __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
-                                   int inside)
+                                   int inside, int)
     {
         unsigned most = 0, words[2] = {};
 
@@ -191,7 +191,8 @@ template <enum weight_format F> struct tensor_format {
 };
 
 /* A chunk of bf16 rows, and of the rows that it meets: of 8 columns, 16 bytes of the numbers, then 16
- * of what is left. */
+ * of what is left. For warpgroups: of the chunk, the numbers, then what is left; each in steps of 16
+ * columns, 4 of each 8 of half a chunk: two of them in the step's first 16 bytes, two in the others. */
 template <> struct tensor_format<WEIGHT_BF16> {
     static const int COLUMNS = ARRANGED_CHUNK;
 
@@ -200,7 +201,8 @@ template <> struct tensor_format<WEIGHT_BF16> {
         return (size_t)((columns + COLUMNS - 1) / COLUMNS) * COLUMNS * 4;
     }
 
-    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside)
+    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside,
+                                   int groups)
     {
         unsigned high[4], low[4];
 
@@ -217,6 +219,15 @@ template <> struct tensor_format<WEIGHT_BF16> {
             }
             high[i] = near[0].bits | (unsigned)near[1].bits << 16;
             low[i] = rest[0].bits | (unsigned)rest[1].bits << 16;
+        }
+        if (groups) {
+            to += (long)(at / COLUMNS) * COLUMNS * 4 + at % COLUMNS / 32 * 64 + at % 32 / 8 * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                *(unsigned *)(void *)(to + i * 16) = high[i];
+                *(unsigned *)(void *)(to + COLUMNS * 2 + i * 16) = low[i];
+            }
+            return;
         }
         uint4 *piece = (uint4 *)(void *)(to + (long)at * 4);
 
@@ -292,7 +303,7 @@ template <enum weight_format F> __host__ __device__ static int padded_columns(in
 /* One row, by the whole block; work: a float for each padded column, and as many again as warps. */
 template <enum weight_format F>
 __device__ static void arrange_row(const struct norm &norm, const float *x, int columns,
-                                   float *work, unsigned char *to)
+                                   float *work, unsigned char *to, int groups)
 {
     int padded = padded_columns<F>(columns);
 
@@ -302,7 +313,7 @@ __device__ static void arrange_row(const struct norm &norm, const float *x, int 
     for (int base = 0; base < padded; base += 8 * THREADS) {
         int at = base + (int)threadIdx.x * 8, inside = at < padded;
 
-        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside);
+        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside, groups);
     }
     __syncthreads(); /* work may be written again, and the row may be read */
 }
@@ -313,6 +324,7 @@ struct arrange_rows {
     long row_stride, step_stride;
     struct norm norm;
     unsigned char *to;
+    int groups; /* for warpgroups */
 };
 
 /* Grid: rows. Bytes: a row in, its arranged form out. */
@@ -326,7 +338,7 @@ __global__ static void __launch_bounds__(THREADS)
 
     arrange_row<F>(p.norm, p.x + row / p.steps * p.row_stride + row % p.steps * p.step_stride,
                    p.columns, (float *)(void *)shared,
-                   p.to + row * tensor_format<F>::row_bytes(p.columns));
+                   p.to + row * tensor_format<F>::row_bytes(p.columns), p.groups);
 }
 
 /* Grid: tiles of outputs, N columns of rows, matrices. N: columns of a tile / 8; TILES: of outputs. */
@@ -349,7 +361,7 @@ __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
         unsigned char *to = shared + p.work_bytes;
 
         for (int r = 0; r < p.rows; r++)
-            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes);
+            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes, 0);
         x.first = to;
     }
     for (int start = (int)blockIdx.x * OCTET * TILES; start < p.pairs;
@@ -412,7 +424,7 @@ static void launch_arrange(struct cuda_backend *cuda, const char *name, struct a
 /* All rows, behind what is kept of the scratch memory. */
 template <enum weight_format F, class E>
 static void arrange_all(struct cuda_backend *cuda, const char *name, struct product<E> &p,
-                        size_t kept)
+                        size_t kept, int groups)
 {
     size_t bytes = (size_t)round_up(p.rows, ARRANGED_TOGETHER) *
                    tensor_format<F>::row_bytes(p.columns);
@@ -424,6 +436,7 @@ static void arrange_all(struct cuda_backend *cuda, const char *name, struct prod
     rows.row_stride = p.row_stride;
     rows.step_stride = p.step_stride;
     rows.norm = p.norm;
+    rows.groups = groups;
     rows.to = (unsigned char *)cuda_take_scratch(cuda, 0, kept + bytes).memory + kept;
     launch_arrange<F>(cuda, name, rows, p.rows);
     p.arranged = rows.to;
@@ -446,7 +459,7 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
         most = ceil_div(most, p.matrices);
         blocks = blocks < most ? blocks : most; /* for several tiles each */
     } else {
-        arrange_all<F>(cuda, name, p, kept);
+        arrange_all<F>(cuda, name, p, kept, 0);
         shared = sums;
     }
     if (cuda_fits(cuda, name, shared))
@@ -483,7 +496,8 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
     else {
         p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % 8 == 0;
         if (p.rows > MOST_ROWS && p.aligned && many_product_fits(cuda)) {
-            arrange_all<WEIGHT_BF16>(cuda, name, p, kept);
+            arrange_all<WEIGHT_BF16>(cuda, name, p, kept,
+                                     many_product_by_groups(cuda, p.rows, p.pairs, p.matrices));
             many_product(cuda, p);
         } else {
             choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);

@@ -20,7 +20,7 @@ PLACE = ROOT / "build" / "mutant"
 ORDERS = {"ascending": {}, "descending": {"SHIM_SHARED_KIB": "99"}, "3": {"SHIM_PROCESSORS": "4"}}
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 COMPILE += ["-O1", "-w", "-c"]
-BARRIER = re.compile(r"(?:__syncthreads|copies_wait<[^>]*>)\(\);")
+BARRIER = re.compile(r"(?:__syncthreads|copies_wait<[^>]*>|copies_show|group_wait)\(\);")
 
 
 def barriers() -> list[tuple[Path, int]]:
