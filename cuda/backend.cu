@@ -282,6 +282,7 @@ static struct backend_ops make_ops(void)
     ops.advance = cuda_advance;
     ops.sample = cuda_sample;
     ops.softmax = cuda_softmax;
+    ops.delay_given = cuda_delay_given;
     return ops;
 }
 

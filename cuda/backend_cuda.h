@@ -204,6 +204,8 @@ void cuda_rvq_encode(struct backend *backend, const struct op_rvq_encode *op);
 void cuda_rvq_decode(struct backend *backend, const struct op_rvq_decode *op);
 void cuda_delay_input(struct backend *backend, const struct op_delay_input *op);
 void cuda_delay_output(struct backend *backend, const struct op_delay_output *op);
+void cuda_delay_given(struct backend *backend, const struct op_delay_input *in,
+                      const struct op_delay_output *out, int frames);
 void cuda_advance(struct backend *backend, const struct op_advance *op);
 void cuda_sample(struct backend *backend, const struct op_sample *op);
 void cuda_softmax(struct backend *backend, const struct op_softmax *op);

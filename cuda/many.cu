@@ -16,12 +16,15 @@
  * arranged so that the same 16 columns meet. Whether a card's wgmma gives the bits of its mma.sync,
  * tests/c/test_kernels.c says there; until one has, they are not used unasked.
  *
+ * The block formats stay with tensor.cu, whose tiles of 32 outputs and 64 rows meet twice as many
+ * numbers for each byte and need their weights in one part alone; f32 and f16 rows with product.cu.
+ *
  * What it costs, for R rows and a matrix of P numbers: 4 R P operations, as the rows have two parts; in
- * tiles of 128 x 128 P (2 R / 128 + 4 R / 128) bytes from the second cache, 64 products of each
- * number. An H200 has about 790 TFLOP/s by wgmma, and by mma.sync some 60 % of that; its second cache
- * gives about 5.5 TB/s. 500 frames of the 7B: 13 TFLOP, 27 ms by mma.sync; 158 GB, 29 ms. Expected:
- * 35 to 45 ms, by wgmma 30 to 35. Bound: the second cache and the tensor cores, nearly alike; with
- * wgmma the second cache. */
+ * tiles of 128 x 128 P (2 R / 128 + 4 R / 128) bytes from the second cache. An H200 does some 790
+ * TFLOP/s by wgmma, and by mma.sync perhaps 60 % of that; its second cache gives 5.5 to 8 TB/s. 500
+ * frames of the 7B are 13 TFLOP: 17 ms by wgmma, 28 ms by mma.sync; and 158 GB, 20 to 29 ms. Expected:
+ * 32 to 45 ms by mma.sync, 24 to 32 ms by wgmma. Bound: the tensor cores; with wgmma the second cache,
+ * until blocks of a cluster share what they read of the rows. */
 #include "product.h"
 
 #define TILE_ROWS 128

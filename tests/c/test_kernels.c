@@ -2623,6 +2623,109 @@ static void test_warpgroups_give_the_bits_of_warps(void)
     verdict(good && !nan_seen, "warpgroups give the bits of warps");
 }
 
+struct given_frames {
+    struct op_delay_input in;
+    struct op_delay_output out;
+    int frames, at_once;
+};
+
+static void stage_delay_given(struct backend *backend, void *arg)
+{
+    struct given_frames g = *(struct given_frames *)arg;
+    const struct delay_cache *cache = g.in.cache;
+
+    if (g.at_once) {
+        backend->ops->delay_given(backend, &g.in, &g.out, g.frames);
+        return;
+    }
+    for (int t = 0; t < g.frames; t++) {
+        backend->ops->delay_input(backend, &g.in);
+        backend->ops->delay_output(backend, &g.out);
+        g.in.user += cache->streams - 1 - cache->dep_q;
+        g.in.tokens += cache->streams;
+        g.out.text++;
+        g.out.audio += cache->dep_q;
+        g.out.out += 1 + cache->dep_q;
+    }
+}
+
+/* A slot's first frames, some more, one, and enough to fill the cache twice. */
+static void test_given_frames_pass_the_delays_as_steps(struct backend *backend)
+{
+    enum { STREAMS = 7, DEP_Q = 3, USERS = 3, COLUMNS = 5, MOST = 150, LANES = 3, SLOT = 1 };
+    static const int32_t late[STREAMS] = {1, 0, 3, 2, 0, 1, 3};
+    static const int counts[] = {2, 5, 1, MOST, 3};
+    const size_t cells = LANES * STREAMS * COLUMNS;
+    int good = 1;
+
+    for (int guided = 0; guided < 2; guided++) {
+        int32_t *tokens[2], *out[2], *cache_tokens[2], *offset[2];
+
+        start_case(21);
+        int32_t *user = take(MOST * USERS * 4), *text = take(MOST * 4);
+        int32_t *audio = take(MOST * DEP_Q * 4), *lane = take(4), *null_row = take(4);
+        int32_t *delays = take(sizeof late);
+        uint8_t *active = take(1);
+        struct slot_params *params = take(LANES * sizeof *params);
+
+        memcpy(delays, late, sizeof late);
+        *lane = SLOT, *active = 1;
+        params[SLOT].cfg_masked_until = guided ? 4 : -1;
+        params[SLOT].cfg_no_text = guided;
+        for (int i = 0; i < 2; i++) {
+            tokens[i] = take(2 * MOST * STREAMS * 4);
+            out[i] = take(MOST * (1 + DEP_Q) * 4);
+            cache_tokens[i] = take(cells * 4);
+            offset[i] = take(LANES * 4);
+            poison(cache_tokens[i], cells * 4);
+        }
+        for (int call = 0; call < COUNT(counts); call++) {
+            int frames = counts[call];
+
+            *null_row = guided ? frames : -1;
+            for (int i = 0; i < frames * USERS; i++) user[i] = random_below(900);
+            for (int i = 0; i < frames * DEP_Q; i++) audio[i] = random_below(900);
+            for (int i = 0; i < frames; i++) text[i] = random_below(900);
+            for (int i = 0; i < 2; i++) {
+                struct rows rows = {1, lane, active};
+                struct delay_cache cache = {.streams = STREAMS,
+                                            .dep_q = DEP_Q,
+                                            .columns = COLUMNS,
+                                            .max_delay = 3,
+                                            .initial_text = 1000,
+                                            .initial_audio = 2000,
+                                            .delays = delays,
+                                            .tokens = cache_tokens[i],
+                                            .offset = offset[i]};
+                struct given_frames given = {.in = {.name = "given",
+                                                    .rows = rows,
+                                                    .cache = &cache,
+                                                    .params = params,
+                                                    .user = user,
+                                                    .null_row = null_row,
+                                                    .tokens = tokens[i]},
+                                             .out = {.name = "given",
+                                                     .rows = rows,
+                                                     .cache = &cache,
+                                                     .text = text,
+                                                     .audio = audio,
+                                                     .out = out[i]},
+                                             .frames = frames,
+                                             .at_once = i};
+
+                poison(tokens[i], 2 * MOST * STREAMS * 4);
+                poison(out[i], MOST * (1 + DEP_Q) * 4);
+                must(backend, run_stage(backend, stage_delay_given, &given));
+            }
+            good &= memcmp(tokens[0], tokens[1], 2 * MOST * STREAMS * 4) == 0 &&
+                    memcmp(out[0], out[1], MOST * (1 + DEP_Q) * 4) == 0 &&
+                    memcmp(cache_tokens[0], cache_tokens[1], cells * 4) == 0 &&
+                    memcmp(offset[0], offset[1], LANES * 4) == 0 && offset[1][SLOT] > 0;
+        }
+    }
+    verdict(good, "given frames pass the delays as steps do");
+}
+
 static int test_cuda(void)
 {
     if (!open_cuda()) return 2;
@@ -2630,6 +2733,7 @@ static int test_cuda(void)
     test_bad_logits_are_an_error(backends[1]);
     check_delays(backends[1], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
     check_delays(backends[1], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
+    test_given_frames_pass_the_delays_as_steps(backends[1]);
     check_rows("norm", case_norm, 3, 1);
     check_rows("softmax", case_softmax, 1, 1);
     check_rows("rope", case_rope, 1, 3);
