@@ -184,6 +184,8 @@ build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA
 run-$(1)/cuda run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
 run-$(1)/cuda: build/$(1)/cuda/test_cuda build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$<"; SHIM_ORDER=7 $$<
+run-$(1)/order-descending: export SHIM_SHARED_KIB = 99
+run-$(1)/order-3: export SHIM_PROCESSORS = 4
 run-$(1)/order-%: build/$(1)/test_kernels build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$< cuda, threads $$*"; SHIM_ORDER=$$* $$< cuda $$(SHAPES_$(1)_cuda)
 endef

@@ -428,6 +428,10 @@ struct backend_ops {
 
     /* Optional: replaces the depth stage as a whole; NULL: composed from operations. */
     void (*depth_stage)(struct backend *, void *arg);
+    /* Optional: delay_input and delay_output of the one active row that both have, `frames` times in
+     * turn, each time with what follows in user, tokens, text, audio and out; given is NULL. */
+    void (*delay_given)(struct backend *, const struct op_delay_input *,
+                        const struct op_delay_output *, int frames);
 };
 
 /* Every backend struct begins with this. */
@@ -437,6 +441,7 @@ struct backend {
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
     int whole_ticks; /* a tick is best run as one stage */
+    int given_rows; /* frames that are given are best read so many at once; 0: as the model likes */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */

@@ -49,7 +49,8 @@ struct lm_state {
     const struct lm *lm;
     struct backend *backend;
     int slots, lanes; /* lanes = 2 * slots */
-    int rows;         /* that the scratch below has room for: lanes, or LM_GIVEN_ROWS if more */
+    int rows;         /* that the scratch below has room for: lanes, or given_rows if more */
+    int given_rows;   /* of one pass; the halves of a guided slot are rows of their own */
     int context;
     struct state_table slot_table, lane_table;
     struct kv_pages kv;
@@ -142,7 +143,7 @@ void lm_step_stage(struct lm_state *state, const struct lm_shape *shape);
 
 /* ---- frames that are given -------------------------------------------------------------- */
 
-#define LM_GIVEN_ROWS 96 /* of one pass; the halves of a guided slot are rows of their own */
+#define LM_GIVEN_ROWS 96 /* of one pass, at least: a backend may like more */
 
 /* Frames of one slot of which every token is known, as its steps would store them. Host memory. */
 struct lm_given {

@@ -282,6 +282,7 @@ static struct backend_ops make_ops(void)
     ops.advance = cuda_advance;
     ops.sample = cuda_sample;
     ops.softmax = cuda_softmax;
+    ops.delay_given = cuda_delay_given;
     return ops;
 }
 
@@ -366,9 +367,11 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
-    const char *early = getenv("MOSHI_C_EARLY_KERNELS");
+    const char *early = getenv("MOSHI_C_EARLY_KERNELS"), *groups = getenv("MOSHI_C_WARPGROUPS");
 
     cuda->early = architecture >= 90 && early && strcmp(early, "1") == 0;
+    cuda->groups = architecture == 90 && properties.major == 9 && groups &&
+                   strcmp(groups, "1") == 0;
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
@@ -407,6 +410,7 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
     cuda->base.isa = cuda->isa;
     cuda->base.threads = 1;
     cuda->base.whole_ticks = 1;
+    cuda->base.given_rows = GIVEN_ROWS;
     cuda->fail = fail;
     if (!open_card(cuda, card)) {
         snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);

@@ -22,6 +22,8 @@ extern "C" {
 #define GRAPHS 64 /* kept; the one that was not used for longest makes room */
 #define STAGING_BYTES (size_t)(4 << 20)
 #define GATHERED 256 /* uploads that cross together */
+#define GIVEN_ROWS                                                                                 \
+    512 /* of one pass: four tiles of many.cu, so that weights are read once for 40 s */
 
 enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS, TROUBLE_WEIGHT };
 
@@ -64,6 +66,7 @@ struct cuda_backend {
     struct backend base;
     int card, processors;
     bool early; /* kernels start before earlier ones have ended, and wait for them */
+    bool groups; /* products by warpgroups; only on compute capability 9.0 */
     size_t shared_limit; /* bytes that a block may have */
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
@@ -201,6 +204,8 @@ void cuda_rvq_encode(struct backend *backend, const struct op_rvq_encode *op);
 void cuda_rvq_decode(struct backend *backend, const struct op_rvq_decode *op);
 void cuda_delay_input(struct backend *backend, const struct op_delay_input *op);
 void cuda_delay_output(struct backend *backend, const struct op_delay_output *op);
+void cuda_delay_given(struct backend *backend, const struct op_delay_input *in,
+                      const struct op_delay_output *out, int frames);
 void cuda_advance(struct backend *backend, const struct op_advance *op);
 void cuda_sample(struct backend *backend, const struct op_sample *op);
 void cuda_softmax(struct backend *backend, const struct op_softmax *op);

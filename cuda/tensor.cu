@@ -12,13 +12,12 @@
  * meet the codes of quant.h: 8 bits and a scale for a GROUP, products of codes being exact. Few rows are
  * arranged in shared memory by every block that needs them; more, by a kernel of their own.
  *
- * Bytes: the weights once for up to 64 rows; arranged rows once for each tile or two of outputs, which
+ * Bytes: the weights once for up to MOST_ROWS rows, of more and bf16 see many.cu; arranged rows once for each tile or two of outputs, which
  * the second cache has. Bound: the memory's read rate. */
 #include "blocks.h"
 #include "product.h"
 
 #define ROWS_HERE 4 /* arranged in shared memory */
-#define MOST_ROWS 64 /* for which weights are read once */
 #define COLUMNS_OF_TILE 8
 
 /* What a lane reads of one chunk of a pair: its words of both rows, and their scales. */
@@ -58,7 +57,7 @@ template <enum weight_format F> struct tensor_format {
 
     /* Eight columns of a row that begin at x; the four lanes of a group do it together. */
     __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
-                                   int inside)
+                                   int inside, int)
     {
         unsigned most = 0, words[2] = {};
 
@@ -192,16 +191,18 @@ template <enum weight_format F> struct tensor_format {
 };
 
 /* A chunk of bf16 rows, and of the rows that it meets: of 8 columns, 16 bytes of the numbers, then 16
- * of what is left. */
+ * of what is left. For warpgroups: of the chunk, the numbers, then what is left; each in steps of 16
+ * columns, 4 of each 8 of half a chunk: two of them in the step's first 16 bytes, two in the others. */
 template <> struct tensor_format<WEIGHT_BF16> {
-    static const int COLUMNS = 64;
+    static const int COLUMNS = ARRANGED_CHUNK;
 
     __host__ __device__ static size_t row_bytes(int columns)
     {
         return (size_t)((columns + COLUMNS - 1) / COLUMNS) * COLUMNS * 4;
     }
 
-    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside)
+    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside,
+                                   int groups)
     {
         unsigned high[4], low[4];
 
@@ -218,6 +219,15 @@ template <> struct tensor_format<WEIGHT_BF16> {
             }
             high[i] = near[0].bits | (unsigned)near[1].bits << 16;
             low[i] = rest[0].bits | (unsigned)rest[1].bits << 16;
+        }
+        if (groups) {
+            to += (long)(at / COLUMNS) * COLUMNS * 4 + at % COLUMNS / 32 * 64 + at % 32 / 8 * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                *(unsigned *)(void *)(to + i * 16) = high[i];
+                *(unsigned *)(void *)(to + COLUMNS * 2 + i * 16) = low[i];
+            }
+            return;
         }
         uint4 *piece = (uint4 *)(void *)(to + (long)at * 4);
 
@@ -363,7 +373,7 @@ template <enum weight_format F> __host__ __device__ static int padded_columns(in
 /* One row, by the whole block; work: a float for each padded column, and as many again as warps. */
 template <enum weight_format F>
 __device__ static void arrange_row(const struct norm &norm, const float *x, int columns,
-                                   float *work, unsigned char *to)
+                                   float *work, unsigned char *to, int groups)
 {
     int padded = padded_columns<F>(columns);
 
@@ -373,7 +383,7 @@ __device__ static void arrange_row(const struct norm &norm, const float *x, int 
     for (int base = 0; base < padded; base += 8 * THREADS) {
         int at = base + (int)threadIdx.x * 8, inside = at < padded;
 
-        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside);
+        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside, groups);
     }
     __syncthreads(); /* work may be written again, and the row may be read */
 }
@@ -384,6 +394,7 @@ struct arrange_rows {
     long row_stride, step_stride;
     struct norm norm;
     unsigned char *to;
+    int groups; /* for warpgroups */
 };
 
 /* Grid: rows. Bytes: a row in, its arranged form out. */
@@ -397,7 +408,7 @@ __global__ static void __launch_bounds__(THREADS)
 
     arrange_row<F>(p.norm, p.x + row / p.steps * p.row_stride + row % p.steps * p.step_stride,
                    p.columns, (float *)(void *)shared,
-                   p.to + row * tensor_format<F>::row_bytes(p.columns));
+                   p.to + row * tensor_format<F>::row_bytes(p.columns), p.groups);
 }
 
 /* Grid: tiles of outputs, N columns of rows, matrices. N: columns of a tile / 8; TILES: of outputs. */
@@ -420,7 +431,7 @@ __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
         unsigned char *to = shared + p.work_bytes;
 
         for (int r = 0; r < p.rows; r++)
-            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes);
+            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes, 0);
         x.first = to;
     }
     for (int start = (int)blockIdx.x * OCTET * TILES; start < p.pairs;
@@ -480,6 +491,27 @@ static void launch_arrange(struct cuda_backend *cuda, const char *name, struct a
         launch(cuda, k_arrange<F>, dim3((unsigned)count), THREADS, work, rows);
 }
 
+/* All rows, behind what is kept of the scratch memory. */
+template <enum weight_format F, class E>
+static void arrange_all(struct cuda_backend *cuda, const char *name, struct product<E> &p,
+                        size_t kept, int groups)
+{
+    size_t bytes = (size_t)round_up(p.rows, ARRANGED_TOGETHER) *
+                   tensor_format<F>::row_bytes(p.columns);
+    struct arrange_rows rows = blank<struct arrange_rows>();
+
+    rows.x = p.x;
+    rows.columns = p.columns;
+    rows.steps = p.steps;
+    rows.row_stride = p.row_stride;
+    rows.step_stride = p.step_stride;
+    rows.norm = p.norm;
+    rows.groups = groups;
+    rows.to = (unsigned char *)cuda_take_scratch(cuda, 0, kept + bytes).memory + kept;
+    launch_arrange<F>(cuda, name, rows, p.rows);
+    p.arranged = rows.to;
+}
+
 template <enum weight_format F, int N, int TILES, class E>
 static void launch_tensor(struct cuda_backend *cuda, const char *name, struct product<E> &p,
                           size_t kept)
@@ -497,20 +529,7 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
         most = ceil_div(most, p.matrices);
         blocks = blocks < most ? blocks : most; /* for several tiles each */
     } else {
-        struct arrange_rows rows = blank<struct arrange_rows>();
-
-        rows.x = p.x;
-        rows.columns = p.columns;
-        rows.steps = p.steps;
-        rows.row_stride = p.row_stride;
-        rows.step_stride = p.step_stride;
-        rows.norm = p.norm;
-        rows.to = (unsigned char *)cuda_take_scratch(
-                      cuda, 0, kept + (size_t)round_up(p.rows, MOST_ROWS) * row_bytes)
-                      .memory +
-                  kept;
-        launch_arrange<F>(cuda, name, rows, p.rows);
-        p.arranged = rows.to;
+        arrange_all<F>(cuda, name, p, kept, 0);
         shared = sums;
     }
     if (cuda_fits(cuda, name, shared))
@@ -548,7 +567,13 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
         choose_tiles<WEIGHT_Q4>(cuda, name, p, kept);
     else {
         p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % 8 == 0;
-        choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        if (p.rows > MOST_ROWS && p.aligned && many_product_fits(cuda)) {
+            arrange_all<WEIGHT_BF16>(cuda, name, p, kept,
+                                     many_product_by_groups(cuda, p.rows, p.pairs, p.matrices));
+            many_product(cuda, p);
+        } else {
+            choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        }
     }
 }
 
@@ -572,5 +597,6 @@ void tensor_product(struct cuda_backend *cuda, const char *name, const struct ma
 
 size_t tensor_scratch(const struct matrix *weight, int rows)
 {
-    return (size_t)round_up(rows, MOST_ROWS) * tensor_format<WEIGHT_FP8>::row_bytes(weight->cols);
+    return (size_t)round_up(rows, ARRANGED_TOGETHER) *
+           tensor_format<WEIGHT_FP8>::row_bytes(weight->cols);
 }

@@ -222,6 +222,54 @@ static int test_company_changes_no_bit(void)
     return 1;
 }
 
+#define GIVEN 70 /* more rows than the card's products for ticks take */
+#define ROOM (size_t)(8 << 20)
+
+/* The state after frames that are given, in calls of 1, 2, 3 ... frames or all at once. */
+static int give_frames(struct moshi_model *model, struct moshi_engine *engine, int at_once,
+                       char *snapshot, size_t *bytes)
+{
+    static int32_t text[GIVEN], codes[GIVEN * MOSHI_MAX_CODEBOOKS],
+        user[GIVEN * MOSHI_MAX_CODEBOOKS];
+    const struct moshi_model_info *info = moshi_model_get_info(model);
+    struct moshi_session *session;
+
+    CHECK(open_session(model, engine, GREEDY, &session) == MOSHI_OK);
+    for (int first = 0, n = at_once ? GIVEN : 1; first < GIVEN; first += n, n++) {
+        if (n > GIVEN - first) n = GIVEN - first;
+        for (int t = 0; t < n; ++t) {
+            text[t] = (first + t) * 37 % info->text_card;
+            for (int k = 0; k < info->dep_q; ++k)
+                codes[k * n + t] = ((first + t) * 29 + k) % info->card;
+            for (int k = 0; k < info->user_q; ++k)
+                user[k * n + t] = ((first + t) * 31 + k) % info->card;
+        }
+        CHECK(moshi_session_prefill(session, n, text, codes, user, NULL) == MOSHI_OK);
+    }
+    *bytes = ROOM;
+    CHECK(moshi_session_snapshot(session, NULL, 0, snapshot, bytes) == MOSHI_OK);
+    moshi_session_destroy(session);
+    return 1;
+}
+
+static int test_frames_given_at_once_have_the_bits_of_few_at_a_time(void)
+{
+    char *snapshots = malloc(2 * ROOM);
+    struct moshi_model *model;
+    struct moshi_engine *engine;
+    size_t once = 0, parts = 0;
+
+    CHECK(snapshots && open_model("cuda", MOSHI_BF16, &model) == MOSHI_OK);
+    CHECK(open_engine(model, 1, &engine) == MOSHI_OK);
+    CHECK(give_frames(model, engine, 1, snapshots, &once));
+    CHECK(give_frames(model, engine, 0, snapshots + ROOM, &parts));
+    CHECK(once == parts && memcmp(snapshots, snapshots + ROOM, once) == 0);
+    moshi_engine_destroy(engine);
+    moshi_model_close(model);
+    free(snapshots);
+    return 1;
+}
+
 /* What a frame does is captured with the first ones; then it is only launched. */
 static int test_a_frame_is_captured_once(void)
 {
@@ -645,6 +693,8 @@ static void run_all(void)
     run_repaired("company changes no bit", test_company_changes_no_bit);
     run_repaired("conversations in fp8 are those of the CPU",
                  test_conversations_in_fp8_are_those_of_the_cpu);
+    run_repaired("frames given at once have the bits of few at a time",
+                 test_frames_given_at_once_have_the_bits_of_few_at_a_time);
     run_repaired("conversations in int8, with int8 keys and values, are those of the CPU",
                  test_conversations_in_int8_are_those_of_the_cpu);
     run_repaired("conversations in q8, with int8 keys and values, are those of the CPU",
