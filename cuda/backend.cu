@@ -75,8 +75,7 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
     cuda_turn turn(cuda);
     void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
-    cuda_flush(cuda);
-    if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
+    if (memory) cuda_fill(cuda, memory, 0, bytes);
     return memory;
 }
 
@@ -251,6 +250,7 @@ static struct backend_ops make_ops(void)
     ops.release = cuda_release;
     ops.upload = cuda_upload;
     ops.download = cuda_download;
+    ops.download_pieces = cuda_download_pieces;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
     ops.allocate_pages = cuda_allocate_pages;
