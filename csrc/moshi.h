@@ -318,7 +318,7 @@ MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm
 MOSHI_API int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes,
                                        struct moshi_frame *frame);
 /* One batched step of `count` sessions of one engine; exactly one of pcms, codes is not NULL. Either
- * all sessions step or none does, but for one that has no memory (see above): its frame stays as it was. */
+ * all sessions step or none does, except for one that has no memory (see above). */
 MOSHI_API int moshi_sessions_step(struct moshi_session *const *sessions, int count,
                                   const float *const *pcms, const int32_t *const *codes,
                                   struct moshi_frame *frames);

@@ -138,12 +138,15 @@ static bool comes_later(const struct cuda_backend *cuda, const struct cuda_piece
 /* What is large goes its own way. */
 static void gather(struct cuda_backend *cuda, const struct cuda_piece &piece)
 {
-    const bool large = piece.bytes >= LARGE_BYTES;
-
     if (piece.bytes == 0) return;
-    if (large || cuda->n_pieces == GATHERED || comes_later(cuda, &piece)) cuda_flush(cuda);
+    if (cuda->n_pieces == GATHERED || comes_later(cuda, &piece)) cuda_flush(cuda);
+    if (piece.bytes >= LARGE_BYTES) {
+        cuda_own_failures own(cuda);
+
+        do_one(cuda, &piece);
+        return;
+    }
     cuda->pieces[cuda->n_pieces++] = piece;
-    if (large) cuda_flush(cuda);
 }
 
 void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes)
