@@ -92,13 +92,18 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cudaGetLastError();
 }
 
+bool cuda_drain(struct cuda_backend *cuda)
+{
+    cuda_flush(cuda);
+    cuda->staged = 0;
+    return cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame");
+}
+
 void cuda_wait(struct cuda_backend *cuda)
 {
     struct cuda_report report;
 
-    cuda_flush(cuda);
-    cuda->staged = 0;
-    if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
+    if (!cuda_drain(cuda)) return;
     report = *cuda->report;
     cuda->report->trouble = TROUBLE_NONE;
     if (report.trouble == TROUBLE_TOKEN)

@@ -167,7 +167,9 @@ void cuda_fill(struct cuda_backend *cuda, void *device, int byte, size_t bytes);
 void cuda_flush(struct cuda_backend *cuda);
 /* kernel_architecture of the library's kernels, which are all built alike. */
 int cuda_kernel_architecture(void);
-/* Waits for the stream and looks at what the kernels reported. */
+/* Waits for the stream; whether it went well. What kernels reported is left for whoever runs them. */
+bool cuda_drain(struct cuda_backend *cuda);
+/* And looks at what they reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
 template <class P> static inline P blank(void)

@@ -10,8 +10,8 @@
 
 #define THREADS 256
 #define PART_BYTES 4096 /* of a piece, for a block */
-#define LARGE_BYTES (size_t)(64 << 10) /* not gathered */
-#define ALONE_BYTES (STAGING_BYTES / 4) /* of a large upload or download, which cross at once */
+#define LARGE_BYTES (size_t)(64 << 10) /* copies and fills that are not gathered */
+#define ALONE_BYTES (STAGING_BYTES / 4) /* the same of uploads; what crosses at once, at most */
 #define FETCHED_BYTES (STAGING_BYTES / 2) /* that cross together */
 
 struct piece {
@@ -66,8 +66,7 @@ static void do_one(struct cuda_backend *cuda, const struct cuda_piece *piece)
 static void do_gathered(struct cuda_backend *cuda, int n)
 {
     struct pieces p = blank<struct pieces>();
-    const char *begin = NULL,
-               *end = NULL; /* of the uploads, which were staged one after the other */
+    const char *begin = NULL, *end = NULL; /* of the uploads, staged one after the other */
     size_t largest = 0;
 
     for (int i = 0; i < n; i++) {
@@ -110,7 +109,7 @@ static char *stage_bytes(struct cuda_backend *cuda, size_t bytes)
 {
     size_t at;
 
-    if (cuda->staged + bytes > STAGING_BYTES) cuda_wait(cuda);
+    if (cuda->staged + bytes > STAGING_BYTES) cuda_drain(cuda);
     at = cuda->staged;
     cuda->staged += (bytes + 63) / 64 * 64;
     return cuda->staging + at;
@@ -135,12 +134,16 @@ static bool comes_later(const struct cuda_backend *cuda, const struct cuda_piece
     return false;
 }
 
-/* What is large goes its own way. */
+/* What is large goes its own way; an upload among gathered ones would cross with them, too. */
 static void gather(struct cuda_backend *cuda, const struct cuda_piece &piece)
 {
+    const bool upload = is_staged(cuda, piece.from);
+    const bool alone = piece.bytes >= (upload ? ALONE_BYTES : LARGE_BYTES);
+
     if (piece.bytes == 0) return;
-    if (cuda->n_pieces == GATHERED || comes_later(cuda, &piece)) cuda_flush(cuda);
-    if (piece.bytes >= LARGE_BYTES) {
+    if (cuda->n_pieces == GATHERED || (upload && alone) || comes_later(cuda, &piece))
+        cuda_flush(cuda);
+    if (alone) {
         cuda_own_failures own(cuda);
 
         do_one(cuda, &piece);
@@ -182,7 +185,7 @@ static void fetch(struct cuda_backend *cuda, void *host, const void *device, siz
         char *piece = stage_bytes(cuda, n);
 
         cuda_good(cuda, cudaMemcpyAsync(piece, from, n, cudaMemcpyDefault, cuda->stream), "a copy");
-        cuda_wait(cuda);
+        cuda_drain(cuda);
         memcpy(to, piece, n);
         from += n, to += n, bytes -= n;
     }
@@ -210,7 +213,7 @@ static int fetch_together(struct cuda_backend *cuda, const struct device_piece *
     cuda_flush(cuda);
     cuda_good(cuda, cudaMemcpyAsync(staged, cuda->landing, bytes, cudaMemcpyDefault, cuda->stream),
               "a copy");
-    cuda_wait(cuda);
+    cuda_drain(cuda);
     for (int i = 0; i < n; i++) {
         memcpy(pieces[i].host, staged + at, pieces[i].bytes);
         at += (pieces[i].bytes + 15) / 16 * 16;
