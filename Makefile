@@ -18,6 +18,7 @@ HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/py/*.h csrc/cpu/*.inc)
 CUDA := $(wildcard cuda/*.cu)
 CUDA_HEADERS := $(wildcard cuda/*.h) csrc/cuda.h csrc/backend.h csrc/quant.h csrc/config.h csrc/moshi.h
 C_TESTS := $(wildcard tests/c/test_*.c)
+CUDA_TESTS := $(patsubst tests/cuda/%.c,%,$(wildcard tests/cuda/test_*.c))
 FUZZ := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(CUDA) $(wildcard cuda/*.h cuda/*.cpp tests/c/*.[ch] \
     tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.c)
@@ -145,7 +146,7 @@ build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
-build/$(1)/cuda/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi.a
+build/$(1)/cuda/test_%: build/$(1)/tests/cuda/test_%.o build/$(1)/libmoshi.a
 	@mkdir -p $$(@D)
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
@@ -181,8 +182,8 @@ build/$(1)/cuda/test_cuda: | build/$(1)/cuda/libfake_cublaslt.so
 build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
 
-run-$(1)/cuda run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
-run-$(1)/cuda: build/$(1)/cuda/test_cuda build/$(1)/cuda/libmoshi_cuda.so FORCE
+run-$(1)/cuda/% run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
+run-$(1)/cuda/%: build/$(1)/cuda/% build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$<"; SHIM_ORDER=7 $$<
 run-$(1)/order-descending: export SHIM_SHARED_KIB = 99
 run-$(1)/order-3: export SHIM_PROCESSORS = 4
@@ -277,7 +278,7 @@ cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a
 .PHONY: cuda-host
 cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
 	@scripts/setup_debian.sh build
-	$(call run,test,run-test/cuda $(addprefix run-test/order-,ascending descending 3))
+	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%) $(addprefix run-test/order-,ascending descending 3))
 
 # A file's tests stay in one process, which keeps their models and servers. Many of them wait for
 # sound in real time while others compute. LONG=--long holds the conversation with upstream's server
@@ -333,7 +334,7 @@ SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 5
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) run-asan/cuda run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib

@@ -7,8 +7,8 @@
  *  - Everything that changes from frame to frame (row map, positions, tokens, masks, seeds) is
  *    device memory. Sizes in the argument structs are fixed per stage and number of rows.
  *  - Activations between operations are f32 rows, contiguous unless a stride is given.
- *  - A backend has one caller at a time. Only upload, download and copy may be called beside it, for
- *    memory that no run is using.
+ *  - A backend has one caller at a time. Only upload, the downloads and copy may be called beside it,
+ *    for memory that no run is using.
  *  - Operations enqueue and return nothing. A failure sticks to the backend until sync reports it.
  *  - Rows are not slots: rows.lane maps a row to the lane whose history it reads and writes.
  *  - Only qkv, conv, conv_transposed, delay_input, delay_output and advance change the history of a
@@ -371,12 +371,21 @@ struct op_softmax {
     float *y;
 };
 
+/* A place of the device's memory, and where the host wants it. */
+struct device_piece {
+    const void *device;
+    void *host;
+    size_t bytes;
+};
+
 struct backend_ops {
     /* Device memory: zeroed, page-aligned, committed when touched; NULL on failure. */
     void *(*allocate)(struct backend *backend, size_t bytes);
     void (*release)(struct backend *backend, void *memory, size_t bytes);
     void (*upload)(struct backend *backend, void *device, const void *host, size_t bytes);
     void (*download)(struct backend *backend, void *host, const void *device, size_t bytes);
+    /* Many places at once; a status, that of this call alone. */
+    int (*download_pieces)(struct backend *backend, const struct device_piece *pieces, int count);
     void (*copy)(struct backend *backend, void *to, const void *from, size_t bytes);
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Device memory that grows: pages of page_bytes, of which each must be committed before it is

@@ -472,10 +472,12 @@ int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor
     return status ? moshi_fail_prefix(status, "%s", tensor_file_path(file)) : MOSHI_OK;
 }
 
-size_t lm_state_slot_bytes(const struct lm_state *state)
+size_t lm_state_fixed_bytes(const struct lm_state *state)
 {
-    return state_lane_bytes(&state->slot_table) + state_lane_bytes(&state->lane_table) +
-           (size_t)state->kv.cache.pages_per_lane * state->kv.cache.page_bytes;
+    size_t bytes = state_table_bytes(&state->slot_table) + state_table_bytes(&state->lane_table) +
+                   kv_pages_fixed_bytes(&state->kv) + depth_work_bytes(&state->depth_work);
+    for (int i = 0; i < state->n_blocks; ++i) bytes += state->blocks[i].bytes;
+    return bytes;
 }
 
 /* ---- the step --------------------------------------------------------------------------- */

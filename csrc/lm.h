@@ -101,7 +101,8 @@ void lm_state_destroy(struct lm_state *state);
 void lm_state_reset(struct lm_state *state, int slot);
 /* Slot `to` becomes a copy of `from`; keys and values are shared, not copied. */
 void lm_state_copy(struct lm_state *state, int from, int to);
-size_t lm_state_slot_bytes(const struct lm_state *state);
+/* Device memory that it takes at once, `beside` included. */
+size_t lm_state_fixed_bytes(const struct lm_state *state);
 /* Lists the state of a slot, with its null half when it is guided. */
 void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot);
 /* Reads the same back from a snapshot, which may hold anything, into a slot that was reset and has

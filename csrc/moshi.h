@@ -207,7 +207,10 @@ MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 
 struct moshi_memory {
     int64_t weights_bytes; /* mapped or private */
-    int64_t session_bytes; /* one session with its context full */
+    /* One session with its context full: its keys and values, its history, and its part of what the
+     * engine works with; so many times max_sessions is what the engine takes. With guidance a session
+     * has the keys and values of two. */
+    int64_t session_bytes;
     int64_t kv_bytes; /* of these, what each of its frames then reads beside the weights */
     int64_t session_used_bytes; /* committed by all open sessions now */
     int64_t free_bytes; /* available on the device */
@@ -308,14 +311,16 @@ struct moshi_frame {
 #define MOSHI_MAX_SAMPLE 100.0f
 
 /* pcm: frame_size floats. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE, give
- * MOSHI_ERROR_AUDIO and change nothing. */
+ * MOSHI_ERROR_AUDIO and change nothing. MOSHI_ERROR_MEMORY: the device has none for a longer context,
+ * or for this session's own copy of one that a fork shares. Then nothing has changed either, and the
+ * frame can be given again. */
 MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm,
                                  struct moshi_frame *frame);
 /* codes: user_q of them, 0..card (card itself is the initial or end token), skipping the encoder. */
 MOSHI_API int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes,
                                        struct moshi_frame *frame);
 /* One batched step of `count` sessions of one engine; exactly one of pcms, codes is not NULL. Either
- * all sessions step or none does. */
+ * all sessions step or none does, except for one that has no memory (see above). */
 MOSHI_API int moshi_sessions_step(struct moshi_session *const *sessions, int count,
                                   const float *const *pcms, const int32_t *const *codes,
                                   struct moshi_frame *frames);

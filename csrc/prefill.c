@@ -155,6 +155,7 @@ static int step_one(const struct prefill *given, int t)
     int status = session_step_entered(session,
                                       given->user + (size_t)t * (size_t)session->engine->user_q,
                                       &frame);
+    if (status) session_end(session, status);
     if (!status && given->said) given->said[t] = frame.text_token;
     return status;
 }

@@ -75,8 +75,7 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
     cuda_turn turn(cuda);
     void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
-    cuda_flush(cuda);
-    if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
+    if (memory) cuda_fill(cuda, memory, 0, bytes);
     return memory;
 }
 
@@ -93,13 +92,18 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cudaGetLastError();
 }
 
+bool cuda_drain(struct cuda_backend *cuda)
+{
+    cuda_flush(cuda);
+    cuda->staged = 0;
+    return cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame");
+}
+
 void cuda_wait(struct cuda_backend *cuda)
 {
     struct cuda_report report;
 
-    cuda_flush(cuda);
-    cuda->staged = 0;
-    if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
+    if (!cuda_drain(cuda)) return;
     report = *cuda->report;
     cuda->report->trouble = TROUBLE_NONE;
     if (report.trouble == TROUBLE_TOKEN)
@@ -251,6 +255,7 @@ static struct backend_ops make_ops(void)
     ops.release = cuda_release;
     ops.upload = cuda_upload;
     ops.download = cuda_download;
+    ops.download_pieces = cuda_download_pieces;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
     ops.allocate_pages = cuda_allocate_pages;

@@ -371,6 +371,7 @@ static unsigned char *device_memory; /* protected but while work is done */
 static size_t device_high;           /* what has ever been used of it */
 static std::map<size_t, size_t> pieces; /* offset -> bytes with the zone behind them */
 static std::map<size_t, size_t> ranges; /* those of them that are only addresses -> bytes */
+static std::map<size_t, size_t> taken; /* the others -> bytes that were asked for */
 static size_t mapped_bytes;              /* behind such addresses */
 static std::map<uintptr_t, size_t> host_blocks, managed_blocks;
 
@@ -475,6 +476,8 @@ cudaError_t cudaMalloc(void **memory, size_t bytes)
 
     if (at == DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
     *memory = device_memory + at;
+    taken[at] = bytes;
+    counts[SHIM_TAKEN_BYTES] += (long)bytes;
     fill_place(*memory, bytes);
     return cudaSuccess;
 }
@@ -514,6 +517,7 @@ cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t byt
     ++counts[SHIM_PREPARED];
     if (strikes(SHIM_FAULT_MALLOC)) return cudaErrorMemoryAllocation;
     mapped_bytes += bytes;
+    counts[SHIM_TAKEN_BYTES] += (long)bytes;
     fill_place(address, bytes);
     return cudaSuccess;
 }
@@ -525,6 +529,7 @@ void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
 
     (void)memory, (void)handle;
     mapped_bytes -= bytes;
+    counts[SHIM_TAKEN_BYTES] -= (long)bytes;
     ASAN_POISON_MEMORY_REGION(address, bytes);
 }
 
@@ -553,6 +558,8 @@ cudaError_t cudaFree(void *memory)
         return cudaSuccess;
     }
     ASAN_POISON_MEMORY_REGION(memory, block->second);
+    counts[SHIM_TAKEN_BYTES] -= (long)taken[block->first];
+    taken.erase(block->first);
     pieces.erase(block);
     return give(broken);
 }
@@ -677,6 +684,8 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     ++counts[!is_device((uintptr_t)to)             ? SHIM_FETCHED
              : source.type == cudaMemoryTypeDevice ? SHIM_MOVED
                                                    : SHIM_SENT];
+    if (is_device((uintptr_t)to) && source.type == cudaMemoryTypeDevice)
+        counts[SHIM_COPIED_BYTES] += (long)bytes;
     if (source.type == cudaMemoryTypeUnregistered) { /* such memory is read at once */
         std::vector<unsigned char> staged((const unsigned char *)from,
                                           (const unsigned char *)from + bytes);
@@ -785,6 +794,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
 {
     (void)flags;
     ++counts[SHIM_PREPARED];
+    ++counts[SHIM_CAPTURED];
     *executable = new shim_graph(*graph);
     return give(broken);
 }

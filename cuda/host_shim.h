@@ -639,7 +639,8 @@ enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
 /* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
- * graphs; graphs launched; copies to and from the device; fills and copies on it. */
+ * graphs; graphs launched; copies to and from the device; fills and copies on it; graphs made. Then
+ * bytes: of the copies on it, which kernels did not make; of its memory that is taken now. */
 enum shim_event {
     SHIM_PREPARED,
     SHIM_LAUNCHED,
@@ -647,6 +648,9 @@ enum shim_event {
     SHIM_SENT,
     SHIM_FETCHED,
     SHIM_MOVED,
+    SHIM_CAPTURED,
+    SHIM_COPIED_BYTES,
+    SHIM_TAKEN_BYTES,
     SHIM_EVENTS
 };
 extern "C" __attribute__((visibility("default"))) long shim_count(int event);

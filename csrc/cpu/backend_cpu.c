@@ -53,6 +53,14 @@ static void cpu_download(struct backend *backend, void *host, const void *device
     if (bytes) memcpy(host, device, bytes);
 }
 
+static int cpu_download_pieces(struct backend *backend, const struct device_piece *pieces,
+                               int count)
+{
+    for (int i = 0; i < count; ++i)
+        cpu_download(backend, pieces[i].host, pieces[i].device, pieces[i].bytes);
+    return MOSHI_OK;
+}
+
 static void cpu_copy(struct backend *backend, void *to, const void *from, size_t bytes)
 {
     (void)backend;
@@ -341,6 +349,7 @@ static const struct backend_ops cpu_ops = {
     .release = cpu_release,
     .upload = cpu_upload,
     .download = cpu_download,
+    .download_pieces = cpu_download_pieces,
     .copy = cpu_copy,
     .clear = cpu_clear,
     .allocate_pages = cpu_allocate_pages,
