@@ -53,7 +53,7 @@ GIVEN_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-}
 export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$PWD/build/gpu/libmoshi_cuda.so}
 # One word for each variant.
 VARIANTS=${VARIANTS-MOSHI_C_EARLY_KERNELS=1 MOSHI_C_DEPTH_KERNEL=1}
-ROOM_KB=24000000 # for both models
+ROOM_KB=20000000 # for both models
 
 # fail SENTENCE: why a stage can't go on.
 fail() {
@@ -67,10 +67,12 @@ needs() {
 
 # Of RAM if there is enough of it, so that nothing waits for a disk.
 choose_model() {
-    local room
+    local room memory
     if [ -z "${MODEL:-}" ]; then
         room=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
-        if [ -e /dev/shm/moshi-7b/config.json ] || [ "${room:-0}" -gt "$ROOM_KB" ]; then
+        memory=$(sed -n 's/^MemAvailable: *\([0-9]*\) kB/\1/p' /proc/meminfo)
+        if [ -e /dev/shm/moshi-7b/config.json ] ||
+            { [ "${room:-0}" -gt "$ROOM_KB" ] && [ "${memory:-0}" -gt $((3 * ROOM_KB)) ]; }; then
             MODEL=/dev/shm/moshi-7b
         else
             MODEL=build/gpu/moshi-7b
@@ -145,6 +147,7 @@ stage() {
         needs make "it builds the programs"
         mkdir -p build/gpu
         if [ -z "$GIVEN_LIBRARY" ]; then
+            rm -f build/gpu/libmoshi_cuda.so
             needs nvcc "the CUDA toolkit is needed, or a library that MOSHI_C_CUDA_LIBRARY names"
             "$PYTHON" scripts/build_cuda.py build/gpu/libmoshi_cuda.so \
                 --architectures "$(architecture)" --work build/gpu &
@@ -153,7 +156,8 @@ stage() {
         fi
         make --no-print-directory -j"$(nproc)" build/gpu/test_kernels build/gpu/cuda/test_cuda \
             build/gpu/gpu || troubles=1
-        wait $! || fail "the kernels were not compiled"
+        wait $! || troubles=$((troubles + 1))
+        [ -e "$MOSHI_C_CUDA_LIBRARY" ] || fail "the kernels were not compiled"
         ;;
     ops) build/gpu/test_kernels cuda ;;
     sessions) build/gpu/cuda/test_cuda ;;

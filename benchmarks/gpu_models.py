@@ -231,9 +231,8 @@ def write(path: Path, shapes: Shapes, dtype: str) -> None:
         os.close(file)
 
 
-def main() -> None:
-    folder, words = Path(sys.argv[1]), sys.argv[2:]
-    dry = "dry" in words
+def main(words: list[str]) -> None:
+    folder, dry = Path(words[0]), "dry" in words
     model = (NARROW if dry else MODELS)["stt" if "stt" in words else "7b"]
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -253,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

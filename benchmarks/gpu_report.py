@@ -162,13 +162,15 @@ def printed(found: Line) -> str:
     return f"{text}{found['found']:10.3f}  {bound:9} {share:>7} {word}"
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    if sys.argv[2:3] == ["stage"]:
-        name, seconds, trouble = sys.argv[3:6]
+def main(words: list[str]) -> None:
+    folder = Path(words[0])
+    if words[1:2] == ["stage"]:
+        name, seconds, trouble = words[2:5]
         line = {"name": "stage", "of": name, "seconds": int(seconds), "trouble": trouble}
-        with (folder / "results.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = folder / "results.jsonl"
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" * cut + json.dumps(line) + "\n")
         return
     lines = read(folder / "results.jsonl")
     add_ratios(lines)
@@ -192,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
