@@ -14,10 +14,13 @@
 
 extern int dry; /* few and small, to try the program itself: the times mean nothing */
 extern double read_rate; /* bytes a second, as measured in this process */
+extern int mistakes; /* what was not the CPU's so far: times that follow are told as unverified */
 
 /* Ends the program with the sentence of the failure that was just recorded. What was measured before
  * stays. */
 _Noreturn void stop(const char *what);
+/* Says what is not as it should be, and counts it. */
+void mistake(const char *sentence, ...) __attribute__((format(printf, 1, 2)));
 
 /* ---- results ---------------------------------------------------------------------------- */
 
@@ -97,8 +100,8 @@ double company_bytes(const struct company *company, int n);
 struct reference;
 
 struct reference *reference_make(const char *folder, const struct format *format);
-/* Holds the first and the last session of the company to it, and ends the program where they are
- * further off than rounding; then the sessions begin anew. */
+/* Holds the first and the last session of the company to it: further off than rounding is a mistake.
+ * Then the sessions begin anew. */
 void reference_compare(const struct reference *reference, struct company *company);
 void reference_free(struct reference *reference);
 

@@ -58,7 +58,9 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
     assert {"machine", "date", "commit"} <= set(found)
 
 
-def test_the_table_tells_what_was_reached(tmp_path: Path) -> None:
+def test_the_table_tells_what_was_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def line(name: str, **fields: Any) -> str:
         return json.dumps({"name": name, "variant": ""} | fields) + "\n"
 
@@ -66,6 +68,7 @@ def test_the_table_tells_what_was_reached(tmp_path: Path) -> None:
         line("frame bf16+bf16", p50_ms=4.6, p99_ms=5, bytes_ms=3.8)
         + line("frame bf16+bf16", p50_ms=4.4, p99_ms=5, bytes_ms=3.8, variant="X=1")
         + line("product 4096 x 4096", p50_ms=0.01, share=0.91, ratio=1.2)
+        + line("prefill", p50_ms=20, ratio=60, verified=False)
         + line("64 sessions bf16+bf16", p50_ms=30, p99_ms=31, bytes_ms=26.8)
         + line("64 sessions bf16+bf16, paced", p50_ms=33, p99_ms=45, late=0)
     )
@@ -83,6 +86,11 @@ def test_the_table_tells_what_was_reached(tmp_path: Path) -> None:
     assert not rows[paced, "p99_over_p50", ""]["passed"]  # 1.36
     assert rows[paced, "over_back_to_back", ""]["passed"]  # 1.1
     assert rows["codec 1", "p50_ms", ""]["found"] is None
+    assert rows["prefill", "p50_ms", ""]["passed"] and not rows["prefill", "p50_ms", ""]["verified"]
+    told = [
+        text for text in capsys.readouterr().out.splitlines() if "not the CPU's results" in text
+    ]
+    assert len(told) == 2 and all("prefill" in text for text in told)
 
 
 def made() -> set[str]:
