@@ -173,9 +173,9 @@ static void measure_product(struct backend *backend, int rows, int columns)
         .weight = {.format = WEIGHT_BF16, .rows = rows, .cols = columns, .data = weights},
         .y = y};
     ours.n = theirs.n = 0;
-    for (int round = 0; round < ROUNDS; ++round) {
+    for (int round = 0; round < (dry ? 1 : ROUNDS); ++round) {
         ops->clear(backend, y, 0xff, (size_t)rows * 4);
-        for (int i = -3; i < 20; ++i) {
+        for (int i = dry ? 0 : -3; i < (dry ? 2 : 20); ++i) {
             double began = os_clock();
 
             if (ops->run(backend, 0, product_stage, &product, 0) || ops->sync(backend)) stop(name);
@@ -231,7 +231,7 @@ static void products(void)
 
 static void warm(struct company *company, int ticks)
 {
-    for (int i = 0; i < (dry ? 1 : ticks); ++i) company_step(company, company->n);
+    for (int i = 0; i < (dry ? 0 : ticks); ++i) company_step(company, company->n);
 }
 
 /* In turn, some frames at a time. */
@@ -245,7 +245,7 @@ static void measure_frames(struct company *companies, int n, int blocks, int fra
     for (int block = 0; block < (dry ? 1 : blocks); ++block)
         for (int i = 0; i < n; ++i) {
             warm(&companies[i], 3);
-            for (int t = 0; t < (dry ? 2 : frames); ++t)
+            for (int t = 0; t < (dry ? 1 : frames); ++t)
                 samples_add(&samples[i], company_step(&companies[i], companies[i].n));
         }
     for (int i = 0; i < n; ++i)
@@ -258,7 +258,7 @@ static void measure_part(struct company *companies, int n, const char *name, dou
                          int (*part)(struct lm_state *, const struct lm_shape *))
 {
     static struct samples samples[MOST_VARIANTS];
-    const int repeats = dry ? 2 : 20;
+    const int repeats = dry ? 1 : 20;
 
     for (int i = 0; i < n; ++i) samples[i].n = 0;
     for (int block = 0; block < repeats; ++block)
@@ -282,7 +282,7 @@ static void measure_part(struct company *companies, int n, const char *name, dou
 static void measure_paced(struct company *company, double seconds, const char *name)
 {
     static struct samples samples;
-    const int ticks = dry ? 2 : (int)(seconds / FRAME_SECONDS);
+    const int ticks = dry ? 1 : (int)(seconds / FRAME_SECONDS);
     double due = os_clock();
     int late = 0;
 
@@ -488,7 +488,7 @@ static void prefill(const char *format_name)
     static int32_t tokens[MOST_STREAMS * PROMPT];
     static struct samples given, stepped;
     const struct format format = format_named(format_name);
-    const int few = 40, most = dry ? 60 : PROMPT;
+    const int few = dry ? 5 : 40, most = dry ? 20 : PROMPT;
     struct company company;
 
     company_open(&company, folder, "cuda", "", &format, 1);
@@ -539,7 +539,7 @@ static void prefill(const char *format_name)
 static void measure_spread(struct company *company, double seconds, const char *name)
 {
     static struct samples samples;
-    const int n = company->n, turns = dry ? 2 : (int)(seconds / FRAME_SECONDS);
+    const int n = company->n, turns = dry ? 1 : (int)(seconds / FRAME_SECONDS);
     double *due = malloc((size_t)n * sizeof *due);
     int *turn = calloc((size_t)n, sizeof *turn), *waits = calloc((size_t)n, sizeof *waits);
     int late = 0, left = n * turns;
@@ -603,7 +603,7 @@ static void many(const char *format_name, int n, double seconds)
             snprintf(name, sizeof name, "memory of %d sessions %s", n, format.name);
             if (round == 0) company_memory(&company, name);
             bytes = company_bytes(&company, n);
-            for (int t = 0; t < (dry ? 2 : 150); ++t)
+            for (int t = 0; t < (dry ? 1 : 150); ++t)
                 samples_add(&samples[i], company_step(&company, n));
             snprintf(name, sizeof name, "%d sessions %s", n, format.name);
             if (round == rounds - 1)
@@ -628,8 +628,8 @@ static void many(const char *format_name, int n, double seconds)
 static double try_streams(struct company *company, int n, int ticks, struct samples *samples)
 {
     samples->n = 0;
-    for (int t = 0; t < (dry ? 1 : 3); ++t) company_step(company, n);
-    for (int t = 0; t < (dry ? 2 : ticks); ++t) samples_add(samples, company_step(company, n));
+    for (int t = 0; t < (dry ? 0 : 3); ++t) company_step(company, n);
+    for (int t = 0; t < (dry ? 1 : ticks); ++t) samples_add(samples, company_step(company, n));
     samples_median(samples);
     return samples->seconds[samples->n * 99 / 100];
 }
@@ -656,7 +656,7 @@ static void streams(const char *format_name)
     char name[64];
     int kept = 0;
 
-    company_open(&company, folder, "cuda", "", &format, dry ? 4 : MOST_STREAMS_AT_ONCE);
+    company_open(&company, folder, "cuda", "", &format, dry ? 3 : MOST_STREAMS_AT_ONCE);
     measure_floors(company.model->backend, "streams");
     const int most = room_for(&company);
 

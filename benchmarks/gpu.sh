@@ -20,13 +20,13 @@
 # Stages follow each other; one that fails says why in its last line, keeps what it has measured, and
 # does not keep the next one from beginning. Afterwards a table says which of the targets were reached.
 #
-# In 30 minutes, of which a machine's loan may consist, with calls of 10 minutes at most (seconds that
-# each stage takes on an H200 with 16 cores; estimated, not measured):
+# All of it in half an hour, by calls of ten minutes at most (seconds of each stage on an H200 with 16
+# cores; estimated, not measured):
 #   1. gpu.sh build sessions model products codec frames       90 + 20 + 20 + 25 + 20 + 140 = 315
 #   2. gpu.sh prefill streams many                             20 + 180 + 290 = 490
 #   3. gpu.sh upstream profile ops                             220 + 40 + 120 = 380
 # The machine has to keep its files between the calls; where it does not, build and model come first in
-# each of them. What waits for a second loan: sanitize (300), large (30).
+# each of them. For another time: sanitize (300), large (30).
 #
 # What is taken from the environment:
 #   OUT        the folder of the results: log.txt, results.jsonl (each thing as it was measured) and
@@ -49,8 +49,8 @@ PYTHON=${PYTHON:-python3}
 if [ "${1:-}" = dry ]; then OUT=${OUT:-build/gpu/dry}; fi
 export OUT=${OUT:-build/gpu/out} GPU=${GPU:-build/gpu/gpu}
 RESULTS=$OUT/results.jsonl
-GIVEN_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-}
-export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$PWD/build/gpu/libmoshi_cuda.so}
+OUR_LIBRARY=$PWD/build/gpu/libmoshi_cuda.so
+export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$OUR_LIBRARY}
 # One word for each variant.
 VARIANTS=${VARIANTS-MOSHI_C_EARLY_KERNELS=1 MOSHI_C_DEPTH_KERNEL=1}
 ROOM_KB=20000000 # for both models
@@ -146,10 +146,10 @@ stage() {
     build)
         needs make "it builds the programs"
         mkdir -p build/gpu
-        if [ -z "$GIVEN_LIBRARY" ]; then
-            rm -f build/gpu/libmoshi_cuda.so
+        if [ "$MOSHI_C_CUDA_LIBRARY" = "$OUR_LIBRARY" ]; then
             needs nvcc "the CUDA toolkit is needed, or a library that MOSHI_C_CUDA_LIBRARY names"
-            "$PYTHON" scripts/build_cuda.py build/gpu/libmoshi_cuda.so \
+            rm -f "$OUR_LIBRARY"
+            "$PYTHON" scripts/build_cuda.py "$OUR_LIBRARY" \
                 --architectures "$(architecture)" --work build/gpu &
         else
             true &
@@ -226,11 +226,11 @@ stage() {
         part "$OUT/7b" "$RESULTS" codec 2
         VARIANTS=MOSHI_C_EARLY_KERNELS=1 part "$OUT/7b" "$RESULTS" frames q4
         VARIANTS="" part "$OUT/7b" "$RESULTS" prefill
-        VARIANTS="" part "$OUT/7b" "$RESULTS" many bf16 3 1
+        VARIANTS="" part "$OUT/7b" "$RESULTS" many bf16 2 1
         part "$OUT/stt" "$RESULTS" streams int8
-        echo | part "$OUT/7b" follow frame 2
+        echo | part "$OUT/7b" follow frame 1
         echo | part "$OUT/7b" follow depth 1
-        echo | part "$OUT/7b" follow codec 2
+        echo | part "$OUT/7b" follow codec 1
         for name in memory product codec frame temporal depth prefill sessions paced spread streams; do
             grep -q "^{\"name\": \"[^\"]*$name" "$RESULTS" && continue
             echo "nothing was measured of: $name"

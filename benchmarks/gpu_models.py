@@ -55,7 +55,7 @@ MODELS = {
     "stt": Model(2048, 16, 16, 8000, 32, 0, context=750),
 }
 NARROW = {
-    "7b": Model(256, 2, 2, 400, 16, 8, card=512, depth=96, depth_layers=2, context=100),
+    "7b": Model(256, 2, 2, 400, 16, 8, card=512, depth=96, depth_layers=1, context=100),
     "stt": Model(256, 2, 2, 400, 8, 0, card=512, context=100),
 }
 

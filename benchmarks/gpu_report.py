@@ -182,7 +182,8 @@ def main(words: list[str]) -> None:
         if found["found"] is not None:
             print(printed(found))
     if missing := [found for found in table if found["found"] is None]:
-        print("not measured:", ", ".join(f"{found['id']} {found['name']}" for found in missing))
+        names = dict.fromkeys(f"{found['id']} {found['name']}" for found in missing)
+        print("not measured:", ", ".join(names))
     if rates:
         print(f"the card's memory was read at {min(rates):.0f} to {max(rates):.0f} GB/s")
     for line in lines:
