@@ -115,9 +115,13 @@ def read(path: Path) -> list[Line]:
 
 
 def add_ratios(lines: list[Line]) -> None:
-    """Of the paced sessions: p99 over p50, and p50 over that of the same steps back to back."""
+    """Of the paced sessions: p99 over p50, and p50 over that of the same steps back to back. Of given
+    frames: the share of what the card multiplies in a large product."""
+    rates = [line["tflops"] for line in lines if line["name"] == "matrices" and "tflops" in line]
     unpaced = {line["name"]: line for line in lines if line.get("variant") == ""}
     for line in lines:
+        if line["name"] == "prefill" and rates:
+            line["share_of_matrices"] = round(line["tflops"] / max(rates), 4)
         if not line["name"].endswith(", paced") or "p50_ms" not in line:
             continue
         line["p99_over_p50"] = round(line["p99_ms"] / line["p50_ms"], 4)
