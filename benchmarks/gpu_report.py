@@ -115,7 +115,7 @@ def read(path: Path) -> list[Line]:
 
 
 def add_ratios(lines: list[Line]) -> None:
-    """Of the paced sessions: p99 over p50, and p50 over that of the same steps back to back. Of given
+    """Of paced sessions: p99 over p50, and p50 over that of the same steps back to back. Of given
     frames: the share of what the card multiplies in a large product."""
     rates = [line["tflops"] for line in lines if line["name"] == "matrices" and "tflops" in line]
     unpaced = {line["name"]: line for line in lines if line.get("variant") == ""}

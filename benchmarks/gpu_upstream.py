@@ -181,8 +181,8 @@ def main() -> None:
     parts: list[Callable[[], None]] = [
         one_session,
         lambda: codec(1),
-        lambda: codec(3),
-        lambda: many(3),
+        lambda: codec(64),
+        lambda: many(64),
     ]
     with torch.no_grad():
         for part in parts:

@@ -88,6 +88,8 @@ def test_the_table_tells_what_was_reached(
     assert rows[paced, "over_back_to_back", ""]["passed"]  # 1.1
     assert rows["codec 1", "p50_ms", ""]["found"] is None
     assert rows["prefill", "p50_ms", ""]["passed"] and not rows["prefill", "p50_ms", ""]["verified"]
+    given = [line for line in written(tmp_path)["lines"] if line["name"] == "prefill"]
+    assert given[0]["share_of_matrices"] == 0.4
     told = [
         text for text in capsys.readouterr().out.splitlines() if "not the CPU's results" in text
     ]
