@@ -46,7 +46,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 SELF=$PWD/benchmarks/gpu.sh
 
 PYTHON=${PYTHON:-python3}
-if [ "${1:-}" = dry ]; then OUT=${OUT:-build/gpu/dry}; fi
+if [ "${1:-}" = dry ]; then
+    OUT=${OUT:-build/gpu/dry}
+    export GPU_DRY=1
+fi
 export OUT=${OUT:-build/gpu/out} GPU=${GPU:-build/gpu/gpu}
 RESULTS=$OUT/results.jsonl
 OUR_LIBRARY=$PWD/build/gpu/libmoshi_cuda.so
@@ -219,7 +222,6 @@ stage() {
         "$PYTHON" benchmarks/gpu_profile.py "$MODEL" "$RESULTS"
         ;;
     dry)
-        export GPU_DRY=1
         "$PYTHON" benchmarks/gpu_models.py "$OUT/7b" 7b dry || troubles=1
         "$PYTHON" benchmarks/gpu_models.py "$OUT/stt" stt dry || troubles=1
         part - "$RESULTS" products
@@ -270,6 +272,7 @@ if [ "$1" = only ]; then
 fi
 [ "$1" != dry ] || rm -rf "$OUT" # what it measures means nothing beside anything else
 mkdir -p "$OUT"
+"$PYTHON" benchmarks/gpu_report.py "$OUT" begin || exit 1
 failures=0
 for word in "$@"; do
     if [ "$word" = time ]; then

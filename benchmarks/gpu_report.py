@@ -1,10 +1,11 @@
 """What the stages of benchmarks/gpu.sh measured, beside the targets: gpu_report.py FOLDER.
 
 Reads FOLDER/results.jsonl, whose lines are there from the moment a thing was measured, prints a
-table, and writes all of it with machine, date and commit to FOLDER/gpu.json. Of lines of the same
+table, and writes all of it to FOLDER/gpu.json. Of lines of the same
 name the last one counts. The standard library alone is needed.
 
-gpu_report.py FOLDER stage NAME SECONDS TROUBLE adds a line about a stage; no TROUBLE: "".
+gpu_report.py FOLDER begin adds a line with machine, date and commit, which comes first; gpu_report.py
+FOLDER stage NAME SECONDS TROUBLE one about a stage; no TROUBLE: "".
 """
 
 from __future__ import annotations
@@ -99,8 +100,18 @@ def machine() -> Line:
 
 def commit() -> str:
     """COMMIT names it where the sources came without their history."""
-    found = os.environ.get("COMMIT") or command("git", "rev-parse", "--short=10", "HEAD")
-    return found or "unknown"
+    found = command("git", "rev-parse", "--short=10", "HEAD")
+    changed = command(
+        "git", "status", "--porcelain", "-uno", "--", ".", ":(exclude)benchmarks/results"
+    )
+    return os.environ.get("COMMIT") or (found + "-dirty" * bool(changed)) or "unknown"
+
+
+def call() -> Line:
+    """Where and of what the lines that follow are."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts = {"machine": machine(), "date": date, "commit": commit(), "dry": "GPU_DRY" in os.environ}
+    return {"name": "call"} | facts
 
 
 def read(path: Path) -> list[Line]:
@@ -112,6 +123,13 @@ def read(path: Path) -> list[Line]:
         except ValueError:
             continue
     return found
+
+
+def append(path: Path, line: Line) -> None:
+    """After a line that was cut off, too."""
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut + json.dumps(line) + "\n")
 
 
 def add_ratios(lines: list[Line]) -> None:
@@ -170,17 +188,18 @@ def printed(found: Line) -> str:
 
 def main(words: list[str]) -> None:
     folder = Path(words[0])
+    path = folder / "results.jsonl"
+    if words[1:] == ["begin"]:
+        append(path, call())
+        return
     if words[1:2] == ["stage"]:
         name, seconds, trouble = words[2:5]
-        line = {"name": "stage", "of": name, "seconds": int(seconds), "trouble": trouble}
-        path = folder / "results.jsonl"
-        cut = path.exists() and not path.read_bytes().endswith(b"\n")
-        with path.open("a") as file:
-            file.write("\n" * cut + json.dumps(line) + "\n")
+        append(path, {"name": "stage", "of": name, "seconds": int(seconds), "trouble": trouble})
         return
-    lines = read(folder / "results.jsonl")
+    lines = read(path)
     add_ratios(lines)
     table = rows(lines)
+    last = [line for line in lines if line["name"] == "call"][-1]
     rates = [line["read_gb_s"] for line in lines if line["name"] == "memory"]
     for found in table:
         if found["found"] is not None:
@@ -194,9 +213,10 @@ def main(words: list[str]) -> None:
         if line["name"] == "stage":
             words = [f"{line['seconds']} s"] + [line["trouble"]] * bool(line["trouble"])
             print(f"{line['of']}: {', '.join(words)}")
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    whole = {"machine": machine(), "date": date, "commit": commit(), "targets": table}
-    whole["lines"] = lines
+    if last["dry"]:
+        print("a dry run: none of these times means anything")
+    facts = {key: value for key, value in last.items() if key != "name"}
+    whole = facts | {"targets": table, "lines": lines}
     (folder / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 

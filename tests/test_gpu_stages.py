@@ -38,7 +38,8 @@ def written(out: Path) -> dict[str, Any]:
 def test_a_stage_that_cannot_run_says_why_and_the_next_one_follows(tmp_path: Path) -> None:
     done = run(tmp_path, "frames", "nonsense")
     assert done.returncode == 1
-    troubles = {line["of"]: line["trouble"] for line in written(tmp_path)["lines"]}
+    lines = written(tmp_path)["lines"][1:]
+    troubles = {line["of"]: line["trouble"] for line in lines}
     assert "there is no model at" in troubles["frames"] and "`model`" in troubles["frames"]
     assert "there is no stage nonsense" in troubles["nonsense"]
     assert done.stdout.splitlines()[-2:] == [
@@ -49,11 +50,13 @@ def test_a_stage_that_cannot_run_says_why_and_the_next_one_follows(tmp_path: Pat
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path: Path) -> None:
     before = {"name": "codec 1", "variant": "", "p50_ms": 0.3, "p99_ms": 0.4}
-    (tmp_path / "results.jsonl").write_text(json.dumps(before) + '\n{"name": "codec 64", "p5')
+    gpu_report.main([str(tmp_path), "begin"])
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write(json.dumps(before) + '\n{"name": "codec 64", "p5')
     gpu_report.main([str(tmp_path), "stage", "codec", "7", "ended after 480 s"])
     gpu_report.main([str(tmp_path)])
     found = written(tmp_path)
-    assert found["lines"][0] == before
+    assert found["lines"][1] == before
     assert found["lines"][-1]["trouble"] == "ended after 480 s"
     assert {"machine", "date", "commit"} <= set(found)
 
@@ -65,7 +68,8 @@ def test_the_table_tells_what_was_reached(
         return json.dumps({"name": name, "variant": ""} | fields) + "\n"
 
     (tmp_path / "results.jsonl").write_text(
-        line("frame bf16+bf16", p50_ms=4.6, p99_ms=5, bytes_ms=3.8)
+        line("call", machine={}, date="", commit="", dry=False)
+        + line("frame bf16+bf16", p50_ms=4.6, p99_ms=5, bytes_ms=3.8)
         + line("frame bf16+bf16", p50_ms=4.4, p99_ms=5, bytes_ms=3.8, variant="X=1")
         + line("product 4096 x 4096", p50_ms=0.01, share=0.91, ratio=1.2)
         + line("prefill", p50_ms=20, ratio=60, tflops=300, verified=False)
