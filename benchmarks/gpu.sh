@@ -261,25 +261,30 @@ run() {
     "$PYTHON" benchmarks/gpu_report.py "$OUT" stage "$1" $((SECONDS - began)) "$trouble"
 }
 
-if [ $# = 0 ]; then
-    sed -n '2,/^set/s/^# \{0,1\}//p' "$SELF"
-    exit 2
-fi
-choose_model
-if [ "$1" = only ]; then
-    stage "$2"
-    exit
-fi
-[ "$1" != dry ] || rm -rf "$OUT" # what it measures means nothing beside anything else
-mkdir -p "$OUT"
-"$PYTHON" benchmarks/gpu_report.py "$OUT" begin || exit 1
-failures=0
-for word in "$@"; do
-    if [ "$word" = time ]; then
-        for each in products codec frames prefill many streams; do run "$each"; done
-    else
-        run "$word"
+main() {
+    local word each failures=0
+    if [ $# = 0 ]; then
+        sed -n '2,/^set/s/^# \{0,1\}//p' "$SELF"
+        exit 2
     fi
-done
-"$PYTHON" benchmarks/gpu_report.py "$OUT"
-[ "$failures" = 0 ]
+    choose_model
+    if [ "$1" = only ]; then
+        stage "$2"
+        exit
+    fi
+    [ "$1" != dry ] || rm -rf "$OUT" # what it measures means nothing beside anything else
+    mkdir -p "$OUT"
+    "$PYTHON" benchmarks/gpu_report.py "$OUT" begin || exit 1
+    for word in "$@"; do
+        if [ "$word" = time ]; then
+            for each in products codec frames prefill many streams; do run "$each"; done
+        else
+            run "$word"
+        fi
+    done
+    "$PYTHON" benchmarks/gpu_report.py "$OUT"
+    [ "$failures" = 0 ]
+}
+
+main "$@"
+exit

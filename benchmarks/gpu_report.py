@@ -4,8 +4,8 @@ Reads FOLDER/results.jsonl, whose lines are there from the moment a thing was me
 table, and writes all of it to FOLDER/gpu.json. Of lines of the same
 name the last one counts. The standard library alone is needed.
 
-gpu_report.py FOLDER begin adds a line with machine, date and commit, which comes first; gpu_report.py
-FOLDER stage NAME SECONDS TROUBLE one about a stage; no TROUBLE: "".
+gpu_report.py FOLDER begin adds a line with machine, date and commit, which comes first;
+gpu_report.py FOLDER stage NAME SECONDS TROUBLE one about a stage; no TROUBLE: "".
 """
 
 from __future__ import annotations
