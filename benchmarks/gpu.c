@@ -623,7 +623,7 @@ static void many(const char *format_name, int n, double seconds)
 
 /* ---- streams ---------------------------------------------------------------------------- */
 
-#define SPARE_BYTES 2e9 /* for what is not a session's: graphs, the library's own */
+#define SPARE_BYTES 4e9 /* for what is not a session's: graphs, the library's own */
 #define MOST_STREAMS_AT_ONCE 3072
 
 /* p99 of steps of the first n, back to back; they keep up where it is below a frame's time. */
@@ -636,8 +636,8 @@ static double try_streams(struct company *company, int n, int ticks, struct samp
     return samples->seconds[samples->n * 99 / 100];
 }
 
-/* How many sessions the card has pages for, beside what the engine of all of them holds already. */
-static int room_for(const struct company *company)
+/* How many sessions, up to `most`, the card has pages for beside what the engine holds already. */
+static int room_for(const struct company *company, int most)
 {
     const struct moshi_engine *engine = company->engine;
     const struct kv_cache *lm = &engine->lm.kv.cache, *codec = &engine->mimi.encoder_kv.cache;
@@ -646,7 +646,7 @@ static int room_for(const struct company *company)
     const int64_t left = engine->backend->ops->memory_free(engine->backend);
     const double room = ((double)left - (dry ? 0 : SPARE_BYTES)) / each;
 
-    return room < company->n ? (int)room : company->n;
+    return room < most ? (int)room : most;
 }
 
 static void streams(const char *format_name)
@@ -658,10 +658,15 @@ static void streams(const char *format_name)
     char name[64];
     int kept = 0;
 
-    company_open(&company, folder, "cuda", "", &format, dry ? 3 : MOST_STREAMS_AT_ONCE);
+    company_open(&company, folder, "cuda", "", &format, 1);
     measure_floors(company.model->backend, "streams");
-    const int most = room_for(&company);
+    int most = room_for(&company, dry ? 3 : MOST_STREAMS_AT_ONCE);
 
+    company_close(&company);
+    if (most > 0) {
+        company_open(&company, folder, "cuda", "", &format, most);
+        most = room_for(&company, most);
+    }
     if (most < 1) {
         fprintf(stderr, "gpu: the card has no room for a stream\n");
         exit(1);
