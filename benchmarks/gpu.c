@@ -12,8 +12,9 @@
  *
  * FOLDER holds a model, FORMAT is its weights'. RESULTS gets a line of JSON for each thing that was
  * measured, at once. Floors are measured in the same process; what is timed has been compared with
- * the CPU in it, and is marked where the comparison failed. Times are the wall's, from call to result, samples to samples. The variants of the
- * environment's VARIANTS take turns with what is the case without them. GPU_DRY=1: few and small. */
+ * the CPU in it, and is marked where the comparison failed. Times are the wall's, from call to result,
+ * samples to samples. The variants of the environment's VARIANTS take turns with what is the case
+ * without them. GPU_DRY=1: few and small. */
 #include "gpu.h"
 
 #include <math.h>
@@ -483,56 +484,73 @@ static void begin_greedy(struct company *company)
     company->tick = 0;
 }
 
-static void prefill(void)
+/* The same frames at once and one by one leave it in the same state. */
+static void compare_given(struct company *company, const int32_t *tokens, int length)
 {
-    static int32_t tokens[MOST_STREAMS * PROMPT];
-    static struct samples given, stepped;
-    const struct format format = format_named("bf16");
-    const int few = dry ? 5 : 40, most = dry ? 20 : PROMPT;
-    struct company company;
-
-    company_open(&company, folder, "cuda", "", &format, 1);
-    measure_floors(company.model->backend, "prefill");
-    const struct moshi_model_info *info = moshi_model_get_info(company.model);
-    const int count = info->text_card + info->dep_q * info->card;
+    const struct moshi_model_info *info = moshi_model_get_info(company->model);
+    const int count = info->text_card + info->dep_q * info->card, few = dry ? 5 : 40;
     float *logits = malloc(2 * (size_t)count * sizeof *logits);
 
     if (!logits) stop("logits");
-    for (int s = 0; s <= info->n_q; ++s)
-        for (int t = 0; t < most; ++t)
-            tokens[s * most + t] = (int32_t)(noise() %
-                                             (uint32_t)(s ? info->card : info->text_card_in));
-    begin_greedy(&company);
-    give(&company, tokens, most, 0, few);
-    next_logits(&company, logits);
-    begin_greedy(&company);
-    for (int t = 0; t < few; ++t) give(&company, tokens, most, t, 1);
-    next_logits(&company, logits + count);
+    begin_greedy(company);
+    give(company, tokens, length, 0, few);
+    next_logits(company, logits);
+    begin_greedy(company);
+    for (int t = 0; t < few; ++t) give(company, tokens, length, t, 1);
+    next_logits(company, logits + count);
     const double off = distance(logits, logits + count, count);
 
-    record("parity", "\"of\": \"prefill\", \"frames\": %d, \"logits\": %.2e", few, off);
+    record("parity", "\"of\": \"prefill\", \"variant\": \"%s\", \"frames\": %d, \"logits\": %.2e",
+           company->variant, few, off);
     if (!(off <= MOST_DIFFERENCE))
         mistake("%d given frames at once and one by one: logits are %g apart", few, off);
-    for (int i = dry ? 0 : -1; i < (dry ? 1 : 5); ++i) {
-        company_begin(&company);
-        double began = os_clock();
+    free(logits);
+}
 
-        give(&company, tokens, most, 0, most);
-        if (i >= 0) samples_add(&given, os_clock() - began);
+static void prefill(void)
+{
+    static int32_t tokens[MOST_STREAMS * PROMPT];
+    static struct samples given[MOST_VARIANTS], stepped;
+    static struct company companies[MOST_VARIANTS];
+    const struct format format = format_named("bf16");
+    const char *names[MOST_VARIANTS];
+    const int n = variants(names), most = dry ? 20 : PROMPT;
+
+    for (int i = 0; i < n; ++i) {
+        company_open(&companies[i], folder, "cuda", names[i], &format, 1);
+        if (i == 0) measure_floors(companies[0].model->backend, "prefill");
+        const struct moshi_model_info *info = moshi_model_get_info(companies[0].model);
+
+        for (int at = 0; i == 0 && at < (1 + info->n_q) * most; ++at)
+            tokens[at] = (int32_t)(noise() %
+                                   (uint32_t)(at < most ? info->text_card_in : info->card));
+        compare_given(&companies[i], tokens, most);
     }
-    company_begin(&company);
-    for (int t = 0; t < (dry ? 2 : most); ++t) samples_add(&stepped, company_step(&company, 1));
+    for (int round = dry ? 0 : -1; round < (dry ? 1 : 5); ++round)
+        for (int i = 0; i < n; ++i) {
+            company_begin(&companies[i]);
+            double began = os_clock();
+
+            give(&companies[i], tokens, most, 0, most);
+            if (round >= 0) samples_add(&given[i], os_clock() - began);
+        }
+    company_begin(&companies[0]);
+    for (int t = 0; t < (dry ? 2 : most); ++t)
+        samples_add(&stepped, company_step(&companies[0], 1));
     const double steps_s = samples_median(&stepped) * most;
     /* Heads are no part of it. */
-    const double bytes = (double)info->temporal_bytes -
-                         (double)matrix_bytes(&company.model->lm.text_head);
+    const double bytes = (double)moshi_model_get_info(companies[0].model)->temporal_bytes -
+                         (double)matrix_bytes(&companies[0].model->lm.text_head);
 
-    report("prefill", "", &given, bytes,
-           "\"frames\": %d, \"stepwise_ms\": %.1f, \"ratio\": %.1f, \"tflops\": %.1f", most,
-           1e3 * steps_s, steps_s / samples_median(&given),
-           1e-12 * bytes * most / samples_median(&given)); /* a weight: 2 bytes, 2 operations */
-    free(logits);
-    company_close(&company);
+    for (int i = 0; i < n; ++i) {
+        const double median = samples_median(&given[i]);
+
+        report("prefill", names[i], &given[i], bytes,
+               "\"frames\": %d, \"stepwise_ms\": %.1f, \"ratio\": %.1f, \"tflops\": %.1f", most,
+               1e3 * steps_s, steps_s / median,
+               1e-12 * bytes * most / median); /* a weight: 2 bytes, 2 operations */
+        company_close(&companies[i]);
+    }
 }
 
 /* ---- many sessions ---------------------------------------------------------------------- */
@@ -649,22 +667,21 @@ static int room_for(const struct company *company, int most)
     return room < most ? (int)room : most;
 }
 
-static void streams(const char *format_name)
+static void measure_streams(const struct format *format, const struct reference *reference,
+                            const char *variant)
 {
     static struct samples samples;
-    const struct format format = format_named(format_name);
-    struct reference *reference = reference_make(folder, &format);
     struct company company;
     char name[64];
     int kept = 0;
 
-    company_open(&company, folder, "cuda", "", &format, 1);
+    company_open(&company, folder, "cuda", variant, format, 1);
     measure_floors(company.model->backend, "streams");
     int most = room_for(&company, dry ? 3 : MOST_STREAMS_AT_ONCE);
 
     company_close(&company);
     if (most > 0) {
-        company_open(&company, folder, "cuda", "", &format, most);
+        company_open(&company, folder, "cuda", variant, format, most);
         most = room_for(&company, most);
     }
     if (most < 1) {
@@ -673,18 +690,17 @@ static void streams(const char *format_name)
     }
     while (company.n > most) moshi_session_destroy(company.sessions[--company.n]);
     reference_compare(reference, &company);
-    reference_free(reference);
     step_in(&company);
     company_fill(&company);
-    snprintf(name, sizeof name, "memory of streams %s", format.name);
+    snprintf(name, sizeof name, "memory of streams %s", format->name);
     company_memory(&company, name);
     int low = 0, high = most + 1; /* low keep up, high don't */
 
     for (int n = most; low + 1 < high && high - low > most / 64; n = (low + high) / 2) {
         const double p99 = try_streams(&company, n, 60, &samples);
 
-        record("streams tried", "\"of\": \"%s\", \"streams\": %d, \"p99_ms\": %.2f", format.name, n,
-               1e3 * p99);
+        record("streams tried", "\"of\": \"%s\", \"streams\": %d, \"p99_ms\": %.2f", format->name,
+               n, 1e3 * p99);
         if (p99 < FRAME_SECONDS)
             low = n;
         else
@@ -694,11 +710,22 @@ static void streams(const char *format_name)
         kept = try_streams(&company, low, 250, &samples) < FRAME_SECONDS;
         if (!kept) low -= low / 32 + 1;
     }
-    snprintf(name, sizeof name, "streams %s", format.name);
+    snprintf(name, sizeof name, "streams %s", format->name);
     if (samples.n)
-        report(name, "", &samples, company_bytes(&company, low),
+        report(name, variant, &samples, company_bytes(&company, low),
                "\"streams\": %d, \"room_for\": %d", kept ? low : 0, most);
     company_close(&company);
+}
+
+static void streams(const char *format_name)
+{
+    const struct format format = format_named(format_name);
+    struct reference *reference = reference_make(folder, &format);
+    const char *names[MOST_VARIANTS];
+    const int n = variants(names);
+
+    for (int i = 0; i < n; ++i) measure_streams(&format, reference, names[i]);
+    reference_free(reference);
 }
 
 /* ---- beside a peer ---------------------------------------------------------------------- */

@@ -23,8 +23,9 @@
 # All of it in half an hour, by calls of ten minutes at most (seconds of each stage on an H200 with 16
 # cores; estimated, not measured):
 #   1. gpu.sh build sessions model products codec frames       90 + 20 + 20 + 25 + 20 + 140 = 315
-#   2. gpu.sh prefill streams many                             20 + 180 + 290 = 490
-#   3. gpu.sh upstream profile ops                             220 + 40 + 120 = 380
+#   2. gpu.sh prefill streams profile                          30 + 240 + 40 = 310
+#   3. gpu.sh many upstream                                    240 + 220 = 460
+#   4. gpu.sh ops                                              120
 # The machine has to keep its files between the calls; where it does not, build and model come first in
 # each of them. For another time: sanitize (300), large (30).
 #
@@ -34,7 +35,8 @@
 #   COMMIT     names the sources, where they lie without their history
 #   MODEL      the folder of `model`; otherwise in /dev/shm, if there is room, or build/gpu
 #   VARIANTS   switches that are timed in turn with what is the case without them: words of
-#              NAME=VALUE[,NAME=VALUE]. Those that the library does not know are left out
+#              NAME=VALUE[,NAME=VALUE], otherwise those below. What the library does not know is
+#              left out
 #   WHEELS     a folder with the wheel of moshi (the others it needs are PyTorch, einops, safetensors,
 #              sentencepiece and huggingface_hub), and of whatever else Python lacks
 #   MOSHI_C_CUDA_LIBRARY  another library than the one that `build` makes, which then makes none
@@ -54,8 +56,9 @@ export OUT=${OUT:-build/gpu/out} GPU=${GPU:-build/gpu/gpu}
 RESULTS=$OUT/results.jsonl
 OUR_LIBRARY=$PWD/build/gpu/libmoshi_cuda.so
 export MOSHI_C_CUDA_LIBRARY=${MOSHI_C_CUDA_LIBRARY:-$OUR_LIBRARY}
-# One word for each variant.
-VARIANTS=${VARIANTS-MOSHI_C_EARLY_KERNELS=1 MOSHI_C_DEPTH_KERNEL=1}
+# One word for each variant: of one session, of many rows.
+read -ra FEW <<<"${VARIANTS-MOSHI_C_EARLY_KERNELS=1 MOSHI_C_DEPTH_KERNEL=1}"
+read -ra MANY <<<"${VARIANTS-MOSHI_C_WARPGROUPS=1}"
 ROOM_KB=20000000 # for both models
 
 # fail SENTENCE: why a stage can't go on.
@@ -113,16 +116,17 @@ find_cublaslt() {
     done
 }
 
-# Leaves out the switches that neither the library nor the program has.
+# known_variants WORD...: leaves out those with a switch that neither the library nor the program has.
 known_variants() {
-    local word name found=""
-    for word in $VARIANTS; do
-        name=${word%%=*}
-        if grep -qs "$name" "$GPU" "$MOSHI_C_CUDA_LIBRARY"; then
-            found="$found $word"
-        else
-            echo "no switch $name is known: not timed"
-        fi
+    local word each found=""
+    for word in "$@"; do
+        for each in ${word//,/ }; do
+            if ! grep -qs "${each%%=*}" "$GPU" "$MOSHI_C_CUDA_LIBRARY"; then
+                echo "no switch ${each%%=*} is known: $word is not timed"
+                continue 2
+            fi
+        done
+        found="$found $word"
     done
     export VARIANTS=${found# }
 }
@@ -188,25 +192,27 @@ stage() {
         ;;
     frames)
         need_models
-        known_variants
+        known_variants "${FEW[@]}"
         part "$MODEL" "$RESULTS" frames bf16
         part "$MODEL" "$RESULTS" frames int8
         part "$MODEL" "$RESULTS" frames q4
         ;;
     prefill)
         need_models
+        known_variants "${MANY[@]}"
         part "$MODEL" "$RESULTS" prefill
         ;;
     many)
         need_models
-        known_variants
+        known_variants "${MANY[@]}"
         part "$MODEL" "$RESULTS" many bf16 64 60
         part "$MODEL" "$RESULTS" many int8 128
         ;;
     streams)
         need_models
+        known_variants "${MANY[@]}"
         part "$STT" "$RESULTS" streams bf16
-        part "$STT" "$RESULTS" streams int8
+        VARIANTS="" part "$STT" "$RESULTS" streams int8
         ;;
     upstream)
         need_models
@@ -227,8 +233,8 @@ stage() {
         part - "$RESULTS" products
         part "$OUT/7b" "$RESULTS" codec 2
         VARIANTS=MOSHI_C_EARLY_KERNELS=1 part "$OUT/7b" "$RESULTS" frames q4
-        VARIANTS="" part "$OUT/7b" "$RESULTS" prefill
-        VARIANTS="" part "$OUT/7b" "$RESULTS" many bf16 2 1
+        VARIANTS=MOSHI_C_EARLY_KERNELS=1 part "$OUT/7b" "$RESULTS" prefill
+        part "$OUT/7b" "$RESULTS" many bf16 2 1
         part "$OUT/stt" "$RESULTS" streams int8
         echo | part "$OUT/7b" follow frame 1
         echo | part "$OUT/7b" follow depth 1

@@ -105,7 +105,9 @@ def made() -> set[str]:
     text = STAGES.read_text().partition("    dry)")[0]
     names = {f"product {a} x {b}" for a, b in _products()}
     kinds = {"bf16": "bf16+bf16", "int8": "int8+int8", "q4": "q4+int8"}
-    for words in re.findall(r'^ +part (?:-|"\$\w+") "\$RESULTS" (.*)$', text, re.MULTILINE):
+    for words in re.findall(
+        r'^ +(?:VARIANTS="" )?part (?:-|"\$\w+") "\$RESULTS" (.*)$', text, re.MULTILINE
+    ):
         stage, *rest = words.split()
         if stage == "frames":
             names |= {f"frame {kinds[rest[0]]}", f"depth {kinds[rest[0]]}"}
