@@ -9,6 +9,8 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# For what is more than a few packages: uv, several times as quick.
+INSTALL := $(BIN)/python scripts/install.py
 
 CORE := $(wildcard csrc/*.c csrc/cpu/*.c)
 BINDING := $(wildcard csrc/py/*.c)
@@ -42,15 +44,19 @@ $(VENV)/.core: $(VENV)/.made $(CORE) $(BINDING) $(HEADERS) setup.py pyproject.to
 	PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.core
-	$(PIP) "moshi_c[dev]"
+$(VENV)/.uv: $(VENV)/.made
+	$(PIP) "uv>=0.11"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core $(VENV)/.uv
+	$(INSTALL) -r pyproject.toml --extra dev
 	touch $@
 
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.test: $(VENV)/.core $(VENV)/.uv
 	scripts/setup_debian.sh sound browser
-	$(PIP) "moshi_c[test,parity]"
-	$(PIP) --no-deps moshi==0.2.13
+	$(INSTALL) -r pyproject.toml --extra test --extra parity
+	$(INSTALL) --no-deps moshi==0.2.13
 	touch $@
 
 .PHONY: build
@@ -68,20 +74,23 @@ serve: build ## a page to talk to the small model, at http://localhost:8998; Ctr
 	$(BIN)/moshi-c serve
 
 # Each agent framework, and OpenAI's package, in an environment of its own: together they would hold
-# each other's versions back. The core is compiled once for all of them.
-FRAMEWORKS := pipecat livekit fastrtc openai
-BESIDE_pipecat := ,server
-BESIDE_livekit := ,clients
-.venv-%/.made: $(VENV)/.core build/release/libmoshi.a
+# each other's versions back. moshi_c itself is a link to the sources, with the core that is there.
+FRAMEWORKS := livekit pipecat fastrtc openai
+BESIDE_pipecat := --extra server
+BESIDE_livekit := --extra clients
+.venv-%/.made: pyproject.toml $(VENV)/.uv | $(VENV)/.core
 	scripts/setup_debian.sh sound
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
-	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
-	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations$(BESIDE_$*)]"
+	$(PYTHON) -m venv --clear --without-pip $(@D)
+	$(INSTALL) --python $(@D)/bin/python -r pyproject.toml --extra $* --extra integrations $(BESIDE_$*)
+	ln -s "$(CURDIR)/moshi_c" $(@D)/lib/python3.*/site-packages/
 	touch $@
 
+# Two at a time, the longest first: most of their tests hear and speak in real time.
 .PHONY: integrations $(FRAMEWORKS:%=integrations-%)
-integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
+integrations: $(VENV)/.core $(VENV)/.uv ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
+	@scripts/setup_debian.sh sound
+	@$(MAKE) --no-print-directory -j2 -Otarget $(FRAMEWORKS:%=integrations-%)
+
 $(FRAMEWORKS:%=integrations-%): integrations-%: .venv-%/.made
 	.venv-$*/bin/pytest -q -p no:cacheprovider tests/integrations/test_$**.py
 
@@ -368,7 +377,7 @@ soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does m
 	$(BIN)/python benchmarks/soak.py
 
 $(VENV)/.bench: $(VENV)/.test
-	$(PIP) "moshi_c[bench]"
+	$(INSTALL) -r pyproject.toml --extra bench
 	touch $@
 
 .PHONY: bench
@@ -383,9 +392,9 @@ bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/seven.py
 
-$(VENV)/.docs: $(VENV)/.core
+$(VENV)/.docs: $(VENV)/.core $(VENV)/.uv
 	@scripts/setup_debian.sh sound
-	$(PIP) "moshi_c[docs]"
+	$(INSTALL) -r pyproject.toml --extra docs
 	touch $@
 
 .PHONY: docs

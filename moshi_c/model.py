@@ -291,7 +291,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Format of the language model's matrices: "f32", "f16" or "bf16"."""
+        """Format of the language model's matrices, such as "bf16" or "q4"."""
         return str(self._info["dtype"])
 
     @property
@@ -505,7 +505,11 @@ class Mimi:
                 yield stream.decode_piece(codes[:, first : first + _PIECE_FRAMES])
 
     def stream(self, batch: int = 1) -> MimiStream:
-        """A codec that goes frame by frame, `batch` signals at once."""
+        """A codec that goes frame by frame, `batch` signals at once.
+
+        Raises:
+            ValueError: `batch` is no whole number of 1 or more.
+        """
         _check_count("batch", batch)
         stream = MimiStream(_core.MimiStream(self._core, batch), batch)
         self._open.add(stream)
