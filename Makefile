@@ -21,7 +21,7 @@ C_TESTS := $(wildcard tests/c/test_*.c)
 CUDA_TESTS := $(patsubst tests/cuda/%.c,%,$(wildcard tests/cuda/test_*.c))
 FUZZ := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(CUDA) $(wildcard cuda/*.h cuda/*.cpp tests/c/*.[ch] \
-    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.c)
+    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.[ch])
 PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
@@ -150,6 +150,9 @@ build/$(1)/cuda/test_%: build/$(1)/tests/cuda/test_%.o build/$(1)/libmoshi.a
 	@mkdir -p $$(@D)
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
+build/$(1)/gpu: build/$(1)/benchmarks/gpu.o build/$(1)/benchmarks/gpu_common.o build/$(1)/libmoshi.a
+	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
+
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o build/$(1)/libmoshi.a
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
@@ -159,7 +162,7 @@ run-$(1)/test_%: build/$(1)/test_% FORCE
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o build/$(1)/libmoshi.a $$(filter %.o,$$(DRIVER_$(1)))
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$(filter -%,$$(DRIVER_$(1))) $$(filter %.o,$$^) $$(filter %.a,$$^) -o $$@ $$(LINK)
 
--include $$(wildcard build/$(1)/csrc/*.d build/$(1)/csrc/*/*.d build/$(1)/tests/*/*.d)
+-include $$(wildcard $$(patsubst %,build/$(1)/%/*.d,csrc csrc/* tests/* benchmarks))
 endef
 $(foreach v,release test asan tsan gcc clang fuzz,$(eval $(call variant,$(v))))
 
@@ -182,13 +185,15 @@ build/$(1)/cuda/test_cuda: | build/$(1)/cuda/libfake_cublaslt.so
 build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
 
-run-$(1)/cuda/% run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
+run-$(1)/cuda/% run-$(1)/gpu run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
 run-$(1)/cuda/%: build/$(1)/cuda/% build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$<"; SHIM_ORDER=7 $$<
 run-$(1)/order-descending: export SHIM_SHARED_KIB = 99
 run-$(1)/order-3: export SHIM_PROCESSORS = 4
 run-$(1)/order-%: build/$(1)/test_kernels build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$< cuda, threads $$*"; SHIM_ORDER=$$* $$< cuda $$(SHAPES_$(1)_cuda)
+run-$(1)/gpu: build/$(1)/gpu build/$(1)/cuda/libmoshi_cuda.so $(VENV)/.core FORCE
+	@echo "$$<, the stages dry"; OUT=build/$(1)/gpu-dry GPU=$$< PYTHON=$(BIN)/python benchmarks/gpu.sh dry
 endef
 $(foreach v,test asan,$(eval $(call cuda_host,$(v))))
 
@@ -240,9 +245,6 @@ LEFT_OUT_gpu := csrc/ogg_opus.c
 build/gpu/%: LINK := -pthread -lm -ldl
 $(eval $(call variant,gpu))
 
-build/gpu/gpu: build/gpu/benchmarks/gpu.o build/gpu/libmoshi.a
-	@$(CC_gpu) $(FLAGS_gpu) $^ -o $@ $(LINK)
-
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
 	@$(CC_aarch64) $(FLAGS_aarch64) $^ -o $@ $(LINK)
 
@@ -278,7 +280,7 @@ cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a
 .PHONY: cuda-host
 cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
 	@scripts/setup_debian.sh build
-	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%) $(addprefix run-test/order-,ascending descending 3))
+	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%) run-test/gpu $(addprefix run-test/order-,ascending descending 3))
 
 # A file's tests stay in one process, which keeps their models and servers. Many of them wait for
 # sound in real time while others compute. LONG=--long holds the conversation with upstream's server
@@ -334,7 +336,7 @@ SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 5
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/gpu run-asan/order-descending run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
