@@ -12,6 +12,19 @@
 /* Queries of one head that read the cache together. */
 #define ATTEND_STEPS 6
 
+/* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in caches. */
+#define TILE_STRIDE (TILE_OUTPUTS + 16)
+
+/* What a thread needs to use tiles. Parts of activations and a strip of weights share the second
+ * cache; the elements make an odd number of lines. */
+#define SPLIT_ELEMENTS 174752
+#define SPLIT_MOST 4096 /* columns */
+struct tile_scratch {
+    _Alignas(64) float sums[2][TILE_ROWS * TILE_STRIDE];
+    _Alignas(64) uint16_t parts[SPLIT_PARTS][SPLIT_ELEMENTS];
+    _Alignas(64) uint16_t weights[SPLIT_PARTS * 2 * PANEL * SPLIT_MOST];
+};
+
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -21,6 +34,7 @@ struct cpu_backend {
     size_t activation_floats;
     float *gathered; /* the same rows as `tiles` takes them, if the kernels have any */
     size_t gathered_floats;
+    struct tile_scratch *tile_scratch; /* [threads], if the kernels have tiles */
     float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
     float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
@@ -64,6 +78,7 @@ struct product {
     /* Or, of a whole matrix, the same for rows row.. that lie `stride` apart. */
     void (*finish_rows)(const struct product *product, int row, int rows, int first, int count,
                         const float *sums, size_t stride);
+    int crowded; /* as of struct conv */
     const void *op;
     struct cpu_backend *cpu;
     int tiles; /* are used, and A is what they take */

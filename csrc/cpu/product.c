@@ -2,19 +2,23 @@
  *
  * The outputs are cut into units of a panel, and long calls into chunks of rows; a thread gets a
  * run of (chunk, unit) pairs. K is never cut: each sum is made by one thread, in the order of the
- * kernel. A block of sums stays in the first cache until finish() has dealt with it. */
+ * kernel. A block of sums stays in the first cache until finish() has dealt with it; with tiles in
+ * the second one. */
 #include <assert.h>
 #include <string.h>
 
 #include "backend_cpu.h"
+#include "shared.h"
 
 #define BLOCK_OUTPUTS 64
 #define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
-#define TILE_ROWS 48      /* of a chunk of tiles: they stay in the second cache */
 #define GATHER_COLUMNS 512
+#define SPLIT_GROUPS 96 /* whose sums a thread has room for */
+#define FEW_GROUPS 6    /* threads share the weights of so few, else the rows */
 
+/* Sums of a block, and of the second half's. */
 struct block {
-    _Alignas(64) float sums[TILE_ROWS * BLOCK_STRIDE];
+    _Alignas(64) float sums[2][ROWS_MAX * BLOCK_STRIDE];
 };
 
 static int active(const struct product *p, int row)
@@ -28,10 +32,19 @@ static const float *row_of(const struct product *p, int row)
            (size_t)(row % p->steps) * p->step_stride;
 }
 
-/* Sums of outputs first..first+count-1 of `rows` rows; the first one at the returned address,
- * rows BLOCK_STRIDE apart. */
+static int block_outputs(const struct product *p)
+{
+    return p->tiles ? TILE_OUTPUTS : BLOCK_OUTPUTS;
+}
+
+static int block_stride(const struct product *p)
+{
+    return p->tiles ? TILE_STRIDE : BLOCK_STRIDE;
+}
+
+/* Sums of outputs first..first+count-1 of n rows; the first one at the returned address. */
 static float *multiply(const struct product *p, int first, int count, const float *const *rows,
-                       int n, struct block *block)
+                       int n, float *sums)
 {
     const struct cpu_kernels *kernels = p->cpu->kernels;
     const struct matrix *w = p->weight;
@@ -42,18 +55,18 @@ static float *multiply(const struct product *p, int first, int count, const floa
 
         kernels->panels[w->format]((const char *)w->packed +
                                        (size_t)panel * panel_bytes(w->format, w->cols),
-                                   w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
-        return block->sums + first % PANEL;
+                                   w->cols, end - panel, rows, n, sums, BLOCK_STRIDE);
+        return sums + first % PANEL;
     }
     from += (size_t)first * (size_t)w->cols * weight_bytes(w->format);
     if (p->tiles) {
-        kernels->tiles[w->format](from, w->cols, count, rows[0], n, block->sums, BLOCK_STRIDE);
-        return block->sums;
+        kernels->tiles[w->format](from, w->cols, count, rows[0], n, sums, TILE_STRIDE);
+        return sums;
     }
-    kernels->dot[w->format](from, w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
+    kernels->dot[w->format](from, w->cols, count, rows, n, sums, BLOCK_STRIDE);
     for (int r = 0; w->scales && r < n; r++)
-        for (int o = 0; o < count; o++) block->sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
-    return block->sums;
+        for (int o = 0; o < count; o++) sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
+    return sums;
 }
 
 /* Active rows first..first+count-1 of those that there are, by their numbers; how many. */
@@ -92,29 +105,31 @@ static int take_rows(const struct product *p, int row, int row_end, int *index, 
     return n;
 }
 
-static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
+static void multiply_range(const struct product *p, int row, int row_end, int first, int end,
+                           float *sums_of_first, float *sums_of_second)
 {
     const struct matrix *w = p->weight;
     const float *rows[ROWS_MAX];
-    int index[TILE_ROWS], n = take_rows(p, row, row_end, index, rows);
-    struct block block, other;
+    int index[TILE_ROWS], n = take_rows(p, row, row_end, index, rows), stride = block_stride(p);
 
     if (n == 0) return;
-    for (int o = first; o < end; o += BLOCK_OUTPUTS) {
-        int count = end - o < BLOCK_OUTPUTS ? end - o : BLOCK_OUTPUTS;
-        float *sums = multiply(p, o, count, rows, n, &block), *second = NULL;
+    for (int o = first, count; o < end; o += count) {
+        float *sums, *second = NULL;
 
-        if (p->halves == 2) second = multiply(p, o + w->rows / 2, count, rows, n, &other);
+        count = end - o < block_outputs(p) ? end - o : block_outputs(p);
+        sums = multiply(p, o, count, rows, n, sums_of_first);
+        if (p->halves == 2)
+            second = multiply(p, o + w->rows / 2, count, rows, n, sums_of_second);
         for (int r = 0, end_of_run; r < n; r = end_of_run) {
             end_of_run = r + 1;
             if (!p->finish_rows) {
-                p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
-                          second ? second + r * BLOCK_STRIDE : NULL);
+                p->finish(p, index[r], o, count, sums + r * stride,
+                          second ? second + r * stride : NULL);
                 continue;
             }
             while (end_of_run < n && index[end_of_run] == index[end_of_run - 1] + 1) end_of_run++;
-            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * BLOCK_STRIDE,
-                           BLOCK_STRIDE);
+            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * stride,
+                           (size_t)stride);
         }
     }
 }
@@ -134,8 +149,14 @@ static void multiply_task(void *arg, int part, int first, int last)
     const struct product *p = arg;
     int units = units_of(p), outputs = p->weight->rows / p->halves;
     int rows = rows_of(p), most = p->tiles ? TILE_ROWS : ROWS_MAX;
+    struct block block;
+    float *sums = block.sums[0], *other = block.sums[1];
 
-    (void)part;
+    if (p->tiles) {
+        sums = p->cpu->tile_scratch[part].sums[0];
+        other = p->cpu->tile_scratch[part].sums[1];
+    }
+
     while (first < last) {
         int chunk = first / units, unit = first % units;
         int end = last - first < units - unit ? unit + last - first : units;
@@ -143,7 +164,7 @@ static void multiply_task(void *arg, int part, int first, int last)
         int row_end = rows - row < most ? rows : row + most;
 
         multiply_range(p, row, row_end, unit * PANEL,
-                       end * PANEL < outputs ? end * PANEL : outputs);
+                       end * PANEL < outputs ? end * PANEL : outputs, sums, other);
         first += end - unit;
     }
 }
@@ -212,6 +233,122 @@ static void gather(struct cpu_backend *cpu, struct product *p)
     p->a = cpu->gathered;
 }
 
+/* ---- products by parts ------------------------------------------------------------------ */
+
+#define STRIP (2 * PANEL) /* outputs */
+
+/* The rows of A of each active i go in groups of `height`; where the last one begins so that it ends
+ * with the steps, it makes sums again. A chunk is a run of groups whose numbers, split once, stay in the
+ * second cache while the weights pass, a strip at a time. */
+struct split_job {
+    struct product *p;
+    int height, groups, groups_each, chunks, strips;
+};
+
+static int split_fits(const struct product *p)
+{
+    return p->crowded && p->weight->packed && p->weight->format == WEIGHT_F32 &&
+           p->cpu->kernels->panels_split && p->weight->cols % SPLIT_COLUMNS == 0 &&
+           p->weight->cols <= SPLIT_MOST;
+}
+
+/* Group g as counted over active rows: its i and its first step. */
+static int locate_group(const struct split_job *job, int g, int *step)
+{
+    const struct product *p = job->p;
+    int i = 0, left = g / job->groups_each, last = p->steps - job->height;
+
+    while (p->active && (!p->active[i] || left > 0)) left -= p->active[i++] != 0;
+    *step = g % job->groups_each * job->height < last ? g % job->groups_each * job->height : last;
+    return p->active ? i : left;
+}
+
+/* Splits what groups g..end-1 read; starts[]: where each one's rows begin. */
+static void split_chunk(const struct split_job *job, int g, int end, struct tile_scratch *scratch,
+                        int32_t *starts)
+{
+    const struct product *p = job->p;
+    size_t at = 0;
+
+    while (g < end) {
+        int step, last_step = 0, i = locate_group(job, g, &step);
+        int run = job->groups_each - g % job->groups_each < end - g
+                      ? job->groups_each - g % job->groups_each
+                      : end - g;
+        size_t n;
+
+        for (int r = 0; r < run; r++) {
+            locate_group(job, g + r, &last_step);
+            *starts++ = (int32_t)(at + (size_t)(last_step - step) * p->step_stride);
+        }
+        n = (size_t)(last_step + job->height - 1 - step) * p->step_stride + (size_t)p->weight->cols;
+        p->cpu->kernels->split(p->a + (size_t)i * p->row_stride + (size_t)step * p->step_stride, n,
+                               scratch->parts[0] + at, SPLIT_ELEMENTS);
+        at += (n + SPLIT_COLUMNS - 1) / SPLIT_COLUMNS * SPLIT_COLUMNS;
+        g += run;
+    }
+}
+
+static void finish_group(const struct split_job *job, int g, int first, int count, float *sums)
+{
+    const struct product *p = job->p;
+    int step, i = locate_group(job, g, &step);
+    int again = g % job->groups_each * job->height - step; /* rows that the group before has */
+
+    if (p->finish_rows) {
+        p->finish_rows(p, i * p->steps + step + again, job->height - again, first, count,
+                       sums + again * STRIP, STRIP);
+        return;
+    }
+    for (int r = again; r < job->height; r++)
+        p->finish(p, i * p->steps + step + r, first, count, sums + r * STRIP, NULL);
+}
+
+static void split_task(void *arg, int part, int first, int last)
+{
+    const struct split_job *job = arg;
+    const struct product *p = job->p;
+    const struct matrix *w = p->weight;
+    struct tile_scratch *scratch = p->cpu->tile_scratch + part;
+    int32_t starts[SPLIT_GROUPS];
+    int panels = (w->rows + PANEL - 1) / PANEL;
+
+    for (int task = first, ready = -1; task < last; task++) {
+        int chunk = task / job->strips, panel = task % job->strips * 2;
+        int g = tile_start(job->groups, job->chunks, chunk);
+        int end = tile_start(job->groups, job->chunks, chunk + 1);
+        int from = panel * PANEL, count = w->rows - from < STRIP ? w->rows - from : STRIP;
+
+        if (chunk != ready) split_chunk(job, g, end, scratch, starts);
+        ready = chunk;
+        p->cpu->kernels->panels_split(
+            (const float *)w->packed + (size_t)from * (size_t)w->cols, w->cols,
+            panels - panel < 2 ? 1 : 2, scratch->parts[0], SPLIT_ELEMENTS, p->step_stride, starts,
+            end - g, job->height, scratch->weights, scratch->sums[0]);
+        for (int i = 0; i < end - g; i++)
+            finish_group(job, g + i, from, count, scratch->sums[0] + i * TOGETHER * STRIP);
+    }
+}
+
+static void run_split(struct product *p)
+{
+    struct split_job job = {.p = p, .strips = (p->weight->rows + STRIP - 1) / STRIP};
+    int threads = p->cpu->base.threads, rows = p->n, most;
+    size_t each;
+
+    job.height = p->steps < TOGETHER ? p->steps : TOGETHER;
+    job.groups_each = (p->steps + job.height - 1) / job.height;
+    for (int i = 0; p->active && i < p->n; i++) rows -= !p->active[i];
+    job.groups = rows * job.groups_each;
+    each = (size_t)(TOGETHER - 1) * p->step_stride + padded(p->weight->cols);
+    most = each * SPLIT_GROUPS > SPLIT_ELEMENTS ? (int)(SPLIT_ELEMENTS / each) : SPLIT_GROUPS;
+    job.chunks = (job.groups + most - 1) / most;
+    if (job.groups >= FEW_GROUPS * threads)
+        job.chunks = (job.chunks + threads - 1) / threads * threads;
+    cpu_parallel(p->cpu, split_task, &job, job.chunks * job.strips,
+                 (double)job.groups * job.height * p->weight->cols * p->weight->rows);
+}
+
 void product_run(struct cpu_backend *cpu, struct product *p)
 {
     int rows = p->n * p->steps, chunks;
@@ -219,6 +356,10 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     double work = (double)rows * p->weight->cols;
 
     p->cpu = cpu;
+    if (split_fits(p)) {
+        run_split(p);
+        return;
+    }
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
     p->tiles = !p->weight->packed && cpu->kernels->tiles[p->weight->format];
