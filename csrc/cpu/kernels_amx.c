@@ -198,8 +198,7 @@ static void multiply_one(const char *w, int columns, int outputs, const float *x
 
         const char *next = at + AHEAD + (k < wrap ? 0 : (size_t)(outputs - 1) * row_bytes);
 
-        for (int o = 0; o < outputs; o++)
-            _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
+        for (int o = 0; o < outputs; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
         LOAD_PARTS(x, rows);
         MULTIPLY(0, at, row_bytes);
     }
@@ -255,7 +254,7 @@ struct stream {
     _tile_loadd(6, a.x + 16 * a.rows * (part), 4 * (size_t)a.rows);                                \
     _tile_loadd(7, b.x + 16 * b.rows * (part), 4 * (size_t)b.rows)
 
-#define MULTIPLY_CROSS                                                                              \
+#define MULTIPLY_CROSS                                                                             \
     _tile_dpbf16ps(0, 4, 6);                                                                       \
     _tile_dpbf16ps(1, 4, 7);                                                                       \
     _tile_dpbf16ps(2, 5, 6);                                                                       \
@@ -338,10 +337,9 @@ static void multiply_many(const char *w, int columns, int outputs, const float *
 
         for (int o = 0; o < outputs; o += STRIP) {
             const char *from = w + (size_t)o * row_bytes + 2 * (size_t)begin;
-            const char *next = o + STRIP < outputs ? from + STRIP * row_bytes
-                               : begin + SPAN < columns
-                                   ? w + 2 * (size_t)(begin + SPAN)
-                                   : w + (size_t)outputs * row_bytes;
+            const char *next = o + STRIP < outputs      ? from + STRIP * row_bytes
+                               : begin + SPAN < columns ? w + 2 * (size_t)(begin + SPAN)
+                                                        : w + (size_t)outputs * row_bytes;
 
             arrange_strip(from, row_bytes, outputs - o, span, strip);
             MEMORY_IS_USED;

@@ -118,8 +118,7 @@ static void multiply_range(const struct product *p, int row, int row_end, int fi
 
         count = end - o < block_outputs(p) ? end - o : block_outputs(p);
         sums = multiply(p, o, count, rows, n, sums_of_first);
-        if (p->halves == 2)
-            second = multiply(p, o + w->rows / 2, count, rows, n, sums_of_second);
+        if (p->halves == 2) second = multiply(p, o + w->rows / 2, count, rows, n, sums_of_second);
         for (int r = 0, end_of_run; r < n; r = end_of_run) {
             end_of_run = r + 1;
             if (!p->finish_rows) {
@@ -163,8 +162,8 @@ static void multiply_task(void *arg, int part, int first, int last)
         int row = chunk * most;
         int row_end = rows - row < most ? rows : row + most;
 
-        multiply_range(p, row, row_end, unit * PANEL,
-                       end * PANEL < outputs ? end * PANEL : outputs, sums, other);
+        multiply_range(p, row, row_end, unit * PANEL, end * PANEL < outputs ? end * PANEL : outputs,
+                       sums, other);
         first += end - unit;
     }
 }
@@ -321,10 +320,10 @@ static void split_task(void *arg, int part, int first, int last)
 
         if (chunk != ready) split_chunk(job, g, end, scratch, starts);
         ready = chunk;
-        p->cpu->kernels->panels_split(
-            (const float *)w->packed + (size_t)from * (size_t)w->cols, w->cols,
-            panels - panel < 2 ? 1 : 2, scratch->parts[0], SPLIT_ELEMENTS, p->step_stride, starts,
-            end - g, job->height, scratch->weights, scratch->sums[0]);
+        p->cpu->kernels->panels_split((const float *)w->packed + (size_t)from * (size_t)w->cols,
+                                      w->cols, panels - panel < 2 ? 1 : 2, scratch->parts[0],
+                                      SPLIT_ELEMENTS, p->step_stride, starts, end - g, job->height,
+                                      scratch->weights, scratch->sums[0]);
         for (int i = 0; i < end - g; i++)
             finish_group(job, g + i, from, count, scratch->sums[0] + i * TOGETHER * STRIP);
     }

@@ -1626,9 +1626,9 @@ static void check_codec(void)
 static void check_crowded(void)
 {
     /* in, out, kernel * 100 + stride, steps, lanes */
-    static const int convs[][5] = {{32, 48, 804, 64, 1},  {16, 70, 804, 76, 3}, {16, 17, 402, 14, 17},
-                                   {32, 1, 301, 40, 4},   {64, 33, 301, 17, 2}, {64, 40, 1206, 600, 2},
-                                   {256, 32, 1206, 96, 3}};
+    static const int convs[][5] = {
+        {32, 48, 804, 64, 1}, {16, 70, 804, 76, 3},   {16, 17, 402, 14, 17}, {32, 1, 301, 40, 4},
+        {64, 33, 301, 17, 2}, {64, 40, 1206, 600, 2}, {256, 32, 1206, 96, 3}};
     static const int transposed[][5] = {{16, 24, 4, 16, 1}, {48, 5, 6, 19, 4}, {32, 16, 5, 3, 17}};
     struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
 
