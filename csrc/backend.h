@@ -83,8 +83,6 @@ static inline size_t kv_plane_bytes(const struct kv_cache *cache)
            (kv_row_bytes(cache) + (cache->dtype == MOSHI_INT8 ? sizeof(float) : 0));
 }
 
-#define CROWD 16
-
 /* A streaming convolution over channels-last rows. */
 struct conv {
     int in, out, kernel, stride;
@@ -95,8 +93,6 @@ struct conv {
     const float *depthwise_weight;
     const float *bias; /* [out] or NULL */
     int replicate; /* first call of a lane: history is filled with x[0] instead of zeros */
-    int crowded; /* a lane's frame has CROWD rows of sums or more: a backend may have other sums for
-                    such, whatever the size of a call */
 };
 
 /* One residual vector quantiser: levels of `bins` entries of width `dim`. */

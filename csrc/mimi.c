@@ -136,28 +136,6 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
     rvq->half_norms = half_norms;
 }
 
-/* Tells each convolution whether a frame has many rows for it: in a stream or in a file, it is the same
- * sums. */
-static void count_rows(struct mimi *mimi)
-{
-    const struct mimi_config *config = &mimi->config;
-    int rows = config->frame_size;
-    mimi->encoder_in.crowded = 1;
-    for (int j = 0; j < config->n_ratios; ++j) {
-        struct mimi_residual *residual = &mimi->encoder_residual[j];
-        residual->conv1.crowded = residual->conv2.crowded = rows >= CROWD;
-        rows /= config->ratios[config->n_ratios - 1 - j];
-        mimi->encoder_down[j].crowded = rows >= CROWD;
-    }
-    for (int j = 0; j < config->n_ratios; ++j) {
-        struct mimi_residual *residual = &mimi->decoder_residual[j];
-        mimi->decoder_up[j].crowded = rows >= CROWD;
-        rows *= config->ratios[j];
-        residual->conv1.crowded = residual->conv2.crowded = rows >= CROWD;
-    }
-    mimi->decoder_out.crowded = 1;
-}
-
 int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight_loader *loader)
 {
     memset(mimi, 0, sizeof *mimi);
@@ -224,7 +202,6 @@ int mimi_load(struct mimi *mimi, const struct mimi_config *config, struct weight
     snprintf(name, sizeof name, "decoder.model.%d.conv.conv", 2 + 3 * n);
     load_conv(loader, &mimi->decoder_out, config->n_filters, 1, config->last_kernel, 1, 1,
               WEIGHT_F32, name);
-    count_rows(mimi);
     weights_finish(loader);
     return loader->status;
 }

@@ -15,14 +15,9 @@
 /* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in caches. */
 #define TILE_STRIDE (TILE_OUTPUTS + 16)
 
-/* What a thread needs to use tiles. Parts of activations and a strip of weights share the second
- * cache; the elements make an odd number of lines. */
-#define SPLIT_ELEMENTS 174752
-#define SPLIT_MOST 4096 /* columns */
+/* Sums of a block of outputs, and of its second half's, of a thread that uses tiles. */
 struct tile_scratch {
     _Alignas(64) float sums[2][TILE_ROWS * TILE_STRIDE];
-    _Alignas(64) uint16_t parts[SPLIT_PARTS][SPLIT_ELEMENTS];
-    _Alignas(64) uint16_t weights[SPLIT_PARTS * 2 * PANEL * SPLIT_MOST];
 };
 
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
@@ -78,7 +73,6 @@ struct product {
     /* Or, of a whole matrix, the same for rows row.. that lie `stride` apart. */
     void (*finish_rows)(const struct product *product, int row, int rows, int first, int count,
                         const float *sums, size_t stride);
-    int crowded; /* as of struct conv */
     const void *op;
     struct cpu_backend *cpu;
     int tiles; /* are used, and A is what they take */

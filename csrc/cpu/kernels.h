@@ -16,8 +16,6 @@
 #define TOGETHER 16 /* rows that lie side by side for `tiles` */
 #define TILE_ROWS 96 /* in one call of `tiles` */
 #define TILE_OUTPUTS 256
-#define SPLIT_PARTS 3
-#define SPLIT_COLUMNS 32
 #define ROW_PAD 64  /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)
@@ -71,16 +69,6 @@ struct cpu_kernels {
                                    float *y);
     void (*tiles[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *x, int rows,
                                   float *y, size_t stride);
-    /* Where a table has them, for f32 panels that calls of many rows meet, in the place of `panels`:
-     * numbers become SPLIT_PARTS of 16 bits that add up to them. split writes those of n numbers,
-     * each part `plane` further. panels_split takes groups of `height` rows of such numbers (up to
-     * TOGETHER), the first of group g at x + starts[g], the next ones `step` further, and one or two
-     * panels, of which it makes the parts in `work`; columns are a multiple of SPLIT_COLUMNS.
-     * y[groups][TOGETHER][2 * PANEL]. */
-    void (*split)(const float *x, size_t n, uint16_t *y, size_t plane);
-    void (*panels_split)(const float *w, int columns, int panels, const uint16_t *x, size_t plane,
-                         size_t step, const int32_t *starts, int groups, int height, uint16_t *work,
-                         float *y);
     /* y[n] = w[n] as floats; int8: the codes */
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
 

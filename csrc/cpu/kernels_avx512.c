@@ -734,8 +734,6 @@ const struct cpu_kernels kernels_amx = {
     KERNELS,
     .gather = {[WEIGHT_BF16] = gather_bf16_amx},
     .tiles = {[WEIGHT_BF16] = tiles_bf16_amx},
-    .split = split_amx,
-    .panels_split = panels_split_amx,
 };
 #endif
 

@@ -22,10 +22,6 @@ void softmax_avx2(float *x, int n, float scale);
 void gather_bf16_amx(const float *const *x, int rows, int columns, int begin, int end, float *y);
 void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int rows, float *y,
                     size_t stride);
-void split_amx(const float *x, size_t n, uint16_t *y, size_t plane);
-void panels_split_amx(const float *w, int columns, int panels, const uint16_t *x, size_t plane,
-                      size_t step, const int32_t *starts, int groups, int height, uint16_t *work,
-                      float *y);
 
 #endif
 #endif

@@ -115,7 +115,6 @@ void cpu_conv(struct backend *backend, const struct op_conv *op)
                         .a = op->work,
                         .row_stride = (size_t)(fill.past + op->steps) * width,
                         .step_stride = (size_t)conv->stride * width,
-                        .crowded = conv->crowded,
                         .finish_rows = finish_conv,
                         .op = op};
 
@@ -202,7 +201,6 @@ void cpu_conv_transposed(struct backend *backend, const struct op_conv_transpose
                             .a = op->work,
                             .row_stride = (size_t)(1 + op->steps) * width,
                             .step_stride = width,
-                            .crowded = conv->crowded,
                             .finish = finish_transposed,
                             .op = op};
 

@@ -8,13 +8,10 @@
 #include <string.h>
 
 #include "backend_cpu.h"
-#include "shared.h"
 
 #define BLOCK_OUTPUTS 64
 #define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
 #define GATHER_COLUMNS 512
-#define SPLIT_GROUPS 96 /* whose sums a thread has room for */
-#define FEW_GROUPS 6    /* threads share the weights of so few, else the rows */
 
 /* Sums of a block, and of the second half's. */
 struct block {
@@ -232,122 +229,6 @@ static void gather(struct cpu_backend *cpu, struct product *p)
     p->a = cpu->gathered;
 }
 
-/* ---- products by parts ------------------------------------------------------------------ */
-
-#define STRIP (2 * PANEL) /* outputs */
-
-/* The rows of A of each active i go in groups of `height`; where the last one begins so that it ends
- * with the steps, it makes sums again. A chunk is a run of groups whose numbers, split once, stay in the
- * second cache while the weights pass, a strip at a time. */
-struct split_job {
-    struct product *p;
-    int height, groups, groups_each, chunks, strips;
-};
-
-static int split_fits(const struct product *p)
-{
-    return p->crowded && p->weight->packed && p->weight->format == WEIGHT_F32 &&
-           p->cpu->kernels->panels_split && p->weight->cols % SPLIT_COLUMNS == 0 &&
-           p->weight->cols <= SPLIT_MOST;
-}
-
-/* Group g as counted over active rows: its i and its first step. */
-static int locate_group(const struct split_job *job, int g, int *step)
-{
-    const struct product *p = job->p;
-    int i = 0, left = g / job->groups_each, last = p->steps - job->height;
-
-    while (p->active && (!p->active[i] || left > 0)) left -= p->active[i++] != 0;
-    *step = g % job->groups_each * job->height < last ? g % job->groups_each * job->height : last;
-    return p->active ? i : left;
-}
-
-/* Splits what groups g..end-1 read; starts[]: where each one's rows begin. */
-static void split_chunk(const struct split_job *job, int g, int end, struct tile_scratch *scratch,
-                        int32_t *starts)
-{
-    const struct product *p = job->p;
-    size_t at = 0;
-
-    while (g < end) {
-        int step, last_step = 0, i = locate_group(job, g, &step);
-        int run = job->groups_each - g % job->groups_each < end - g
-                      ? job->groups_each - g % job->groups_each
-                      : end - g;
-        size_t n;
-
-        for (int r = 0; r < run; r++) {
-            locate_group(job, g + r, &last_step);
-            *starts++ = (int32_t)(at + (size_t)(last_step - step) * p->step_stride);
-        }
-        n = (size_t)(last_step + job->height - 1 - step) * p->step_stride + (size_t)p->weight->cols;
-        p->cpu->kernels->split(p->a + (size_t)i * p->row_stride + (size_t)step * p->step_stride, n,
-                               scratch->parts[0] + at, SPLIT_ELEMENTS);
-        at += (n + SPLIT_COLUMNS - 1) / SPLIT_COLUMNS * SPLIT_COLUMNS;
-        g += run;
-    }
-}
-
-static void finish_group(const struct split_job *job, int g, int first, int count, float *sums)
-{
-    const struct product *p = job->p;
-    int step, i = locate_group(job, g, &step);
-    int again = g % job->groups_each * job->height - step; /* rows that the group before has */
-
-    if (p->finish_rows) {
-        p->finish_rows(p, i * p->steps + step + again, job->height - again, first, count,
-                       sums + again * STRIP, STRIP);
-        return;
-    }
-    for (int r = again; r < job->height; r++)
-        p->finish(p, i * p->steps + step + r, first, count, sums + r * STRIP, NULL);
-}
-
-static void split_task(void *arg, int part, int first, int last)
-{
-    const struct split_job *job = arg;
-    const struct product *p = job->p;
-    const struct matrix *w = p->weight;
-    struct tile_scratch *scratch = p->cpu->tile_scratch + part;
-    int32_t starts[SPLIT_GROUPS];
-    int panels = (w->rows + PANEL - 1) / PANEL;
-
-    for (int task = first, ready = -1; task < last; task++) {
-        int chunk = task / job->strips, panel = task % job->strips * 2;
-        int g = tile_start(job->groups, job->chunks, chunk);
-        int end = tile_start(job->groups, job->chunks, chunk + 1);
-        int from = panel * PANEL, count = w->rows - from < STRIP ? w->rows - from : STRIP;
-
-        if (chunk != ready) split_chunk(job, g, end, scratch, starts);
-        ready = chunk;
-        p->cpu->kernels->panels_split((const float *)w->packed + (size_t)from * (size_t)w->cols,
-                                      w->cols, panels - panel < 2 ? 1 : 2, scratch->parts[0],
-                                      SPLIT_ELEMENTS, p->step_stride, starts, end - g, job->height,
-                                      scratch->weights, scratch->sums[0]);
-        for (int i = 0; i < end - g; i++)
-            finish_group(job, g + i, from, count, scratch->sums[0] + i * TOGETHER * STRIP);
-    }
-}
-
-static void run_split(struct product *p)
-{
-    struct split_job job = {.p = p, .strips = (p->weight->rows + STRIP - 1) / STRIP};
-    int threads = p->cpu->base.threads, rows = p->n, most;
-    size_t each;
-
-    job.height = p->steps < TOGETHER ? p->steps : TOGETHER;
-    job.groups_each = (p->steps + job.height - 1) / job.height;
-    for (int i = 0; p->active && i < p->n; i++) rows -= !p->active[i];
-    job.groups = rows * job.groups_each;
-    each = (size_t)(TOGETHER - 1) * p->step_stride + padded(p->weight->cols);
-    most = each * SPLIT_GROUPS > SPLIT_ELEMENTS ? (int)(SPLIT_ELEMENTS / each) : SPLIT_GROUPS;
-    job.chunks = (job.groups + most - 1) / most;
-    if (job.groups >= FEW_GROUPS * threads)
-        job.chunks = (job.chunks + threads - 1) / threads * threads;
-    cpu_parallel(p->cpu, split_task, &job, job.chunks * job.strips,
-                 (double)job.groups * job.height * p->weight->cols * p->weight->rows);
-}
-
 void product_run(struct cpu_backend *cpu, struct product *p)
 {
     int rows = p->n * p->steps, chunks;
@@ -355,10 +236,6 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     double work = (double)rows * p->weight->cols;
 
     p->cpu = cpu;
-    if (split_fits(p)) {
-        run_split(p);
-        return;
-    }
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
     p->tiles = !p->weight->packed && cpu->kernels->tiles[p->weight->format];

@@ -65,14 +65,6 @@ static void tiles_bf16(const void *w, int columns, int outputs, const float *x, 
     kernels.tiles[WEIGHT_BF16](w, columns, outputs, x, rows, y, stride);
 }
 
-static void panels_split(const float *w, int columns, int panels, const uint16_t *x, size_t plane,
-                         size_t step, const int32_t *starts, int groups, int height, uint16_t *work,
-                         float *y)
-{
-    count(w, panel_bytes(WEIGHT_F32, columns) * (size_t)panels);
-    kernels.panels_split(w, columns, panels, x, plane, step, starts, groups, height, work, y);
-}
-
 COUNTED(WEIGHT_F32, f32)
 COUNTED(WEIGHT_F16, f16)
 COUNTED(WEIGHT_BF16, bf16)
@@ -102,7 +94,6 @@ static void start_counting(void)
     COUNT(WEIGHT_Q8, q8);
     COUNT(WEIGHT_Q4, q4);
     if (kernels.tiles[WEIGHT_BF16]) counting.tiles[WEIGHT_BF16] = tiles_bf16;
-    if (kernels.panels_split) counting.panels_split = panels_split;
     cpu->kernels = &counting;
     ops = counting_ops = *model->backend->ops;
     counting_ops.run = counting_run;

@@ -282,7 +282,6 @@ struct shape {
     int packed;
     enum moshi_dtype kv;
     int variant;
-    int crowded; /* of a convolution */
     int masked; /* every third row is inactive */
     int only;   /* -1, or the one row to run */
 };
@@ -990,8 +989,7 @@ static void case_conv(const struct shape *s, struct backend *backend, struct out
                         .stride = stride,
                         .weight = take_matrix(s->format, s->out, kernel * s->in),
                         .bias = s->variant & 8 ? NULL : take_random((size_t)s->out, 1),
-                        .replicate = (s->variant & 4) != 0,
-                        .crowded = s->crowded};
+                        .replicate = (s->variant & 4) != 0};
     struct rows rows = take_rows(s), now = call_rows(s, rows);
     float *x = take_random((size_t)(s->n * total * s->in), 2);
     float *residual = take_random((size_t)(s->n * total / stride * s->out), 1);
@@ -1085,8 +1083,7 @@ static void case_transposed(const struct shape *s, struct backend *backend, stru
                         .stride = stride,
                         .depthwise = depthwise != 0,
                         .depthwise_weight = thin,
-                        .bias = s->variant & 8 ? NULL : take_random((size_t)out, 1),
-                        .crowded = s->crowded};
+                        .bias = s->variant & 8 ? NULL : take_random((size_t)out, 1)};
     struct rows rows = take_rows(s), now = call_rows(s, rows);
     float *x = take_random((size_t)(s->n * total * s->in), 2);
     size_t chunk = (size_t)(s->steps * stride * out), in_chunk = (size_t)(s->steps * s->in);
@@ -1619,82 +1616,6 @@ static void check_codec(void)
     }
     check_products("rvq_encode", case_rvq_encode, 1, 3);
     check_products("rvq_decode", case_rvq_decode, 2, 3);
-}
-
-/* Convolutions of which a frame has many rows. Row counts are multiples of 16, others and less; the
- * widest have more than a chunk. */
-static void check_crowded(void)
-{
-    /* in, out, kernel * 100 + stride, steps, lanes */
-    static const int convs[][5] = {
-        {32, 48, 804, 64, 1}, {16, 70, 804, 76, 3},   {16, 17, 402, 14, 17}, {32, 1, 301, 40, 4},
-        {64, 33, 301, 17, 2}, {64, 40, 1206, 600, 2}, {256, 32, 1206, 96, 3}};
-    static const int transposed[][5] = {{16, 24, 4, 16, 1}, {48, 5, 6, 19, 4}, {32, 16, 5, 3, 17}};
-    struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
-
-    for (int j = 0; j < COUNT(convs); j++)
-        for (int variant = j % 3; variant < 16; variant += 3)
-            check_shape(case_conv,
-                        (struct shape){.operation = "conv",
-                                       .n = convs[j][4],
-                                       .in = convs[j][0],
-                                       .out = convs[j][1],
-                                       .levels = convs[j][2],
-                                       .steps = convs[j][3],
-                                       .calls = 2,
-                                       .variant = variant,
-                                       .packed = 1,
-                                       .crowded = 1},
-                        &conv);
-    for (int j = 0; j < COUNT(transposed); j++)
-        for (int variant = 0; variant < 16; variant++)
-            if (!(variant & 6))
-                check_shape(case_transposed,
-                            (struct shape){.operation = "transposed",
-                                           .n = transposed[j][4],
-                                           .in = transposed[j][0],
-                                           .out = transposed[j][1],
-                                           .levels = transposed[j][2],
-                                           .steps = transposed[j][3],
-                                           .calls = 2,
-                                           .variant = variant,
-                                           .packed = 1,
-                                           .crowded = 1},
-                            &back);
-    report("conv", "crowded", &conv);
-    report("transposed", "crowded", &back);
-}
-
-/* A frame at a time, in pieces of it and all at once. */
-static void test_calls_of_any_size_have_the_same_bits(void)
-{
-    for (int b = 0; b < n_backends; b++) {
-        struct shape shape = {.operation = "conv",
-                              .n = 2,
-                              .in = 32,
-                              .out = 33,
-                              .levels = 602,
-                              .variant = 3,
-                              .packed = 1,
-                              .crowded = 1,
-                              .only = -1};
-        static const int cuts[] = {1, 2, 6, 48};
-        struct outcome all[COUNT(cuts)];
-        int good = 1;
-
-        for (int i = 0; i < COUNT(cuts); i++) {
-            shape.calls = cuts[i];
-            shape.steps = 96 / cuts[i];
-            all[i] = run_case(case_conv, &shape, backends[b]);
-            good &= memcmp(all[0].y, all[i].y, 2 * all[0].width * sizeof *all[0].y) == 0;
-        }
-        for (int i = 0; i < COUNT(cuts); i++) free_outcome(&all[i]);
-        if (b % 3 == 0)
-            verdict(good, "calls of any size have the same bits (%s)", backends[b]->isa);
-        else if (!good)
-            verdict(good, "calls of any size have the same bits (%s, more threads)",
-                    backends[b]->isa);
-    }
 }
 
 /* Spans of columns, strips of outputs and chunks of rows beside each other. */
@@ -2961,9 +2882,7 @@ int main(int argc, char **argv)
     test_bad_numbers_do_not_hide_in_codes();
     check_attention();
     check_codec();
-    check_crowded();
     check_long_products();
-    test_calls_of_any_size_have_the_same_bits();
     test_many_threads_on_few_cores();
     for (int b = 0; b < n_backends; b++) backends[b]->ops->destroy(backends[b]);
     os_release(arena, arena_bytes);
