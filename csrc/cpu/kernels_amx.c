@@ -1,5 +1,5 @@
-/* kernels_amx.c: products by the tile registers of x86 (AMX, 2023 and later); whatever else that table
- * has is AVX-512's.
+/* kernels_amx.c: bf16 products by the tile registers of x86 (AMX, 2023 and later); whatever else that
+ * table has is AVX-512's.
  *
  * A tile of weights is 16 rows by 32 columns, read where they lie. Activations are not rounded to
  * bf16 but become three such numbers, which hold their 24 bits and whose products are exact: high,
