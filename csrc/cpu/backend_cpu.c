@@ -338,6 +338,7 @@ static void cpu_destroy(struct backend *backend)
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
     if (cpu->gathered) os_release(cpu->gathered, cpu->gathered_floats * sizeof(float));
+    if (cpu->tile_scratch) os_release(cpu->tile_scratch, threads * sizeof *cpu->tile_scratch);
     if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
     if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
@@ -401,6 +402,10 @@ int cpu_backend_create(int threads, struct backend **backend)
     cpu->base.threads = threads;
     status = kernels_choose(&cpu->kernels);
     if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
+    if (status == MOSHI_OK && cpu->kernels->tiles[WEIGHT_BF16]) {
+        cpu->tile_scratch = os_reserve((size_t)threads * sizeof *cpu->tile_scratch);
+        if (!cpu->tile_scratch) status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a backend");
+    }
     if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);
     if (status != MOSHI_OK) {
         cpu_destroy(&cpu->base);

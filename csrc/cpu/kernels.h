@@ -14,6 +14,8 @@
 
 #define ROWS_MAX 48 /* rows of activations in one call of dot or panels */
 #define TOGETHER 16 /* rows that lie side by side for `tiles` */
+#define TILE_ROWS 96 /* in one call of `tiles` */
+#define TILE_OUTPUTS 256
 #define ROW_PAD 64  /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)
@@ -61,7 +63,8 @@ struct cpu_kernels {
     /* What `dot` is for products, where a table has both for a format. gather puts columns
      * begin..end-1 of up to TOGETHER rows, which are as they are, side by side; begin is a multiple
      * of ROW_PAD and so is end, unless it is padded(columns). tiles takes `rows` of them, group after
-     * group, with gathered_width(columns) floats for a row. */
+     * group, with gathered_width(columns) floats for a row, of which one more may be read. It writes
+     * to more rows and outputs of y, up to the next multiples of 32. */
     void (*gather[WEIGHT_FORMATS])(const float *const *x, int rows, int columns, int begin, int end,
                                    float *y);
     void (*tiles[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *x, int rows,

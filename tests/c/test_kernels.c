@@ -1705,6 +1705,23 @@ static void check_codec(void)
     check_products("rvq_decode", case_rvq_decode, 2, 3);
 }
 
+/* Spans of columns, strips of outputs and chunks of rows beside each other. */
+static void check_long_products(void)
+{
+    struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+    for (int i = 0; i < 3; i++)
+        check_shape(case_linear,
+                    (struct shape){.operation = "linear",
+                                   .n = 40 + 61 * i,
+                                   .in = 1000 + 60 * i * i,
+                                   .out = 270,
+                                   .format = WEIGHT_BF16,
+                                   .variant = i},
+                    &tally);
+    report("linear", "bf16, long", &tally);
+}
+
 /* ---- sampling --------------------------------------------------------------------------- */
 
 static void naive_philox(uint32_t c[4], uint32_t k0, uint32_t k1)
@@ -3280,6 +3297,7 @@ int main(int argc, char **argv)
     test_bad_numbers_do_not_hide_in_codes();
     check_attention();
     check_codec();
+    check_long_products();
     test_many_threads_on_few_cores();
     for (int b = 0; b < n_backends; b++) backends[b]->ops->destroy(backends[b]);
     os_release(arena, arena_bytes);
