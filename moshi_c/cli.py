@@ -486,7 +486,7 @@ def _common(*names: str) -> argparse.ArgumentParser:
         "device": {
             "default": "auto",
             "metavar": "D",
-            "help": "auto or cpu (default: MOSHI_C_DEVICE, or cpu)",
+            "help": "cpu, cuda, cuda:1 (default: MOSHI_C_DEVICE, or a card that can hold the model)",
         },
         "dtype": {
             "default": "auto",

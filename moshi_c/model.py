@@ -112,7 +112,8 @@ def load(
         source: None for the small model in the package, a folder laid out like a published
             repository, one weight file (`.safetensors`, or the `.index.json` of shards), or a
             repository on the Hugging Face hub, such as "kyutai/moshiko-pytorch-bf16".
-        device: "auto" or "cpu". "auto" is the environment's MOSHI_C_DEVICE, else the CPU.
+        device: "cpu", "cuda", or "cuda:1" for the second card, and so on. "auto" is the
+            environment's MOSHI_C_DEVICE, else a card that can hold the model, else the CPU.
         dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16",
             or made while loading: "fp8" (8 bits a weight, e4m3), "int8" (8), "q8" (8.5), "q4"
             (4.5). Embeddings and norms stay as stored. The panels of `moshi-c quantize`, which are
