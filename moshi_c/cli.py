@@ -486,7 +486,7 @@ def _common(*names: str) -> argparse.ArgumentParser:
         "device": {
             "default": "auto",
             "metavar": "D",
-            "help": "cpu, cuda, cuda:1 (default: MOSHI_C_DEVICE, or a card that can hold the model)",
+            "help": "cpu, cuda, cuda:1 (default: MOSHI_C_DEVICE, or a card if one can hold it)",
         },
         "dtype": {
             "default": "auto",
