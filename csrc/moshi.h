@@ -108,7 +108,7 @@ struct moshi_model_options {
     const char *lm_path; /* .safetensors or .safetensors.index.json; default: by config */
     const char *mimi_path; /* default: by config (mimi_name) */
     const char *mimi_config_path; /* default: by config (mimi_config_name), else the built-in one */
-    const char *device; /* "cpu", "cuda", "cuda:1"; "auto", NULL: a card if one can hold the model */
+    const char *device; /* "cpu", "cuda", "cuda:1"; "auto" and NULL: a card that can hold it */
     enum moshi_dtype dtype; /* of the language model's matrices; MOSHI_AUTO: as stored */
     enum moshi_dtype
         mimi_dtype; /* of the codec's large matrices: MOSHI_AUTO and MOSHI_F32 are f32, MOSHI_BF16,
