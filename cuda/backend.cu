@@ -282,6 +282,7 @@ static struct backend_ops make_ops(void)
     ops.advance = cuda_advance;
     ops.sample = cuda_sample;
     ops.softmax = cuda_softmax;
+    ops.depth = cuda_depth;
     return ops;
 }
 
@@ -339,6 +340,13 @@ static void describe_card(int card, struct moshi_device *device)
     device->usable = supported(&properties, device->reason, sizeof device->reason);
 }
 
+static bool is_on(const char *setting)
+{
+    const char *value = getenv(setting);
+
+    return value && strcmp(value, "1") == 0;
+}
+
 static int open_card(struct cuda_backend *cuda, int card)
 {
     struct cudaDeviceProp properties = {};
@@ -366,9 +374,8 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
-    const char *early = getenv("MOSHI_C_EARLY_KERNELS");
-
-    cuda->early = architecture >= 90 && early && strcmp(early, "1") == 0;
+    cuda->early = architecture >= 90 && is_on("MOSHI_C_EARLY_KERNELS");
+    cuda->depth_kernel = is_on("MOSHI_C_DEPTH_KERNEL");
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))
