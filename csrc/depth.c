@@ -166,8 +166,8 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
                                                        .y = work->inputs});
     const float *inputs[MOSHI_MAX_CODEBOOKS];
     for (int k = 0; k < config->dep_q; ++k)
-        inputs[k] = work->inputs + (size_t)input_of(config, config->depth_schedule[k]) *
-                                       (size_t)n * (size_t)config->depth.dim;
+        inputs[k] = work->inputs + (size_t)input_of(config, config->depth_schedule[k]) * (size_t)n *
+                                       (size_t)config->depth.dim;
     if (ops->depth &&
         ops->depth(backend, &(struct op_depth){.name = "depth",
                                                .rows = run->rows,

@@ -320,7 +320,9 @@ __global__ static void __launch_bounds__(THREADS, 2)
             float sums[1][1][4] = {};
 
             for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-                struct words<F> w[1] = {weights.next(m)};
+                struct words<F> w[1] = {
+                    weights.next(m)
+                };
 
 #pragma unroll
                 for (int half = 0; half < 2; half++)
@@ -395,8 +397,7 @@ static bool take_layer(struct depth_pass *p, const struct op_depth *op, int set,
 static bool take_pass(struct depth_pass *p, const struct op_depth *op, enum weight_format format)
 {
     if (op->rows.n < 1 || op->rows.n > ROWS_HERE || op->steps > MOST_STEPS ||
-        op->layers > MOST_LAYERS || op->cache->dtype != MOSHI_F32 ||
-        op->cache->head_dim > 4 * WARP)
+        op->layers > MOST_LAYERS || op->cache->dtype != MOSHI_F32 || op->cache->head_dim > 4 * WARP)
         return false;
     p->aligned = 1;
     for (int k = 0; k < op->steps; k++) {

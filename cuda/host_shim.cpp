@@ -687,6 +687,7 @@ static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, bool together,
     order_of(grid.places, (int)(size.x * size.y * size.z));
     waited = 0;
     protect(PROT_NONE);
+    counts[SHIM_MET] += together;
     if (together)
         run_together(&grid);
     else
@@ -699,8 +700,8 @@ static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, bool together,
     return cudaErrorLaunchFailure;
 }
 
-cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                        bool together, std::function<void()> body, const void *params, size_t bytes)
+cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream, bool together,
+                        std::function<void()> body, const void *params, size_t bytes)
 {
     shim_lock lock(shim_mutex);
     unsigned threads = block.x * block.y * block.z;

@@ -551,7 +551,8 @@ enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
 /* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
- * graphs; graphs launched; copies to and from the device; fills and copies on it. */
+ * graphs; graphs launched; copies to and from the device; fills and copies on it; kernels run whose blocks
+ * meet. */
 enum shim_event {
     SHIM_PREPARED,
     SHIM_LAUNCHED,
@@ -559,6 +560,7 @@ enum shim_event {
     SHIM_SENT,
     SHIM_FETCHED,
     SHIM_MOVED,
+    SHIM_MET,
     SHIM_EVENTS
 };
 extern "C" __attribute__((visibility("default"))) long shim_count(int event);

@@ -30,5 +30,6 @@ void cuda_sample(struct backend *backend, const struct op_sample *op)
     p.padding_id = op->padding_id;
     p.token_stride = op->token_stride;
     if (op->rows.n)
-        launch(cuda, k_sample, dim3((unsigned)op->rows.n), THREADS, sizeof(struct table<THREADS>), p);
+        launch(cuda, k_sample, dim3((unsigned)op->rows.n), THREADS, sizeof(struct table<THREADS>),
+               p);
 }

@@ -61,8 +61,7 @@ __device__ static uint32_t sort_key(float value)
 }
 
 /* table->sums[thread] becomes the sum of those of the threads before it. */
-template <int THREADS>
-__device__ static void sums_before(struct table<THREADS> *table)
+template <int THREADS> __device__ static void sums_before(struct table<THREADS> *table)
 {
     int thread = (int)threadIdx.x, mine = 0;
 
@@ -80,8 +79,7 @@ __device__ static void sums_before(struct table<THREADS> *table)
 
 /* The key of the k-th largest logit; *k becomes how many ids with that key belong to the first k. */
 template <int THREADS>
-__device__ static uint32_t kth_key(const float *logits, int n, int *k,
-                                   struct table<THREADS> *table)
+__device__ static uint32_t kth_key(const float *logits, int n, int *k, struct table<THREADS> *table)
 {
     uint32_t key = 0, mask = 0;
     int thread = (int)threadIdx.x;

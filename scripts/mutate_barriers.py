@@ -19,11 +19,12 @@ PLACE = ROOT / "build" / "mutant"
 ORDERS = ("ascending", "descending", "3")
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 COMPILE += ["-O1", "-w", "-c"]
-BARRIER = re.compile(r"__syncthreads\(\);")
+BARRIER = re.compile(r"__syncthreads\(\);|(?<=    )meet\(p, \+\+meetings\);")
 
 
 def barriers() -> list[tuple[Path, int]]:
-    sources = sorted([*(ROOT / "cuda").glob("*.cu"), ROOT / "cuda" / "device.h"])
+    kernels = [path for path in (ROOT / "cuda").glob("*.h") if path.name != "host_shim.h"]
+    sources = sorted([*(ROOT / "cuda").glob("*.cu"), *kernels])
     return [
         (path, number)
         for path in sources
@@ -46,9 +47,7 @@ def build(path: Path, number: int) -> Path:
     objects = []
     for source in sorted([*folder.glob("*.cu"), folder / "host_shim.cpp"]):
         built = BUILT / "cuda" / f"{source.name}.o"
-        changed = source.name == path.name or (
-            path.suffix == ".h" and re.search(r'"(device|product)\.h"', source.read_text())
-        )
+        changed = source.name == path.name or (path.suffix == ".h" and source.suffix == ".cu")
         if changed:
             built = PLACE / f"{source.name}.o"
             subprocess.run([*COMPILE, source, "-o", built], check=True)
