@@ -159,7 +159,7 @@ __device__ static __forceinline__ depth_product phase_of(const struct depth_pass
 /* ---- weights that a warp reads in turn -------------------------------------------------- */
 
 template <enum weight_format F> struct weight_stream {
-    static const int AHEAD = F == WEIGHT_Q4 ? 4 : 2; /* chunks on their way */
+    static const int AHEAD = 4; /* chunks on their way: up to 64 KiB of a block */
     struct words<F> ahead[AHEAD];
     int tile, chunk; /* the next one to ask for */
 
@@ -286,10 +286,26 @@ __device__ static void sample_step(const struct depth_pass &p, int k, struct tab
     sample_row(s, (int)blockIdx.x, table);
 }
 
+/* The rows that a phase meets. */
+template <enum weight_format F>
+__device__ static void arrange_phase(const struct depth_pass &p, int k, int at,
+                                     const struct activations &x, float *work,
+                                     unsigned char *arranged, float *made)
+{
+    const int attends = at % LAYER_PHASES == 1;
+    depth_product m = phase_of(p, k, at);
+
+    if (at == 0) embed_rows(p, k, made);
+    if (attends) attend_rows(p, k, at / LAYER_PHASES, made);
+    for (int i = 0; i < p.rows; i++)
+        arrange_row<F>(m.norm, at == 0 || attends ? made + i * p.width : m.input(i), m.columns,
+                       work, arranged + i * x.row_bytes);
+}
+
 /* Grid: as many blocks as run at once. Shared memory: what k_tensor has, or the sampler's table; the
  * arranged rows; rows that the block has made. */
 template <enum weight_format F>
-__global__ static void __launch_bounds__(THREADS, 2)
+__global__ static void __launch_bounds__(THREADS, 1)
     k_depth(const __grid_constant__ struct depth_pass p)
 {
     after_earlier_kernels();
@@ -304,18 +320,12 @@ __global__ static void __launch_bounds__(THREADS, 2)
 
     weights.begin(m);
     for (int turn = 0; turn < p.steps * phases; turn++) {
-        int k = turn / phases, at = turn % phases, own = at == 0 || (at % LAYER_PHASES == 1);
+        int k = turn / phases, at = turn % phases;
         int chunks = padded_columns<F>(m.columns) / tensor_format<F>::COLUMNS;
         struct activations x = {arranged, (long)tensor_format<F>::row_bytes(m.columns),
                                 padded_columns<F>(m.columns), p.rows - 1};
 
-        if ((int)blockIdx.x * OCTET < m.pairs) {
-            if (at == 0) embed_rows(p, k, made);
-            if (at % LAYER_PHASES == 1) attend_rows(p, k, at / LAYER_PHASES, made);
-            for (int i = 0; i < p.rows; i++)
-                arrange_row<F>(m.norm, own ? made + i * p.width : m.input(i), m.columns, work,
-                               arranged + i * x.row_bytes);
-        }
+        if ((int)blockIdx.x * OCTET < m.pairs) arrange_phase<F>(p, k, at, x, work, arranged, made);
         for (int tile = (int)blockIdx.x; tile * OCTET < m.pairs; tile += (int)gridDim.x) {
             float sums[1][1][4] = {};
 
@@ -328,7 +338,7 @@ __global__ static void __launch_bounds__(THREADS, 2)
                 for (int half = 0; half < 2; half++)
                     tensor_format<F>::multiply(w, x, chunk, half, sums);
             }
-            store_sums<F, 1, 1>(m, work, 0, p.rows - 1, tile * OCTET, sums);
+            store_sums<F, 1, 1>(phase_of(p, k, at), work, 0, p.rows - 1, tile * OCTET, sums);
         }
         arrive(p);
         if (turn + 1 < p.steps * phases) {
