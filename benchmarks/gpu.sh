@@ -16,8 +16,6 @@
 # in the toolkit; MOSHI_C_CUBLASLT names another one.
 # MOSHI_C_EARLY_KERNELS=1 launches each kernel before the one ahead of it has ended, on cards of compute
 # capability 9.0 and later: for `ops`, `sessions` and `time` with it and without it.
-# MOSHI_C_DEPTH_KERNEL=1 makes the depth pass of up to four rows one kernel (cuda/depth.cu) where it would be
-# a graph's: for `sessions` and `time` with it and without it; `ops` has both.
 # MOSHI_C_CUDA_LIBRARY names another library than the one that was built here, MODEL the folder of
 # `model`, OUT the one of the results; both are in build/gpu otherwise.
 set -euo pipefail
