@@ -52,6 +52,8 @@ struct depth_pass {
     int *arrived; /* blocks at meetings, then those that have left; 0 between launches */
     int rows, slots, steps, layers, width, heads, hidden, gated, card, position_stride, aligned;
     int work_bytes, row_bytes; /* of shared memory, see k_depth */
+    int tile_pairs[LAYER_PHASES +
+                   1]; /* that a block takes at a time, at most OCTET; of the head last */
     float scale; /* of scores */
 };
 
@@ -78,7 +80,14 @@ struct depth_end {
     }
 };
 
-typedef struct product<struct depth_end> depth_product;
+struct depth_product : product<struct depth_end> {
+    int tile; /* pairs that a block takes at a time */
+
+    __device__ int end_of(int index) const
+    {
+        return (index + 1) * tile < pairs ? (index + 1) * tile : pairs;
+    }
+};
 
 /* y += scale * (W u) */
 __device__ static __forceinline__ void add_to_x(const struct depth_pass &p, const float *scale,
@@ -103,6 +112,7 @@ __device__ static __forceinline__ depth_product phase_of(const struct depth_pass
     m.second = 1;
     m.columns = p.width;
     m.x = p.x;
+    m.tile = p.tile_pairs[index == p.layers ? LAYER_PHASES : part];
     if (index == p.layers) {
         m.weight = step.head;
         m.norm = step.norm;
@@ -168,10 +178,10 @@ template <enum weight_format F> struct weight_stream {
     {
         const int chunks = padded_columns<F>(m.columns) / tensor_format<F>::COLUMNS;
 
-        if (tile * OCTET >= m.pairs || chunk >= chunks) return;
-        int pair = tile * OCTET + (int)threadIdx.x % WARP / 4;
+        if (tile * m.tile >= m.pairs || chunk >= chunks) return;
+        int pair = tile * m.tile + (int)threadIdx.x % WARP / 4, end = m.end_of(tile);
 
-        if (pair >= m.pairs) pair = m.pairs - 1; /* its sums are not stored */
+        if (pair >= end) pair = end - 1; /* its sums are not stored */
         tensor_format<F>::read(m, m.first_of(pair), m.second_of(pair), chunk, words);
         chunk += WARPS;
         if (chunk < chunks) return;
@@ -325,20 +335,22 @@ __global__ static void __launch_bounds__(THREADS, 1)
         struct activations x = {arranged, (long)tensor_format<F>::row_bytes(m.columns),
                                 padded_columns<F>(m.columns), p.rows - 1};
 
-        if ((int)blockIdx.x * OCTET < m.pairs) arrange_phase<F>(p, k, at, x, work, arranged, made);
-        for (int tile = (int)blockIdx.x; tile * OCTET < m.pairs; tile += (int)gridDim.x) {
+        if ((int)blockIdx.x * m.tile < m.pairs) arrange_phase<F>(p, k, at, x, work, arranged, made);
+        for (int tile = (int)blockIdx.x; tile * m.tile < m.pairs; tile += (int)gridDim.x) {
             float sums[1][1][4] = {};
 
             for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-                struct words<F> w[1] = {
-                    weights.next(m)
-                };
+                struct words<F> w[1];
 
+                w[0] = weights.next(m);
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     tensor_format<F>::multiply(w, x, chunk, half, sums);
             }
-            store_sums<F, 1, 1>(phase_of(p, k, at), work, 0, p.rows - 1, tile * OCTET, sums);
+            depth_product part = phase_of(p, k, at);
+
+            part.pairs = m.end_of(tile);
+            store_sums<F, 1, 1>(part, work, 0, p.rows - 1, tile * m.tile, sums);
         }
         arrive(p);
         if (turn + 1 < p.steps * phases) {
@@ -447,6 +459,19 @@ static bool take_pass(struct depth_pass *p, const struct op_depth *op, enum weig
     return true;
 }
 
+/* Pairs of a tile, so that all blocks have as much to do, and few tiles. */
+static int choose_tile(int pairs, int blocks)
+{
+    int best = OCTET, least = 0;
+
+    for (int tile = OCTET; tile > 1; tile /= 2) {
+        int cost = ceil_div(ceil_div(pairs, tile), blocks) * (tile + 2);
+
+        if (least == 0 || cost < least) best = tile, least = cost;
+    }
+    return best;
+}
+
 static int larger(int a, int b)
 {
     return a > b ? a : b;
@@ -475,6 +500,11 @@ static int launch_depth(struct cuda_backend *cuda, const struct op_depth *op)
                      2 * OCTET);
     blocks = blocks < tiles ? blocks : tiles;
     if (blocks < p.slots) return 0;
+    const int pairs[] = {ceil_div(qkv, 2), ceil_div(op->width, 2),
+                         op->gated ? op->hidden : ceil_div(op->hidden, 2), ceil_div(op->width, 2),
+                         ceil_div(op->card, 2)};
+
+    for (int i = 0; i <= LAYER_PHASES; i++) p.tile_pairs[i] = choose_tile(pairs[i], blocks);
     p.report = cuda->report;
     p.arrived = (int *)(void *)cuda_take_scratch(cuda, 2 * sizeof(int), 0).counters;
     launch(cuda, k_depth<F>, dim3((unsigned)blocks), THREADS, shared, p, true);
