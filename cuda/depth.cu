@@ -52,8 +52,7 @@ struct depth_pass {
     int *arrived; /* blocks at meetings, then those that have left; 0 between launches */
     int rows, slots, steps, layers, width, heads, hidden, gated, card, position_stride, aligned;
     int work_bytes, row_bytes; /* of shared memory, see k_depth */
-    int tile_pairs[LAYER_PHASES +
-                   1]; /* that a block takes at a time, at most OCTET; of the head last */
+    int tile_pairs[LAYER_PHASES + 1]; /* that a block takes at once, up to OCTET; the head's last */
     float scale; /* of scores */
 };
 
