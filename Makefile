@@ -9,6 +9,8 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# For what is more than a few packages: uv, several times as quick.
+INSTALL := $(BIN)/python scripts/install.py
 
 CORE := $(wildcard csrc/*.c csrc/cpu/*.c)
 BINDING := $(wildcard csrc/py/*.c)
@@ -16,9 +18,10 @@ HEADERS := $(wildcard csrc/*.h csrc/cpu/*.h csrc/py/*.h csrc/cpu/*.inc)
 CUDA := $(wildcard cuda/*.cu)
 CUDA_HEADERS := $(wildcard cuda/*.h) csrc/cuda.h csrc/backend.h csrc/quant.h csrc/config.h csrc/moshi.h
 C_TESTS := $(wildcard tests/c/test_*.c)
+CUDA_TESTS := $(patsubst tests/cuda/%.c,%,$(wildcard tests/cuda/test_*.c))
 FUZZ := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 FORMATTED := $(CORE) $(BINDING) $(HEADERS) $(CUDA) $(wildcard cuda/*.h cuda/*.cpp tests/c/*.[ch] \
-    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.c)
+    tests/cuda/*.[ch] tests/fuzz/*.[ch] examples/*.c benchmarks/*.[ch])
 PYTHON_SOURCES := moshi_c tests scripts benchmarks examples setup.py
 
 .DEFAULT_GOAL := help
@@ -42,15 +45,19 @@ $(VENV)/.core: $(VENV)/.made $(CORE) $(BINDING) $(HEADERS) setup.py pyproject.to
 	PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.core
-	$(PIP) "moshi_c[dev]"
+$(VENV)/.uv: $(VENV)/.made
+	$(PIP) "uv>=0.11"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core $(VENV)/.uv
+	$(INSTALL) -r pyproject.toml --extra dev
 	touch $@
 
 # Of upstream's package only the code is taken: its upper limits exclude current versions.
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.test: $(VENV)/.core $(VENV)/.uv
 	scripts/setup_debian.sh sound browser
-	$(PIP) "moshi_c[test,parity]"
-	$(PIP) --no-deps moshi==0.2.13
+	$(INSTALL) -r pyproject.toml --extra test --extra parity
+	$(INSTALL) --no-deps moshi==0.2.13
 	touch $@
 
 .PHONY: build
@@ -68,20 +75,23 @@ serve: build ## a page to talk to the small model, at http://localhost:8998; Ctr
 	$(BIN)/moshi-c serve
 
 # Each agent framework, and OpenAI's package, in an environment of its own: together they would hold
-# each other's versions back. The core is compiled once for all of them.
-FRAMEWORKS := pipecat livekit fastrtc openai
-BESIDE_pipecat := ,server
-BESIDE_livekit := ,clients
-.venv-%/.made: $(VENV)/.core build/release/libmoshi.a
+# each other's versions back. moshi_c itself is a link to the sources, with the core that is there.
+FRAMEWORKS := livekit pipecat fastrtc openai
+BESIDE_pipecat := --extra server
+BESIDE_livekit := --extra clients
+.venv-%/.made: pyproject.toml $(VENV)/.uv | $(VENV)/.core
 	scripts/setup_debian.sh sound
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check "setuptools>=80" wheel "numpy>=2.0"
-	PYTHONWARNINGS=ignore MOSHI_C_CORE=build/release/libmoshi.a $(@D)/bin/pip install --quiet \
-	    --disable-pip-version-check --no-build-isolation --editable ".[$*,integrations$(BESIDE_$*)]"
+	$(PYTHON) -m venv --clear --without-pip $(@D)
+	$(INSTALL) --python $(@D)/bin/python -r pyproject.toml --extra $* --extra integrations $(BESIDE_$*)
+	ln -s "$(CURDIR)/moshi_c" $(@D)/lib/python3.*/site-packages/
 	touch $@
 
+# Two at a time, the longest first: most of their tests hear and speak in real time.
 .PHONY: integrations $(FRAMEWORKS:%=integrations-%)
-integrations: $(FRAMEWORKS:%=integrations-%) ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
+integrations: $(VENV)/.core $(VENV)/.uv ## moshi_c in Pipecat, LiveKit and FastRTC; their clients and OpenAI's at its server
+	@scripts/setup_debian.sh sound
+	@$(MAKE) --no-print-directory -j2 -Otarget $(FRAMEWORKS:%=integrations-%)
+
 $(FRAMEWORKS:%=integrations-%): integrations-%: .venv-%/.made
 	.venv-$*/bin/pytest -q -p no:cacheprovider tests/integrations/test_$**.py
 
@@ -136,8 +146,11 @@ build/$(1)/libmoshi.a: $$(patsubst %.c,build/$(1)/%.o,$$(filter-out $$(LEFT_OUT_
 	@rm -f $$@
 	@ar rcs $$@ $$^
 
-build/$(1)/cuda/test_cuda: build/$(1)/tests/cuda/test_cuda.o build/$(1)/libmoshi.a
+build/$(1)/cuda/test_%: build/$(1)/tests/cuda/test_%.o build/$(1)/libmoshi.a
 	@mkdir -p $$(@D)
+	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
+
+build/$(1)/gpu: build/$(1)/benchmarks/gpu.o build/$(1)/benchmarks/gpu_common.o build/$(1)/libmoshi.a
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$^ -o $$@ $$(LINK)
 
 build/$(1)/test_%: build/$(1)/tests/c/test_%.o build/$(1)/libmoshi.a
@@ -149,7 +162,7 @@ run-$(1)/test_%: build/$(1)/test_% FORCE
 build/$(1)/fuzz_%: build/$(1)/tests/fuzz/fuzz_%.o build/$(1)/libmoshi.a $$(filter %.o,$$(DRIVER_$(1)))
 	@$$(CC_$(1)) $$(FLAGS_$(1)) $$(filter -%,$$(DRIVER_$(1))) $$(filter %.o,$$^) $$(filter %.a,$$^) -o $$@ $$(LINK)
 
--include $$(wildcard build/$(1)/csrc/*.d build/$(1)/csrc/*/*.d build/$(1)/tests/*/*.d)
+-include $$(wildcard $$(patsubst %,build/$(1)/%/*.d,csrc csrc/* tests/* benchmarks))
 endef
 $(foreach v,release test asan tsan gcc clang fuzz,$(eval $(call variant,$(v))))
 
@@ -172,11 +185,15 @@ build/$(1)/cuda/test_cuda: | build/$(1)/cuda/libfake_cublaslt.so
 build/$(1)/cuda/libmoshi_cuda.so: $$(patsubst cuda/%,build/$(1)/cuda/%.o,$$(CUDA) cuda/host_shim.cpp)
 	@g++ -shared $$(FLAGS_$(1)) $$^ -o $$@
 
-run-$(1)/cuda run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
-run-$(1)/cuda: build/$(1)/cuda/test_cuda build/$(1)/cuda/libmoshi_cuda.so FORCE
+run-$(1)/cuda/% run-$(1)/gpu run-$(1)/order-%: export MOSHI_C_CUDA_LIBRARY = build/$(1)/cuda/libmoshi_cuda.so
+run-$(1)/cuda/%: build/$(1)/cuda/% build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$<"; SHIM_ORDER=7 $$<
+run-$(1)/order-descending: export SHIM_SHARED_KIB = 99
+run-$(1)/order-3: export SHIM_PROCESSORS = 4
 run-$(1)/order-%: build/$(1)/test_kernels build/$(1)/cuda/libmoshi_cuda.so FORCE
 	@echo "$$< cuda, threads $$*"; SHIM_ORDER=$$* $$< cuda $$(SHAPES_$(1)_cuda)
+run-$(1)/gpu: build/$(1)/gpu build/$(1)/cuda/libmoshi_cuda.so $(VENV)/.core FORCE
+	@echo "$$<, the stages dry"; OUT=build/$(1)/gpu-dry GPU=$$< PYTHON=$(BIN)/python benchmarks/gpu.sh dry
 endef
 $(foreach v,test asan,$(eval $(call cuda_host,$(v))))
 
@@ -228,9 +245,6 @@ LEFT_OUT_gpu := csrc/ogg_opus.c
 build/gpu/%: LINK := -pthread -lm -ldl
 $(eval $(call variant,gpu))
 
-build/gpu/gpu: build/gpu/benchmarks/gpu.o build/gpu/libmoshi.a
-	@$(CC_gpu) $(FLAGS_gpu) $^ -o $@ $(LINK)
-
 build/aarch64/session: build/aarch64/examples/session.o build/aarch64/libmoshi.a
 	@$(CC_aarch64) $(FLAGS_aarch64) $^ -o $@ $(LINK)
 
@@ -266,7 +280,7 @@ cuda: ## libmoshi_cuda.so beside the package, with nvcc; CUDA_ARCHITECTURES="90a
 .PHONY: cuda-host
 cuda-host: ## the CUDA backend without a card: operations, conversations and faults on the host shim
 	@scripts/setup_debian.sh build
-	$(call run,test,run-test/cuda $(addprefix run-test/order-,ascending descending 3))
+	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%) run-test/gpu $(addprefix run-test/order-,ascending descending 3))
 
 # A file's tests stay in one process, which keeps their models and servers. Many of them wait for
 # sound in real time while others compute. LONG=--long holds the conversation with upstream's server
@@ -322,7 +336,7 @@ SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 5
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) run-asan/cuda run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/gpu run-asan/order-descending run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
@@ -366,7 +380,7 @@ soak: build ## an hour of sound, 10,000 sessions and streams, 100 models: does m
 	$(BIN)/python benchmarks/soak.py
 
 $(VENV)/.bench: $(VENV)/.test
-	$(PIP) "moshi_c[bench]"
+	$(INSTALL) -r pyproject.toml --extra bench
 	touch $@
 
 .PHONY: bench
@@ -381,9 +395,9 @@ bench: $(VENV)/.bench ## ours and its peers, in turn; JSON to benchmarks/results
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/seven.py
 
-$(VENV)/.docs: $(VENV)/.core
+$(VENV)/.docs: $(VENV)/.core $(VENV)/.uv
 	@scripts/setup_debian.sh sound
-	$(PIP) "moshi_c[docs]"
+	$(INSTALL) -r pyproject.toml --extra docs
 	touch $@
 
 .PHONY: docs

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -38,6 +39,7 @@ from moshi.models import LMGen, loaders  # noqa: E402
 import moshi_c  # noqa: E402
 from moshi_c import _core  # noqa: E402
 
+PARTS = ("paced", "prefill", "batch")
 SESSIONS = 8
 PROMPT = 500  # frames
 GREEDY = {"text_temperature": 0.0, "audio_temperature": 0.0}
@@ -161,15 +163,20 @@ def prefill(folder: Path, frames: int, repeats: int) -> dict[str, Any]:
                 seconds.append(time.perf_counter() - start)
                 rates.append(max(before, common.multiply_rate(THREADS)))
                 shares.append(flops / seconds[-1] / 1e9 / rates[-1])
-            one = time.perf_counter()
-            session.step_codes(user[:, 0], decode=False)
-            one = time.perf_counter() - one
+            stepped = []
+            for t in range(5):
+                start = time.perf_counter()
+                session.step_codes(user[:, t], decode=False)
+                stepped.append(time.perf_counter() - start)
+            one = float(np.median(stepped))
     return {
         "frames": frames,
+        "p50_s": round(float(np.median(seconds)), 3),
         "seconds": [round(value, 3) for value in seconds],
         "gflop": round(flops / 1e9, 1),
         "multiply_rate_gflop_s": [round(value, 1) for value in rates],
-        "share_of_multiply_rate": [round(value, 3) for value in shares],
+        "share_of_multiply_rate": round(float(np.median(shares)), 3),
+        "shares": [round(value, 3) for value in shares],
         "steps_would_take_s": round(frames * one, 1),
     }
 
@@ -214,7 +221,7 @@ def paced(seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.arguments(__doc__, "company")
-    parser.add_argument("--parts", default="batch,prefill,paced")
+    parser.add_argument("--parts", default=",".join(PARTS), help="the others' results stay")
     parser.add_argument("--layers", type=int, default=8, help="of the cut")
     parser.add_argument("--frames", type=int, default=PROMPT, help="of the prompt")
     parser.add_argument("--repeats", type=int, default=3, help="of the prefill")
@@ -225,17 +232,21 @@ def main() -> None:
     torch.set_grad_enabled(False)
     step.LAYERS = options.layers
     result: dict[str, Any] = {"threads": THREADS, "layers": options.layers, "dtype": "bf16"}
+    if options.out.exists():
+        before = json.loads(options.out.read_text("utf-8"))
+        result |= {part: before[part] for part in PARTS if part in before}
+    when = {"date": datetime.date.today().isoformat(), "commit": common.commit()}
     if "paced" in parts:
-        result["paced"] = paced(options.seconds)
+        result["paced"] = when | paced(options.seconds)
         print(result["paced"], flush=True)
     if "batch" in parts or "prefill" in parts:
         with tempfile.TemporaryDirectory() as name:
             folder = step.make(Path(name))
             if "prefill" in parts:
-                result["prefill"] = prefill(folder, options.frames, options.repeats)
+                result["prefill"] = when | prefill(folder, options.frames, options.repeats)
                 print(result["prefill"], flush=True)
             if "batch" in parts:
-                result["batch"] = batch(folder, options.blocks)
+                result["batch"] = when | batch(folder, options.blocks)
     common.report("company", options.out, result)
 
 

@@ -35,6 +35,7 @@ FORMATS = {
     "bf16 keys and values": {"dtype": "f32", "kv_dtype": "bf16"},
     "int8 keys and values": {"dtype": "f32", "kv_dtype": "int8"},
     "bf16": {"dtype": "bf16"},
+    "fp8": {"dtype": "fp8"},
     "int8": {"dtype": "int8"},
     "q8": {"dtype": "q8"},
     "q4": {"dtype": "q4"},

@@ -4,12 +4,14 @@ The language model has the published tensors of the 7B, filled with random numbe
 come out, the codec has no part. The read rate is probed around every block of steps.
 `share_of_floor` is the time that reading a frame's bytes (weights, and keys and values of what is
 remembered) takes at that rate, over the time of the step. bf16 needs 15.4 GB on the disk and as
-much memory for its map.
+much memory for its map. `stage_ms` are means. `reads_from_disk` counts what a step had to fetch
+from the file because the system had taken it back: memory's pace is then not all that held it up.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,8 +27,9 @@ FORMATS = ("bf16", "q8", "q4")
 STEPS = 3  # of a block
 
 
-def timed(session: Any, size: int, threads: int, blocks: int) -> dict[str, Any]:
+def timed(model: Any, session: Any, size: int, blocks: int) -> dict[str, Any]:
     """size: bytes that a step reads."""
+    threads = model._info["threads"]
     rng = np.random.default_rng(1)
     times, shares, rates = [], [], []
 
@@ -42,6 +45,8 @@ def timed(session: Any, size: int, threads: int, blocks: int) -> dict[str, Any]:
 
     for _ in range(3):
         step()
+    stats = model._core.stats()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     before = probe()
     for _ in range(blocks):
         block = [step() for _ in range(STEPS)]
@@ -49,9 +54,16 @@ def timed(session: Any, size: int, threads: int, blocks: int) -> dict[str, Any]:
         times += block
         shares.append(size / 1e9 / ((before + after) / 2) / float(np.median(block)))
         before = after
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults
+    stages = {
+        stage: 1e3 * (model._core.stats()[f"{stage}_s"] - stats[f"{stage}_s"]) / len(times)
+        for stage in ("temporal", "depth")
+    }
     return {
         "p50_ms": round(1e3 * float(np.median(times)), 1),
         "p99_ms": round(1e3 * float(np.percentile(times, 99)), 1),
+        "stage_ms": {stage: round(ms, 1) for stage, ms in stages.items()},
+        "reads_from_disk": round(faults / len(times), 1),
         "bytes": size,
         "share_of_floor": round(float(np.median(shares)), 3),
         "best_over_best_rate": round(size / 1e9 / max(rates) / min(times), 3),
@@ -69,7 +81,7 @@ def measure(folder: str, dtype: str, blocks: str) -> None:
     remembered = model._core.memory()["kv_bytes"]
     columns = model.max_delay + 2
     session = moshi_c.Session(model, seed=1)
-    found = {"empty": timed(session, weights, info["threads"], int(blocks))}
+    found = {"empty": timed(model, session, weights, int(blocks))}
     session.reset()
     for _ in range(columns):
         session.step_codes(np.zeros(8, np.int32), decode=False)
@@ -78,7 +90,7 @@ def measure(folder: str, dtype: str, blocks: str) -> None:
     session = moshi_c.Session.from_snapshot(
         model, memory.with_full_context(snapshot, memory.CONTEXT)
     )
-    found["full"] = timed(session, weights + remembered, info["threads"], int(blocks))
+    found["full"] = timed(model, session, weights + remembered, int(blocks))
     print(json.dumps({"threads": info["threads"], **found}))
     session.close()
     model.close()

@@ -7,8 +7,8 @@
  *  - Everything that changes from frame to frame (row map, positions, tokens, masks, seeds) is
  *    device memory. Sizes in the argument structs are fixed per stage and number of rows.
  *  - Activations between operations are f32 rows, contiguous unless a stride is given.
- *  - A backend has one caller at a time. Only upload, download and copy may be called beside it, for
- *    memory that no run is using.
+ *  - A backend has one caller at a time. Only upload, the downloads and copy may be called beside it,
+ *    for memory that no run is using.
  *  - Operations enqueue and return nothing. A failure sticks to the backend until sync reports it.
  *  - Rows are not slots: rows.lane maps a row to the lane whose history it reads and writes.
  *  - Only qkv, conv, conv_transposed, delay_input, delay_output and advance change the history of a
@@ -412,12 +412,21 @@ struct op_depth {
     float *x, *query, *hidden_rows; /* [rows.n][width], the same, [rows.n][hidden] */
 };
 
+/* A place of the device's memory, and where the host wants it. */
+struct device_piece {
+    const void *device;
+    void *host;
+    size_t bytes;
+};
+
 struct backend_ops {
     /* Device memory: zeroed, page-aligned, committed when touched; NULL on failure. */
     void *(*allocate)(struct backend *backend, size_t bytes);
     void (*release)(struct backend *backend, void *memory, size_t bytes);
     void (*upload)(struct backend *backend, void *device, const void *host, size_t bytes);
     void (*download)(struct backend *backend, void *host, const void *device, size_t bytes);
+    /* Many places at once; a status, that of this call alone. */
+    int (*download_pieces)(struct backend *backend, const struct device_piece *pieces, int count);
     void (*copy)(struct backend *backend, void *to, const void *from, size_t bytes);
     void (*clear)(struct backend *backend, void *device, int byte, size_t bytes);
     /* Device memory that grows: pages of page_bytes, of which each must be committed before it is
@@ -434,7 +443,7 @@ struct backend_ops {
      * there leaves w.packed as it is. Returns a status; release_matrix undoes it where w has
      * changed. */
     int (*prepare_matrix)(struct backend *backend, struct matrix *w, int pack);
-    /* Instead of it: makes a block format of w's float rows, or of int8 rows with scales. */
+    /* Instead of it: makes a block format or fp8 of w's float rows, or of int8 rows with scales. */
     int (*quantise_matrix)(struct backend *backend, struct matrix *w, enum weight_format format);
     void (*release_matrix)(struct backend *backend, struct matrix *w);
     /* Scratch for calls of up to `rows` rows (times steps), `columns` inputs and `keys` keys. */
@@ -470,6 +479,10 @@ struct backend_ops {
     /* Optional, may be NULL: returns 1, or 0 if it has not been done and is to be made of the operations
      * above, whose results are the same bits. */
     int (*depth)(struct backend *, const struct op_depth *);
+    /* Optional: delay_input and delay_output of the one active row that both have, `frames` times in
+     * turn, each time with what follows in user, tokens, text, audio and out; given is NULL. */
+    void (*delay_given)(struct backend *, const struct op_delay_input *,
+                        const struct op_delay_output *, int frames);
 };
 
 /* Every backend struct begins with this. */
@@ -479,6 +492,7 @@ struct backend {
     const char *isa; /* what the kernels use: "generic", "avx512", "neon_dot", ... */
     int threads;
     int whole_ticks; /* a tick is best run as one stage */
+    int given_rows; /* frames that are given are best read so many at once; 0: as the model likes */
     int immediate; /* run executes the operations of a stage as they come, and waits: so that a trace
                       sees each one's results */
     int failure; /* sticky status, MOSHI_OK if none */

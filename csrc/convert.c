@@ -2,7 +2,9 @@
  *
  * Binding with a plan tells what every tensor becomes; each is made when it is asked for, so that a
  * conversion holds one tensor at a time. Panels come first, since only they need their alignment,
- * then the rest from wide to narrow elements: every tensor begins at a multiple of its element. */
+ * then the rest from wide to narrow elements: every tensor begins at a multiple of its element, but
+ * for the scales of fp8 behind a matrix of an odd number of bytes. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,6 +31,7 @@ static enum tensor_dtype stored_dtype(const struct weight_change *change)
     return is_block_format(change->format) ? TENSOR_U8
            : change->format == WEIGHT_F32  ? TENSOR_F32
            : change->format == WEIGHT_F16  ? TENSOR_F16
+           : change->format == WEIGHT_FP8  ? TENSOR_F8_E4M3
                                            : TENSOR_BF16;
 }
 
@@ -48,10 +51,17 @@ static void add_part(struct moshi_conversion *conversion, const struct tensor *t
         const int64_t panels = (int64_t)part->bytes / panel / change->sets;
         tensor_header_add(&conversion->header, tensor->name, TENSOR_U8, 3,
                           (const int64_t[]){change->sets, panels, panel});
-    } else {
-        tensor_header_add(&conversion->header, tensor->name, stored_dtype(change), tensor->n_dims,
-                          tensor->dims);
+        return;
     }
+    if (change->format ==
+        WEIGHT_FP8) { /* with scales in front of it, named as published ones are */
+        char name[256 + sizeof "_scale"];
+        snprintf(name, sizeof name, "%s_scale", tensor->name);
+        tensor_header_add(&conversion->header, name, TENSOR_F32, 2,
+                          (const int64_t[]){(int64_t)change->sets * change->rows, 1});
+    }
+    tensor_header_add(&conversion->header, tensor->name, stored_dtype(change), tensor->n_dims,
+                      tensor->dims);
 }
 
 /* 1 when the tensor goes with another; *change: what becomes of it, or NULL. */
@@ -102,7 +112,7 @@ int moshi_conversion_open(const struct moshi_model_options *options,
     *result = NULL;
     if (options->dtype == MOSHI_AUTO)
         return moshi_fail(MOSHI_ERROR_ARGUMENT, "the dtype of a conversion is auto, expected f32, "
-                                                "f16, bf16, int8, q8 or q4");
+                                                "f16, bf16, fp8, int8, q8 or q4");
     struct moshi_conversion *conversion = calloc(1, sizeof *conversion);
     if (!conversion) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a conversion");
     conversion->dtype = options->dtype;

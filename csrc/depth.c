@@ -132,6 +132,12 @@ int depth_work_create(struct depth_work *work, const struct depth *depth, struct
     return MOSHI_OK;
 }
 
+size_t depth_work_bytes(const struct depth_work *work)
+{
+    return work->cache_bytes + work->table_bytes + work->position_bytes + work->input_bytes +
+           3 * work->row_bytes + work->hidden_bytes;
+}
+
 void depth_work_destroy(struct depth_work *work)
 {
     if (!work->backend) return;

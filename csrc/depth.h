@@ -44,6 +44,7 @@ struct depth_work {
 int depth_work_create(struct depth_work *work, const struct depth *depth, struct backend *backend,
                       int lanes);
 void depth_work_destroy(struct depth_work *work);
+size_t depth_work_bytes(const struct depth_work *work); /* of the device */
 
 /* rows: all halves, lanes = row numbers. slots: the conditional halves, lanes = slot numbers. */
 struct depth_run {

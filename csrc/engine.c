@@ -242,6 +242,22 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     free(engine);
 }
 
+/* What one of the sessions takes of the device: its part of what the engine took at once, and pages. */
+static int64_t session_bytes(const struct moshi_engine *engine)
+{
+    const struct lm_state *lm = &engine->lm;
+    const struct mimi_state *mimi = &engine->mimi;
+    const size_t slots = (size_t)engine->max_sessions;
+    size_t fixed = slots * (sizeof *engine->row_lane + 3); /* three marks of a row */
+    size_t pages = kv_pages_lane_bytes(&lm->kv);
+    fixed += lm_state_fixed_bytes(lm);
+    if (mimi->backend) {
+        fixed += mimi_state_fixed_bytes(mimi);
+        pages += kv_pages_lane_bytes(&mimi->encoder_kv) + kv_pages_lane_bytes(&mimi->decoder_kv);
+    }
+    return (int64_t)((fixed + slots - 1) / slots + pages);
+}
+
 int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory)
 {
     int status = model_check_process(engine->model);
@@ -250,7 +266,7 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     memory->weights_bytes = engine->model->info.weight_bytes;
     memory->free_bytes = engine->backend->ops->memory_free(engine->backend);
     if (engine->lm.backend) {
-        memory->session_bytes = (int64_t)lm_state_slot_bytes(&engine->lm);
+        memory->session_bytes = session_bytes(engine);
         memory->kv_bytes = (int64_t)(engine->lm.kv.cache.page_bytes / KV_PAGE_POSITIONS) *
                            engine->lm.context;
         memory->session_used_bytes = (int64_t)kv_pages_used(&engine->lm.kv) *
@@ -258,7 +274,6 @@ int moshi_engine_memory(struct moshi_engine *engine, struct moshi_memory *memory
     }
     if (engine->mimi.backend) {
         const struct mimi_state *mimi = &engine->mimi;
-        memory->session_bytes += (int64_t)mimi_state_lane_bytes(mimi);
         memory->session_used_bytes += (int64_t)(kv_pages_used(&mimi->encoder_kv) +
                                                 kv_pages_used(&mimi->decoder_kv)) *
                                       (int64_t)mimi->encoder_kv.cache.page_bytes;
@@ -794,11 +809,11 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **sessions, i
 {
     struct moshi_session **batch = engine->stepping;
     int n = 0;
-    /* Who finds no memory ends, and nobody else. */
+    /* Who finds no memory does not step, and nobody else is touched. */
     for (int i = 0; i < count; ++i) {
         int status = make_room(engine, sessions[i]);
         if (status)
-            session_end(sessions[i], status);
+            session_fail(sessions[i], status);
         else
             batch[n++] = sessions[i];
     }

@@ -108,7 +108,9 @@ int session_step_entered(struct moshi_session *session, const int32_t *codes,
                          struct moshi_frame *frame);
 /* Nothing is left to be forced but the queue of text. */
 void session_free_next(struct moshi_session *session, int first_step);
-/* Every later call is refused with the sentence of the failure that was just recorded. */
+/* The frame in flight ends with the failure that was just recorded. */
+void session_fail(struct moshi_session *session, int status);
+/* And every later call is refused with its sentence. */
 void session_end(struct moshi_session *session, int status);
 
 /* Uploads a session's settings for given frames, which force nothing. */

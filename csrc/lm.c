@@ -252,7 +252,8 @@ int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend 
     state->backend = backend;
     state->slots = slots;
     state->lanes = lanes;
-    state->rows = larger(lanes, LM_GIVEN_ROWS);
+    state->given_rows = larger(backend->given_rows, LM_GIVEN_ROWS);
+    state->rows = larger(lanes, state->given_rows);
     state->context = context;
     state_init(&state->slot_table, backend, slots);
     state_init(&state->lane_table, backend, lanes);
@@ -471,10 +472,12 @@ int lm_state_restore(struct lm_state *state, int slot, int guided, struct tensor
     return status ? moshi_fail_prefix(status, "%s", tensor_file_path(file)) : MOSHI_OK;
 }
 
-size_t lm_state_slot_bytes(const struct lm_state *state)
+size_t lm_state_fixed_bytes(const struct lm_state *state)
 {
-    return state_lane_bytes(&state->slot_table) + state_lane_bytes(&state->lane_table) +
-           (size_t)state->kv.cache.pages_per_lane * state->kv.cache.page_bytes;
+    size_t bytes = state_table_bytes(&state->slot_table) + state_table_bytes(&state->lane_table) +
+                   kv_pages_fixed_bytes(&state->kv) + depth_work_bytes(&state->depth_work);
+    for (int i = 0; i < state->n_blocks; ++i) bytes += state->blocks[i].bytes;
+    return bytes;
 }
 
 /* ---- the step --------------------------------------------------------------------------- */
@@ -753,9 +756,12 @@ static int prepare_pass(struct lm_state *state, int slot, int halves, const int 
 {
     const struct backend_ops *ops = state->backend->ops;
     for (int half = 0; half < halves; ++half) {
-        const int32_t own = half * state->slots + slot, lane = lanes[half];
-        for (int t = 0; t < frames; ++t)
-            ops->upload(state->backend, state->row_lane + half * frames + t, &own, sizeof own);
+        const int32_t lane = lanes[half];
+        int32_t own[64];
+        for (int i = 0; i < 64; ++i) own[i] = half * state->slots + slot;
+        for (int t = 0; t < frames; t += 64)
+            ops->upload(state->backend, state->row_lane + half * frames + t, own,
+                        (size_t)(frames - t < 64 ? frames - t : 64) * sizeof *own);
         ops->upload(state->backend, state->read_lane + half, &lane, sizeof lane);
         int status = kv_pages_grow(&state->kv, lane, position, frames);
         if (status) return status;
@@ -778,22 +784,28 @@ static void given_stage(struct backend *backend, void *arg)
     const struct rows slot = {.n = 1, .lane = state->row_slot, .active = state->row_active};
     const struct rows rows = {
         .n = pass->halves, .lane = state->read_lane, .active = state->row_active};
-    for (int t = 0; t < pass->frames && pass->given; ++t) {
-        ops->delay_input(backend, &(struct op_delay_input){
-                                      .name = "delay_input",
-                                      .rows = slot,
-                                      .cache = delay,
-                                      .params = state->params,
-                                      .user = state->user + t * (delay->streams - 1 - delay->dep_q),
-                                      .null_row = state->null_row,
-                                      .tokens = state->tokens + t * delay->streams});
-        ops->delay_output(backend,
-                          &(struct op_delay_output){.name = "delay_output",
-                                                    .rows = slot,
-                                                    .cache = delay,
-                                                    .text = state->text + t,
-                                                    .audio = state->audio + t * delay->dep_q,
-                                                    .out = state->output + t * (1 + delay->dep_q)});
+    struct op_delay_input in = {.name = "delay_input",
+                                .rows = slot,
+                                .cache = delay,
+                                .params = state->params,
+                                .user = state->user,
+                                .null_row = state->null_row,
+                                .tokens = state->tokens};
+    struct op_delay_output out = {.name = "delay_output",
+                                  .rows = slot,
+                                  .cache = delay,
+                                  .text = state->text,
+                                  .audio = state->audio,
+                                  .out = state->output};
+    if (pass->given && ops->delay_given) ops->delay_given(backend, &in, &out, pass->frames);
+    for (int t = 0; t < pass->frames && pass->given && !ops->delay_given; ++t) {
+        ops->delay_input(backend, &in);
+        ops->delay_output(backend, &out);
+        in.user += delay->streams - 1 - delay->dep_q;
+        in.tokens += delay->streams;
+        out.text++;
+        out.audio += delay->dep_q;
+        out.out += 1 + delay->dep_q;
     }
     const struct rows frames = {
         .n = pass->halves * pass->frames, .lane = state->row_lane, .active = state->row_active};
@@ -803,7 +815,7 @@ static void given_stage(struct backend *backend, void *arg)
 int lm_given_room(const struct lm_state *state, int slot, int guided)
 {
     const int64_t ring = ring_positions(state), unused = ring - state->positions[slot];
-    const int64_t beyond = ring - state->context + 1, rows = LM_GIVEN_ROWS / (1 + guided);
+    const int64_t beyond = ring - state->context + 1, rows = state->given_rows / (1 + guided);
     const int64_t room = unused > beyond ? unused : beyond;
     return (int)(room < rows ? room : rows);
 }

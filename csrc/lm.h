@@ -49,7 +49,8 @@ struct lm_state {
     const struct lm *lm;
     struct backend *backend;
     int slots, lanes; /* lanes = 2 * slots */
-    int rows;         /* that the scratch below has room for: lanes, or LM_GIVEN_ROWS if more */
+    int rows;         /* that the scratch below has room for: lanes, or given_rows if more */
+    int given_rows;   /* of one pass; the halves of a guided slot are rows of their own */
     int context;
     struct state_table slot_table, lane_table;
     struct kv_pages kv;
@@ -100,7 +101,8 @@ void lm_state_destroy(struct lm_state *state);
 void lm_state_reset(struct lm_state *state, int slot);
 /* Slot `to` becomes a copy of `from`; keys and values are shared, not copied. */
 void lm_state_copy(struct lm_state *state, int from, int to);
-size_t lm_state_slot_bytes(const struct lm_state *state);
+/* Device memory that it takes at once, `beside` included. */
+size_t lm_state_fixed_bytes(const struct lm_state *state);
 /* Lists the state of a slot, with its null half when it is guided. */
 void lm_state_list(struct lm_state *state, int slot, int guided, struct snapshot *snapshot);
 /* Reads the same back from a snapshot, which may hold anything, into a slot that was reset and has
@@ -142,7 +144,7 @@ void lm_step_stage(struct lm_state *state, const struct lm_shape *shape);
 
 /* ---- frames that are given -------------------------------------------------------------- */
 
-#define LM_GIVEN_ROWS 96 /* of one pass; the halves of a guided slot are rows of their own */
+#define LM_GIVEN_ROWS 96 /* of one pass, at least: a backend may like more */
 
 /* Frames of one slot of which every token is known, as its steps would store them. Host memory. */
 struct lm_given {

@@ -457,8 +457,9 @@ void mimi_encoder_reset(struct mimi_state *state, int lane)
 void mimi_state_reset(struct mimi_state *state, int lane)
 {
     mimi_encoder_reset(state, lane);
+    kv_pages_release(&state->encoder_kv, lane);
     state_reset_lane(&state->decoder, lane);
-    kv_pages_reset(&state->decoder_kv, lane);
+    kv_pages_release(&state->decoder_kv, lane);
     state->decoder_offset[lane] = 0;
 }
 
@@ -524,10 +525,12 @@ int mimi_state_restore(struct mimi_state *state, int lane, const char *suffix,
     return status;
 }
 
-size_t mimi_state_lane_bytes(const struct mimi_state *state)
+size_t mimi_state_fixed_bytes(const struct mimi_state *state)
 {
-    return state_lane_bytes(&state->encoder) + state_lane_bytes(&state->decoder) +
-           2 * (size_t)state->encoder_kv.cache.pages_per_lane * state->encoder_kv.cache.page_bytes;
+    return state_table_bytes(&state->encoder) + state_table_bytes(&state->decoder) +
+           kv_pages_fixed_bytes(&state->encoder_kv) + kv_pages_fixed_bytes(&state->decoder_kv) +
+           4 * state->buffer_bytes + state->gathered_bytes + 3 * state->small_bytes +
+           state->hidden_bytes;
 }
 
 int mimi_encode_room(struct mimi_state *state, int lane, int frames)

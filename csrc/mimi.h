@@ -65,7 +65,8 @@ void mimi_state_reset(struct mimi_state *state, int lane);
 void mimi_encoder_reset(struct mimi_state *state, int lane); /* that half alone */
 /* Lane `to` becomes a copy of `from`; keys and values are shared, not copied. */
 void mimi_state_copy(struct mimi_state *state, int from, int to);
-size_t mimi_state_lane_bytes(const struct mimi_state *state);
+/* Device memory that it takes at once. */
+size_t mimi_state_fixed_bytes(const struct mimi_state *state);
 /* Lists the state of a lane, its fields named with `suffix`; reads the same back from a snapshot,
  * which may hold anything, into a lane that was reset and given its pages. */
 void mimi_state_list(struct mimi_state *state, int lane, const char *suffix,

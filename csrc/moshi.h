@@ -55,14 +55,15 @@ MOSHI_API const char *moshi_error_detail(void);
 
 MOSHI_API const char *moshi_version(void);
 
-/* int8: one scale a row; q8, q4: one scale for 32 weights. Those three are for the language model's
- * matrices; embeddings and norms stay as stored. A file that holds one of them already opens as
- * MOSHI_AUTO, or as what it holds. */
+/* fp8, which is e4m3fn, and int8: one scale a row; q8, q4: one scale for 32 weights. Those four are for
+ * the language model's matrices; embeddings and norms stay as stored. A file that holds int8, q8 or q4
+ * already opens as MOSHI_AUTO, or as what it holds; fp8 and published int8 as any of them. */
 enum moshi_dtype {
     MOSHI_AUTO = 0,
     MOSHI_F32,
     MOSHI_F16,
     MOSHI_BF16,
+    MOSHI_FP8,
     MOSHI_INT8,
     MOSHI_Q8,
     MOSHI_Q4
@@ -119,7 +120,8 @@ struct moshi_model_options {
      * one (SIGBUS) when the missing pages are read; the codec's file is never mapped for long. */
     int copy_weights;
     /* Read all weights of the language model once, and refuse one that is not finite. Without it, such
-     * a weight ends the sessions whose logits it reaches. The codec's are always checked. */
+     * a weight ends the sessions whose logits it reaches. Those of the codec and of fp8 are always
+     * checked. */
     int check_weights;
 };
 
@@ -205,7 +207,10 @@ MOSHI_API void moshi_engine_destroy(struct moshi_engine *engine);
 
 struct moshi_memory {
     int64_t weights_bytes; /* mapped or private */
-    int64_t session_bytes; /* one session with its context full */
+    /* One session with its context full: its keys and values, its history, and its part of what the
+     * engine works with; so many times max_sessions is what the engine takes. With guidance a session
+     * has the keys and values of two. */
+    int64_t session_bytes;
     int64_t kv_bytes; /* of these, what each of its frames then reads beside the weights */
     int64_t session_used_bytes; /* committed by all open sessions now */
     int64_t free_bytes; /* available on the device */
@@ -306,14 +311,16 @@ struct moshi_frame {
 #define MOSHI_MAX_SAMPLE 100.0f
 
 /* pcm: frame_size floats. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE, give
- * MOSHI_ERROR_AUDIO and change nothing. */
+ * MOSHI_ERROR_AUDIO and change nothing. MOSHI_ERROR_MEMORY: the device has none for a longer context,
+ * or for this session's own copy of one that a fork shares. Then nothing has changed either, and the
+ * frame can be given again. */
 MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm,
                                  struct moshi_frame *frame);
 /* codes: user_q of them, 0..card (card itself is the initial or end token), skipping the encoder. */
 MOSHI_API int moshi_session_step_codes(struct moshi_session *session, const int32_t *codes,
                                        struct moshi_frame *frame);
 /* One batched step of `count` sessions of one engine; exactly one of pcms, codes is not NULL. Either
- * all sessions step or none does. */
+ * all sessions step or none does, except for one that has no memory (see above). */
 MOSHI_API int moshi_sessions_step(struct moshi_session *const *sessions, int count,
                                   const float *const *pcms, const int32_t *const *codes,
                                   struct moshi_frame *frames);

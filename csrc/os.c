@@ -160,6 +160,8 @@ int os_file_open(const char *path, int copy, struct os_file *file)
             status = fail_file(path, copy ? "make room for the file" : "map the file", errno);
         } else {
             *file = (struct os_file){.data = data, .bytes = bytes, .mapped = !copy};
+            /* Under a map it decides how much of the file comes at once where none is cached. */
+            os_advise_huge(data, bytes);
             status = copy ? read_whole(fd, path, data, bytes) : MOSHI_OK;
         }
     }

@@ -27,8 +27,8 @@ struct prefill {
     int32_t *stored_text; /* [steps] */
     int32_t *stored_audio; /* [steps][dep_q] */
     int32_t *user; /* [frames][user_q] */
-    int32_t *output; /* [LM_GIVEN_ROWS][1 + dep_q] */
-    int32_t *read; /* [LM_GIVEN_ROWS][streams] of a session that may read it again, or NULL */
+    int32_t *output; /* [rows of a pass][1 + dep_q] */
+    int32_t *read; /* [rows of a pass][streams] of a session that may read it again, or NULL */
     int32_t *said; /* [frames] or NULL */
 };
 
@@ -105,9 +105,9 @@ static int arrange(struct prefill *given)
     given->stored_text = malloc(steps * sizeof *given->stored_text);
     given->stored_audio = malloc(steps * (dep_q + 1) * sizeof *given->stored_audio);
     given->user = malloc((frames + 1) * (user_q + 1) * sizeof *given->user);
-    given->output = malloc(LM_GIVEN_ROWS * (1 + dep_q) * sizeof *given->output);
-    const size_t streams = 1 + dep_q + user_q;
-    if (session->refresh) given->read = malloc(LM_GIVEN_ROWS * streams * sizeof *given->read);
+    const size_t rows = (size_t)session->engine->lm.given_rows, streams = 1 + dep_q + user_q;
+    given->output = malloc(rows * (1 + dep_q) * sizeof *given->output);
+    if (session->refresh) given->read = malloc(rows * streams * sizeof *given->read);
     if (!given->stored_text || !given->stored_audio || !given->user || !given->output ||
         (session->refresh && !given->read))
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %d given frames", given->frames);
@@ -155,6 +155,7 @@ static int step_one(const struct prefill *given, int t)
     int status = session_step_entered(session,
                                       given->user + (size_t)t * (size_t)session->engine->user_q,
                                       &frame);
+    if (status) session_end(session, status);
     if (!status && given->said) given->said[t] = frame.text_token;
     return status;
 }
@@ -207,9 +208,8 @@ static int pass_all(const struct prefill *given, int t)
         status = pass(given, t, count);
         const double frame_s = (os_clock() - start) / count;
         os_mutex_unlock(lock);
-        most = frame_s * LM_GIVEN_ROWS < PASS_SECONDS ? LM_GIVEN_ROWS
-               : frame_s < PASS_SECONDS               ? (int)(PASS_SECONDS / frame_s)
-                                                      : 1;
+        const double fit = PASS_SECONDS / frame_s;
+        most = fit > engine->lm.given_rows ? engine->lm.given_rows : fit > 1 ? (int)fit : 1;
         t += count;
     }
     if (status) session_end(session, status);

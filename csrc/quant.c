@@ -7,7 +7,8 @@
 
 const char *weight_format_name(enum weight_format format)
 {
-    static const char *const names[WEIGHT_FORMATS] = {"f32", "f16", "bf16", "int8", "q8", "q4"};
+    static const char *const names[WEIGHT_FORMATS] = {"f32",  "f16", "bf16", "fp8",
+                                                      "int8", "q8",  "q4"};
 
     return names[format];
 }
@@ -57,6 +58,19 @@ uint16_t f32_to_f16(float f)
     return (uint16_t)(sign | half);
 }
 
+float fp8_to_f32(uint8_t code)
+{
+    union {
+        uint32_t u;
+        float f;
+    } v = {((uint32_t)(code & 0x7f) << 20) + (120u << 23)};
+
+    if ((code & 0x78) == 0) v.f = (float)(code & 7) * 0x1p-9f;
+    if ((code & 0x7f) == 0x7f) v.u = 0x7fc00000u;
+    v.u |= (uint32_t)(code & 0x80) << 24;
+    return v.f;
+}
+
 static float read_element(enum weight_format format, const void *source, size_t i)
 {
     float f;
@@ -66,6 +80,7 @@ static float read_element(enum weight_format format, const void *source, size_t 
         memcpy(&f, (const char *)source + i * 4, 4);
         return f;
     }
+    if (format == WEIGHT_FP8) return fp8_to_f32(((const uint8_t *)source)[i]);
     memcpy(&h, (const char *)source + i * 2, 2);
     return format == WEIGHT_F16 ? f16_to_f32(h) : bf16_to_f32(h);
 }

@@ -697,8 +697,9 @@ const char *tensor_file_metadata(const struct tensor_file *file, const char *key
     return NULL;
 }
 
-/* Whether any of n numbers of `bytes` each has all bits of its exponent set. */
-static int any_not_finite(const void *data, size_t bytes, uint32_t exponent, size_t n)
+/* Whether any of n numbers of `bytes` each has all of these bits set: those of the exponent, and of
+ * e4m3's fraction. */
+static inline int any_not_finite(const void *data, size_t bytes, uint32_t exponent, size_t n)
 {
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) {
@@ -712,9 +713,10 @@ static int any_not_finite(const void *data, size_t bytes, uint32_t exponent, siz
 int tensor_is_finite(const struct tensor *tensor)
 {
     const size_t n = (size_t)tensor->elements;
-    return tensor->dtype == TENSOR_F32   ? !any_not_finite(tensor->data, 4, 0x7f800000u, n)
-           : tensor->dtype == TENSOR_F16 ? !any_not_finite(tensor->data, 2, 0x7c00u, n)
-                                         : !any_not_finite(tensor->data, 2, 0x7f80u, n);
+    return tensor->dtype == TENSOR_F32       ? !any_not_finite(tensor->data, 4, 0x7f800000u, n)
+           : tensor->dtype == TENSOR_F16     ? !any_not_finite(tensor->data, 2, 0x7c00u, n)
+           : tensor->dtype == TENSOR_F8_E4M3 ? !any_not_finite(tensor->data, 1, 0x7fu, n)
+                                             : !any_not_finite(tensor->data, 2, 0x7f80u, n);
 }
 
 #define SAMPLE_BYTES 64

@@ -63,7 +63,7 @@ const char *tensor_file_metadata(const struct tensor_file *file, const char *key
 /* Tells files apart without reading them whole: a hash of every tensor's name, dtype and shape and of
  * a few bytes in its middle, continuing from `hash`. */
 uint64_t tensor_file_fingerprint(const struct tensor_file *file, uint64_t hash);
-/* Whether no number of an F32, F16 or BF16 tensor is NaN or infinity. */
+/* Whether no number of an F32, F16, BF16 or F8_E4M3 tensor is NaN or infinity. */
 int tensor_is_finite(const struct tensor *tensor);
 
 /* The bytes of a file before its data. Zero-initialise, add facts for the metadata, then the tensors

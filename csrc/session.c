@@ -74,11 +74,16 @@ void session_free_next(struct moshi_session *session, int first_step)
         session->next_audio[i] = TOKEN_FREE;
 }
 
-void session_end(struct moshi_session *session, int status)
+void session_fail(struct moshi_session *session, int status)
 {
     session->status = status;
-    session->dead = 1;
     snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+}
+
+void session_end(struct moshi_session *session, int status)
+{
+    session_fail(session, status);
+    session->dead = 1;
 }
 
 static void clear_forcing(struct moshi_session *session)

@@ -115,6 +115,7 @@ void snapshot_pages(struct snapshot *snapshot, struct kv_pages *kv, int lane, in
                                               : TENSOR_I8,
         .n_dims = 5,
         .dims = {cache->layers, 2, cache->kv_heads, count, cache->head_dim},
+        .backend = kv->backend,
         .kv = kv,
         .part = KV_VALUES,
         .lane = lane,
@@ -165,18 +166,21 @@ int snapshot_write(const struct snapshot *snapshot, void *data, size_t *bytes)
         return MOSHI_OK;
     }
     uint8_t *to = (uint8_t *)data + header.bytes;
+    struct state_fetch fetch = {0};
     for (int i = 0; i < snapshot->n_items; ++i) {
         const struct snapshot_item *item = &snapshot->items[i];
+        if (item->backend) fetch.backend = item->backend; /* all of a list are of one */
         if (item->kv)
-            kv_pages_read(item->kv, item->part, item->lane, item->first, (int)item->dims[3], to);
+            kv_pages_read(item->kv, item->part, item->lane, item->first, (int)item->dims[3], to,
+                          &fetch);
         else if (item->backend)
-            item->backend->ops->download(item->backend, to, item->memory, item->bytes);
+            state_fetch_add(&fetch, item->memory, to, item->bytes);
         else if (item->bytes)
             memcpy(to, item->memory, item->bytes);
         to += item->bytes;
     }
     *bytes = total;
-    return MOSHI_OK;
+    return state_fetch_end(&fetch);
 }
 
 /* ---- reading ---------------------------------------------------------------------------- */

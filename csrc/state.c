@@ -13,6 +13,13 @@ size_t state_field_bytes(const struct state_field *field)
     return field->elements * (field->type == FIELD_U8 ? 1 : 4);
 }
 
+/* Of all lanes; some fields have no elements. */
+static size_t allocated_bytes(const struct state_table *table, const struct state_field *field)
+{
+    size_t bytes = state_field_bytes(field) * (size_t)table->lanes;
+    return bytes ? bytes : 1;
+}
+
 void state_init(struct state_table *table, struct backend *backend, int lanes)
 {
     memset(table, 0, sizeof *table);
@@ -29,8 +36,11 @@ static void reset_lane_of_field(struct backend *backend, const struct state_fiel
         backend->ops->clear(backend, start, (int)(field->reset & 0xff), bytes);
         return;
     }
-    for (size_t i = 0; i < field->elements; ++i)
-        backend->ops->upload(backend, start + 4 * i, &field->reset, 4);
+    int32_t values[256];
+    for (size_t i = 0; i < sizeof values / sizeof *values; ++i) values[i] = field->reset;
+    for (size_t at = 0; at < bytes; at += sizeof values)
+        backend->ops->upload(backend, start + at, values,
+                             bytes - at < sizeof values ? bytes - at : sizeof values);
 }
 
 void *state_add(struct state_table *table, enum field_type type, size_t elements, int32_t reset,
@@ -48,8 +58,8 @@ void *state_add(struct state_table *table, enum field_type type, size_t elements
     field->type = type;
     field->elements = elements;
     field->reset = reset;
-    size_t bytes = state_field_bytes(field) * (size_t)table->lanes;
-    field->data = table->backend->ops->allocate(table->backend, bytes ? bytes : 1);
+    size_t bytes = allocated_bytes(table, field);
+    field->data = table->backend->ops->allocate(table->backend, bytes);
     if (!field->data) {
         moshi_fail(MOSHI_ERROR_MEMORY,
                    "state field %s: %zu bytes for %d lanes could not be reserved", field->name,
@@ -82,16 +92,16 @@ void state_copy_lane(struct state_table *table, int from, int to)
 void state_release(struct state_table *table)
 {
     for (int i = 0; i < table->n_fields; ++i) {
-        size_t bytes = state_field_bytes(&table->fields[i]) * (size_t)table->lanes;
-        table->backend->ops->release(table->backend, table->fields[i].data, bytes ? bytes : 1);
+        const struct state_field *field = &table->fields[i];
+        table->backend->ops->release(table->backend, field->data, allocated_bytes(table, field));
     }
     table->n_fields = 0;
 }
 
-size_t state_lane_bytes(const struct state_table *table)
+size_t state_table_bytes(const struct state_table *table)
 {
     size_t total = 0;
-    for (int i = 0; i < table->n_fields; ++i) total += state_field_bytes(&table->fields[i]);
+    for (int i = 0; i < table->n_fields; ++i) total += allocated_bytes(table, &table->fields[i]);
     return total;
 }
 
@@ -201,7 +211,7 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
     return MOSHI_OK;
 }
 
-static void forget(struct kv_pages *kv, int lane, int decommit)
+static void forget(struct kv_pages *kv, int lane)
 {
     for (int block = 0; block < kv->cache.pages_per_lane; ++block) {
         size_t entry = (size_t)lane * (size_t)kv->cache.pages_per_lane + (size_t)block;
@@ -209,9 +219,6 @@ static void forget(struct kv_pages *kv, int lane, int decommit)
         if (page < 0) continue;
         kv->host_table[entry] = -1;
         if (--kv->references[page] > 0) continue;
-        if (decommit)
-            kv->backend->ops->decommit(kv->backend, page_address(kv, page), kv->cache.page_bytes);
-        kv->committed[page] &= !decommit;
         kv->free_pages[kv->n_free] = page;
         set_free(kv, kv->n_free + 1);
     }
@@ -219,17 +226,23 @@ static void forget(struct kv_pages *kv, int lane, int decommit)
 
 void kv_pages_reset(struct kv_pages *kv, int lane)
 {
-    forget(kv, lane, 0);
+    forget(kv, lane);
 }
 
 void kv_pages_release(struct kv_pages *kv, int lane)
 {
-    forget(kv, lane, 1);
+    forget(kv, lane);
+    for (int i = 0; i < kv->n_free; ++i) {
+        int32_t page = kv->free_pages[i];
+        if (!kv->committed[page]) continue;
+        kv->backend->ops->decommit(kv->backend, page_address(kv, page), kv->cache.page_bytes);
+        kv->committed[page] = 0;
+    }
 }
 
 void kv_pages_share(struct kv_pages *kv, int from, int to)
 {
-    forget(kv, to, 0);
+    forget(kv, to);
     const size_t per_lane = (size_t)kv->cache.pages_per_lane;
     for (size_t block = 0; block < per_lane; ++block) {
         int32_t page = kv->host_table[(size_t)from * per_lane + block];
@@ -274,14 +287,29 @@ static int run_end(int done, int64_t first)
     return done + KV_PAGE_POSITIONS - (int)((first + done) % KV_PAGE_POSITIONS);
 }
 
+int state_fetch_end(struct state_fetch *fetch)
+{
+    if (fetch->count && !fetch->status)
+        fetch->status = fetch->backend->ops->download_pieces(fetch->backend, fetch->pieces,
+                                                             fetch->count);
+    fetch->count = 0;
+    return fetch->status;
+}
+
+void state_fetch_add(struct state_fetch *fetch, const void *device, void *host, size_t bytes)
+{
+    if (fetch->count == sizeof fetch->pieces / sizeof *fetch->pieces) state_fetch_end(fetch);
+    fetch->pieces[fetch->count++] = (struct device_piece){
+        .device = device, .host = host, .bytes = bytes};
+}
+
 void kv_pages_read(const struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
-                   void *values)
+                   void *values, struct state_fetch *fetch)
 {
     for (size_t plane = 0; plane < planes(kv); ++plane)
         for (int done = 0; done < count; done = run_end(done, first)) {
             struct run run = find_run(kv, part, lane, first, count, done, plane);
-            kv->backend->ops->download(kv->backend, (char *)values + run.host, run.device,
-                                       run.bytes);
+            state_fetch_add(fetch, run.device, (char *)values + run.host, run.bytes);
         }
 }
 
@@ -294,6 +322,16 @@ void kv_pages_write(struct kv_pages *kv, enum kv_part part, int lane, int64_t fi
             kv->backend->ops->upload(kv->backend, run.device, (const char *)values + run.host,
                                      run.bytes);
         }
+}
+
+size_t kv_pages_fixed_bytes(const struct kv_pages *kv)
+{
+    return (size_t)kv->n_pages * sizeof *kv->device_table;
+}
+
+size_t kv_pages_lane_bytes(const struct kv_pages *kv)
+{
+    return (size_t)kv->cache.pages_per_lane * kv->cache.page_bytes;
 }
 
 int kv_pages_used(const struct kv_pages *kv)

@@ -35,7 +35,7 @@ void state_reset_lane(struct state_table *table, int lane);
 void state_copy_lane(struct state_table *table, int from, int to);
 size_t state_field_bytes(const struct state_field *field); /* of one lane */
 void state_release(struct state_table *table);
-size_t state_lane_bytes(const struct state_table *table);
+size_t state_table_bytes(const struct state_table *table); /* of all lanes */
 
 #define KV_PAGE_POSITIONS 64
 
@@ -65,15 +65,30 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps);
 void kv_pages_share(struct kv_pages *kv, int from, int to);
 enum kv_part { KV_VALUES, KV_SCALES /* of MOSHI_INT8 */ };
 
-/* Copies positions first .. first+count-1 of a lane, which it has pages for, to or from the host:
+/* Places of the device that come to the host together; begin with zeros and the backend. */
+struct state_fetch {
+    struct backend *backend;
+    int count, status; /* status: the first failure */
+    struct device_piece pieces[256];
+};
+void state_fetch_add(struct state_fetch *fetch, const void *device, void *host, size_t bytes);
+/* All of them have come, or a status. */
+int state_fetch_end(struct state_fetch *fetch);
+
+/* Positions first .. first+count-1 of a lane, which it has pages for, to or from the host:
  * [layers][2][kv_heads][count][head_dim]; the scales without the last. */
 void kv_pages_read(const struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
-                   void *values);
+                   void *values, struct state_fetch *fetch);
 void kv_pages_write(struct kv_pages *kv, enum kv_part part, int lane, int64_t first, int count,
                     const void *values);
-/* Forgets a lane's history. kv_pages_release gives the memory back to the system too. */
+/* Forgets a lane's history. kv_pages_release gives the memory back to the system too, with that of
+ * all other pages that no lane reads. */
 void kv_pages_reset(struct kv_pages *kv, int lane);
 void kv_pages_release(struct kv_pages *kv, int lane);
+/* Device memory besides the pages, which is taken at once; and that of one lane's pages when its
+ * history is full. */
+size_t kv_pages_fixed_bytes(const struct kv_pages *kv);
+size_t kv_pages_lane_bytes(const struct kv_pages *kv);
 /* Pages in use; may be asked while another thread grows them. */
 int kv_pages_used(const struct kv_pages *kv);
 

@@ -121,8 +121,8 @@ const char *moshi_version(void)
 }
 
 static const char *const dtype_names[] = {
-    [MOSHI_AUTO] = "auto", [MOSHI_F32] = "f32", [MOSHI_F16] = "f16", [MOSHI_BF16] = "bf16",
-    [MOSHI_INT8] = "int8", [MOSHI_Q8] = "q8",   [MOSHI_Q4] = "q4"};
+    [MOSHI_AUTO] = "auto", [MOSHI_F32] = "f32",   [MOSHI_F16] = "f16", [MOSHI_BF16] = "bf16",
+    [MOSHI_FP8] = "fp8",   [MOSHI_INT8] = "int8", [MOSHI_Q8] = "q8",   [MOSHI_Q4] = "q4"};
 
 #define DTYPE_COUNT ((int)(sizeof dtype_names / sizeof dtype_names[0]))
 
@@ -141,7 +141,7 @@ int moshi_dtype_parse(const char *name, enum moshi_dtype *dtype)
         }
     }
     return moshi_fail(MOSHI_ERROR_ARGUMENT,
-                      "dtype '%.40s' is not supported, expected auto, f32, f16, bf16, int8, q8 or "
-                      "q4",
+                      "dtype '%.40s' is not supported, expected auto, f32, f16, bf16, fp8, int8, "
+                      "q8 or q4",
                       name != NULL ? name : "(none)");
 }

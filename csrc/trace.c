@@ -323,6 +323,12 @@ static void trace_download(struct backend *backend, void *host, const void *devi
     inner_of(backend)->ops->download(inner_of(backend), host, device, bytes);
 }
 
+static int trace_download_pieces(struct backend *backend, const struct device_piece *pieces,
+                                 int count)
+{
+    return inner_of(backend)->ops->download_pieces(inner_of(backend), pieces, count);
+}
+
 static void trace_copy(struct backend *backend, void *to, const void *from, size_t bytes)
 {
     inner_of(backend)->ops->copy(inner_of(backend), to, from, bytes);
@@ -433,6 +439,7 @@ static const struct backend_ops trace_ops = {
     .release = trace_release,
     .upload = trace_upload,
     .download = trace_download,
+    .download_pieces = trace_download_pieces,
     .copy = trace_copy,
     .clear = trace_clear,
     .allocate_pages = trace_allocate_pages,

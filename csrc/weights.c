@@ -131,20 +131,24 @@ int weights_check(struct weight_loader *loader, const struct tensor *tensor, int
                   const int64_t *dims)
 {
     if (check_shape(loader, tensor, n_dims, dims)) return loader->status;
-    if (tensor->dtype != TENSOR_F32 && tensor->dtype != TENSOR_F16 && tensor->dtype != TENSOR_BF16)
+    if (tensor->dtype != TENSOR_F32 && tensor->dtype != TENSOR_F16 &&
+        tensor->dtype != TENSOR_BF16 && tensor->dtype != TENSOR_F8_E4M3)
         return loader->status = moshi_fail(
                    MOSHI_ERROR_CHECKPOINT,
-                   "%s: tensor %s is stored as %s, expected F32, F16 or BF16",
+                   "%s: tensor %s is stored as %s, expected F32, F16, BF16 or F8_E4M3",
                    tensor_file_path(loader->file), tensor->name, tensor_dtype_name(tensor->dtype));
-    return loader->check_finite ? check_finite(loader, tensor) : MOSHI_OK;
+    /* Kernels take e4m3's NaN for a number. */
+    return loader->check_finite || tensor->dtype == TENSOR_F8_E4M3 ? check_finite(loader, tensor)
+                                                                   : MOSHI_OK;
 }
 
 static enum weight_format format_of(const struct tensor *tensor)
 {
-    return tensor->dtype == TENSOR_F32   ? WEIGHT_F32
-           : tensor->dtype == TENSOR_F16 ? WEIGHT_F16
-           : tensor->dtype == TENSOR_I8  ? WEIGHT_INT8
-                                         : WEIGHT_BF16;
+    return tensor->dtype == TENSOR_F32       ? WEIGHT_F32
+           : tensor->dtype == TENSOR_F16     ? WEIGHT_F16
+           : tensor->dtype == TENSOR_F8_E4M3 ? WEIGHT_FP8
+           : tensor->dtype == TENSOR_I8      ? WEIGHT_INT8
+                                             : WEIGHT_BF16;
 }
 
 /* Tensors may start at any byte; what is read as numbers must be aligned to its element. */
@@ -159,6 +163,10 @@ float tensor_element(const struct tensor *tensor, int64_t i)
     uint16_t half;
     float single;
     switch (tensor->dtype) {
+    case TENSOR_I8:
+        return *(const int8_t *)at;
+    case TENSOR_F8_E4M3:
+        return fp8_to_f32(*(const uint8_t *)at);
     case TENSOR_F16:
         memcpy(&half, at, 2);
         return f16_to_f32(half);
@@ -173,7 +181,7 @@ float tensor_element(const struct tensor *tensor, int64_t i)
 
 #define CONVERTED 4096 /* elements at a time, on their way to the device */
 
-/* A copy in a float format; scales: of the rows of int8 tensors. */
+/* A copy in a float format; scales: of the rows of int8 and fp8 tensors. */
 static void convert(struct weight_loader *loader, const struct tensor *tensor, const float *scales,
                     enum weight_format format, struct matrix *matrix)
 {
@@ -196,8 +204,7 @@ static void convert(struct weight_loader *loader, const struct tensor *tensor, c
         } else {
             for (size_t j = 0; j < n; ++j) {
                 int64_t i = done + (int64_t)j;
-                values[j] = scales ? scales[i / matrix->cols] * ((const int8_t *)tensor->data)[i]
-                                   : tensor_element(tensor, i);
+                values[j] = tensor_element(tensor, i) * (scales ? scales[i / matrix->cols] : 1);
             }
         }
         weight_convert(from, source, format, piece, n);
@@ -228,6 +235,8 @@ static enum weight_format wanted_format(const struct weight_loader *loader,
                                         const struct tensor *tensor)
 {
     switch (loader->dtype) {
+    case MOSHI_FP8:
+        return WEIGHT_FP8;
     case MOSHI_INT8:
         return WEIGHT_INT8;
     case MOSHI_Q8:
@@ -253,27 +262,53 @@ static void prepare(struct weight_loader *loader, struct matrix *matrix, enum we
         loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the list of matrices");
         return;
     }
-    loader->status = is_block_format(format) && !panels
+    loader->status = (is_block_format(format) && !panels) || format != matrix->format
                          ? ops->quantise_matrix(store->backend, matrix, format)
                          : ops->prepare_matrix(store->backend, matrix, pack);
     if (loader->status) return;
-    if (matrix->packed) matrix->data = NULL; /* the file may be closed */
     if (!panels || matrix->packed != panels) store->matrices[store->n_matrices++] = *matrix;
     store->matrix_bytes += (int64_t)matrix_bytes(matrix);
 }
 
-/* [rows] scales of an int8 tensor: its name with _scb has 127 times as much. From malloc. */
+/* Where the scales of an int8 or fp8 tensor's rows are, or NULL. An int8 tensor needs them. */
+static struct tensor *find_scales(struct weight_loader *loader, const struct tensor *tensor,
+                                  int64_t rows)
+{
+    if (loader->status) return NULL;
+    if (tensor->dtype == TENSOR_I8) {
+        struct tensor *scales = weights_need(loader, "%s_scb", tensor->name);
+        return weights_check(loader, scales, 1, &rows) ? NULL : scales;
+    }
+    if (tensor->dtype != TENSOR_F8_E4M3) return NULL;
+    struct tensor *scales = weights_find(loader, "%s_scale", tensor->name);
+    if (!scales) scales = weights_find(loader, "%s_scale_inv", tensor->name);
+    if (!scales) return NULL;
+    if (scales->elements == 1) rows = 1;
+    return weights_check(loader, scales, scales->n_dims > 0, &rows) ? NULL : scales;
+}
+
+/* The scales themselves, from malloc; NULL without. _scb has 127 times as much. */
 static float *row_scales(struct weight_loader *loader, const struct tensor *tensor, int64_t rows)
 {
-    struct tensor *stored = weights_need(loader, "%s_scb", tensor->name);
-    if (weights_check(loader, stored, 1, &rows)) return NULL;
+    const struct tensor *stored = find_scales(loader, tensor, rows);
+    if (!stored) return NULL;
     float *scales = malloc((size_t)rows * sizeof *scales);
     if (!scales) {
         loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", stored->name);
         return NULL;
     }
-    for (int64_t i = 0; i < rows; ++i) scales[i] = tensor_element(stored, i) / 127;
+    const float unit = tensor->dtype == TENSOR_I8 ? 127 : 1;
+    for (int64_t i = 0; i < rows; ++i)
+        scales[i] = tensor_element(stored, stored->elements == 1 ? 0 : i) / unit;
     return scales;
+}
+
+/* What is no matrix of its own is read as plain floats: fp8 is widened to numbers that are the same. */
+static enum weight_format widened(struct weight_loader *loader, const struct tensor *tensor,
+                                  int64_t rows, enum weight_format format)
+{
+    if (format != WEIGHT_FP8 || loader->plan) return format;
+    return find_scales(loader, tensor, rows) ? WEIGHT_F32 : WEIGHT_BF16;
 }
 
 /* Writes down what a tensor becomes; what stays as it is needs no line. */
@@ -281,13 +316,8 @@ static void plan(struct weight_loader *loader, struct tensor *tensor, enum weigh
                  int sets, int rows, int cols)
 {
     struct weight_plan *changes = loader->plan;
-    struct tensor *scales = NULL;
+    struct tensor *scales = find_scales(loader, tensor, (int64_t)sets * rows);
     if (loader->status || (format == format_of(tensor) && !is_block_format(format))) return;
-    if (tensor->dtype == TENSOR_I8) {
-        int64_t all = (int64_t)sets * rows;
-        scales = weights_need(loader, "%s_scb", tensor->name);
-        if (weights_check(loader, scales, 1, &all)) return;
-    }
     if (!grow((void **)&changes->changes, changes->count, &changes->capacity,
               sizeof *changes->changes)) {
         loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the list of tensors");
@@ -295,6 +325,17 @@ static void plan(struct weight_loader *loader, struct tensor *tensor, enum weigh
     }
     changes->changes[changes->count++] = (struct weight_change){tensor, scales, format,
                                                                 sets,   rows,   cols};
+}
+
+static const float *keep_scales(struct weight_loader *loader, const float *scales, int64_t rows)
+{
+    const size_t bytes = (size_t)rows * sizeof *scales;
+    float *kept = weight_store_allocate(loader->store, bytes);
+    if (kept)
+        loader->store->backend->ops->upload(loader->store->backend, kept, scales, bytes);
+    else
+        loader->status = MOSHI_ERROR_MEMORY;
+    return kept;
 }
 
 /* `sets` matrices that are stacked on the rows of one tensor. */
@@ -309,15 +350,18 @@ static void bind(struct weight_loader *loader, struct tensor *tensor, enum weigh
         plan(loader, tensor, format, sets, rows, cols);
         return;
     }
-    float *scales = is_int8 ? row_scales(loader, tensor, dims[0]) : NULL;
+    float *scales = row_scales(loader, tensor, dims[0]);
     struct matrix all = {.format = format_of(tensor),
                          .rows = sets * rows,
                          .cols = cols,
                          .data = tensor->data,
                          .scales = scales};
-    enum weight_format source = is_block_format(format) ? all.format : format;
+    const int made = is_block_format(format) || format == WEIGHT_FP8;
+    enum weight_format source = made ? all.format : format;
     if (!loader->status && (source != all.format || !aligned(tensor)))
         convert(loader, tensor, scales, source, &all);
+    if (scales && all.format == WEIGHT_FP8 && format == WEIGHT_FP8) /* they are read there, too */
+        all.scales = keep_scales(loader, scales, dims[0]);
     for (int i = 0; i < sets && !loader->status; ++i) {
         matrices[i] = matrix_rows(all, i * rows, rows);
         prepare(loader, &matrices[i], format, loader->pack);
@@ -474,10 +518,10 @@ void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, i
     if (!tensor) return;
     enum weight_format format = plain_format(loader, tensor);
     if (loader->plan && is_block_format(format)) { /* published int8 rows stay as they are */
-        weights_need(loader, "%s_scb", tensor->name);
+        find_scales(loader, tensor, rows);
         return;
     }
-    bind(loader, tensor, format, 1, rows, cols, matrix);
+    bind(loader, tensor, widened(loader, tensor, rows, format), 1, rows, cols, matrix);
 }
 
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
@@ -494,10 +538,13 @@ void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows
         plan(loader, tensor, format, 1, rows, cols);
         return;
     }
+    float *scales = row_scales(loader, tensor, rows);
+    format = widened(loader, tensor, rows, format);
     if (aligned(tensor) && format == stored)
         loader->store->mapped_bytes += (int64_t)tensor->bytes;
     else
-        convert(loader, tensor, NULL, format, matrix);
+        convert(loader, tensor, scales, format, matrix);
+    free(scales);
     prepare(loader, matrix, format, 0);
 }
 
@@ -611,9 +658,10 @@ size_t weight_change_bytes(const struct weight_change *change)
 {
     const struct matrix one = {
         .format = change->format, .rows = change->rows, .cols = change->cols};
-    return is_block_format(change->format)
-               ? (size_t)change->sets * packed_bytes(&one)
-               : (size_t)change->tensor->elements * weight_bytes(change->format);
+    const size_t bytes = (size_t)change->tensor->elements * weight_bytes(change->format);
+    if (is_block_format(change->format)) return (size_t)change->sets * packed_bytes(&one);
+    if (change->format != WEIGHT_FP8) return bytes;
+    return (size_t)change->sets * (size_t)change->rows * sizeof(float) + bytes;
 }
 
 int weight_change_make(const struct weight_loader *loader, const struct weight_change *change,
@@ -621,19 +669,28 @@ int weight_change_make(const struct weight_loader *loader, const struct weight_c
 {
     struct weight_store store;
     weight_store_init(&store, loader->store->backend);
+    const struct backend_ops *ops = store.backend->ops;
     struct weight_loader once = {.store = &store, .file = loader->file, .dtype = loader->dtype};
     struct matrix *matrices = calloc((size_t)change->sets, sizeof *matrices);
     if (!matrices) return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a list of matrices");
-    if (is_block_format(change->format)) {
+    if (is_block_format(change->format) || change->format == WEIGHT_FP8) {
         bind(&once, change->tensor, change->format, change->sets, change->rows, change->cols,
              matrices);
         const size_t bytes = weight_change_bytes(change) / (size_t)change->sets;
-        for (int i = 0; i < change->sets && !once.status; ++i)
-            store.backend->ops->download(store.backend, (char *)to + (size_t)i * bytes,
-                                         matrices[i].packed, bytes);
+        const size_t head = (size_t)change->rows * sizeof(float);
+        const size_t all = head * (size_t)change->sets, codes = bytes - head;
+        for (size_t i = 0; i < (size_t)change->sets && !once.status; ++i) {
+            const struct matrix *made = &matrices[i];
+            if (change->format != WEIGHT_FP8) {
+                ops->download(store.backend, (char *)to + i * bytes, made->packed, bytes);
+                continue;
+            }
+            ops->download(store.backend, (char *)to + i * head, made->scales, head);
+            ops->download(store.backend, (char *)to + all + i * codes, made->data, codes);
+        }
     } else {
         const int64_t rows = (int64_t)change->sets * change->rows;
-        float *scales = change->scales ? row_scales(&once, change->tensor, rows) : NULL;
+        float *scales = row_scales(&once, change->tensor, rows);
         matrices->cols = change->cols;
         if (!once.status) convert(&once, change->tensor, scales, change->format, matrices);
         if (!once.status) memcpy(to, matrices->data, weight_change_bytes(change));

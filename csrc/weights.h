@@ -5,6 +5,10 @@
  * file holds beyond the model is an error too, as it is upstream. Matrices stay in the file map
  * where the backend can read them so.
  *
+ * F8_E4M3 tensors are fp8 matrices. The scales of their rows stand beside them as published files have
+ * them, in a tensor named with _scale or _scale_inv: [rows], [rows,1], or one number for all. Without,
+ * the numbers are the weights. Tables, small matrices and vectors are widened.
+ *
  * A file may hold the panels of a block format instead of a matrix's rows: a U8 tensor of the same
  * name, [sets][panels][bytes of a panel] as quant.h has them, in a file whose metadata names the
  * format (METADATA_FORMAT: "int8", "q8" or "q4") and the layout (METADATA_LAYOUT). Panels are read
@@ -44,9 +48,9 @@ void *weight_store_allocate(struct weight_store *store, size_t bytes);
 struct weight_plan {
     struct weight_change {
         struct tensor *tensor;
-        struct tensor *scales;    /* of an I8 tensor, which go with it; else NULL */
+        struct tensor *scales;    /* of an I8 or F8_E4M3 tensor, which go with it; else NULL */
         enum weight_format format;
-        int sets, rows, cols;     /* of a block format's matrices */
+        int sets, rows, cols;     /* of the matrices of a block format or fp8 */
     } *changes;
     int count, capacity;
 };
@@ -66,7 +70,7 @@ struct weight_loader {
     int status; /* the first failure */
 };
 
-/* Bytes of a tensor as a change leaves it. */
+/* Bytes of a tensor as a change leaves it; those of fp8 begin with the scales, f32 [rows]. */
 size_t weight_change_bytes(const struct weight_change *change);
 /* Writes them. The loader's dtype is the new one; its store lends the backend and keeps nothing. */
 int weight_change_make(const struct weight_loader *loader, const struct weight_change *change,
@@ -80,7 +84,7 @@ struct tensor *weights_need(struct weight_loader *loader, const char *format, ..
     __attribute__((format(printf, 2, 3)));
 
 /* A [rows][cols] matrix from a tensor of that shape (trailing dimensions of 1 are allowed), in the
- * loader's dtype. An I8 tensor has the scales of its rows beside it, named with _scb. */
+ * loader's dtype. An I8 tensor has 127 times the scales of its rows beside it, named with _scb. */
 void weights_matrix(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                     struct matrix *matrix);
 /* `sets` such matrices from one tensor [sets * rows][cols]. */

@@ -75,8 +75,7 @@ static void *cuda_allocate(struct backend *backend, size_t bytes)
     cuda_turn turn(cuda);
     void *memory = cuda_take(cuda, bytes ? bytes : 1);
 
-    cuda_flush(cuda);
-    if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
+    if (memory) cuda_fill(cuda, memory, 0, bytes);
     return memory;
 }
 
@@ -93,13 +92,18 @@ static void cuda_release(struct backend *backend, void *memory, size_t bytes)
     cudaGetLastError();
 }
 
+bool cuda_drain(struct cuda_backend *cuda)
+{
+    cuda_flush(cuda);
+    cuda->staged = 0;
+    return cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame");
+}
+
 void cuda_wait(struct cuda_backend *cuda)
 {
     struct cuda_report report;
 
-    cuda_flush(cuda);
-    cuda->staged = 0;
-    if (!cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "a frame")) return;
+    if (!cuda_drain(cuda)) return;
     report = *cuda->report;
     cuda->report->trouble = TROUBLE_NONE;
     if (report.trouble == TROUBLE_TOKEN)
@@ -110,7 +114,7 @@ void cuda_wait(struct cuda_backend *cuda)
                   report.found, report.row);
     if (report.trouble == TROUBLE_WEIGHT)
         cuda_fail(cuda, MOSHI_ERROR_CHECKPOINT,
-                  "a weight is not finite or beyond the range of a 16-bit scale, which a block "
+                  "a weight is not finite or beyond the range of a 16-bit scale, which the "
                   "format can't hold");
 }
 
@@ -154,8 +158,8 @@ int cuda_forget(struct cuda_backend *cuda, const void *rows)
     return 0;
 }
 
-/* Rows stay as they are; those in the host's memory move to the card. The panels of a file become
- * blocks. */
+/* Rows stay as they are; those in the host's memory move to the card. Rows of fp8 and the panels of a
+ * file become blocks. */
 static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pack)
 {
     struct cuda_backend *cuda = cuda_of(backend);
@@ -165,7 +169,7 @@ static int cuda_prepare_matrix(struct backend *backend, struct matrix *w, int pa
     int status;
 
     (void)pack;
-    if (w->packed) return cuda_make_blocks(cuda, w, w->format);
+    if (w->packed || w->format == WEIGHT_FP8) return cuda_make_blocks(cuda, w, w->format);
     cudaPointerGetAttributes(&attributes, w->data);
     cudaGetLastError(); /* older runtimes call plain memory an error */
     if (attributes.type == cudaMemoryTypeDevice) return MOSHI_OK;
@@ -251,6 +255,7 @@ static struct backend_ops make_ops(void)
     ops.release = cuda_release;
     ops.upload = cuda_upload;
     ops.download = cuda_download;
+    ops.download_pieces = cuda_download_pieces;
     ops.copy = cuda_copy;
     ops.clear = cuda_clear;
     ops.allocate_pages = cuda_allocate_pages;
@@ -283,6 +288,7 @@ static struct backend_ops make_ops(void)
     ops.sample = cuda_sample;
     ops.softmax = cuda_softmax;
     ops.depth = cuda_depth;
+    ops.delay_given = cuda_delay_given;
     return ops;
 }
 
@@ -375,6 +381,7 @@ static int open_card(struct cuda_backend *cuda, int card)
         return 0;
     }
     cuda->early = architecture >= 90 && is_on("MOSHI_C_EARLY_KERNELS");
+    cuda->groups = architecture == 90 && properties.major == 9 && is_on("MOSHI_C_WARPGROUPS");
     cuda->depth_kernel = is_on("MOSHI_C_DEPTH_KERNEL");
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
@@ -414,6 +421,7 @@ static int create_backend(int card, int (*fail)(int status, const char *sentence
     cuda->base.isa = cuda->isa;
     cuda->base.threads = 1;
     cuda->base.whole_ticks = 1;
+    cuda->base.given_rows = GIVEN_ROWS;
     cuda->fail = fail;
     if (!open_card(cuda, card)) {
         snprintf(sentence, sizeof sentence, "%s", cuda->base.sentence);

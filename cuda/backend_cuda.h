@@ -21,7 +21,9 @@ extern "C" {
 
 #define GRAPHS 64 /* kept; the one that was not used for longest makes room */
 #define STAGING_BYTES (size_t)(4 << 20)
-#define GATHERED 256 /* uploads that cross together */
+#define GATHERED 160 /* pieces that one launch does */
+/* Of one pass: four tiles of many.cu, so that weights are read once for 40 s. */
+#define GIVEN_ROWS 512
 
 enum cuda_trouble { TROUBLE_NONE, TROUBLE_TOKEN, TROUBLE_LOGITS, TROUBLE_WEIGHT };
 
@@ -31,10 +33,12 @@ struct cuda_report {
     int trouble, row, found, expected;
 };
 
-/* An upload whose bytes wait in the staging memory. */
+/* An upload, whose bytes wait in the staging memory; a copy within the card; a fill. */
 struct cuda_piece {
     char *to;
-    size_t staged, bytes;
+    const char *from; /* or NULL: fill */
+    size_t bytes;
+    int fill; /* a byte */
 };
 
 /* A piece of a range that gets memory at once; `pages` of the model's lie in it, at least in part. */
@@ -65,6 +69,7 @@ struct cuda_backend {
     int card, processors;
     bool early; /* kernels start before earlier ones have ended, and wait for them */
     bool depth_kernel; /* a depth pass of few rows is one kernel */
+    bool groups; /* products by warpgroups; only on compute capability 9.0 */
     size_t shared_limit; /* bytes that a block may have */
     cudaStream_t stream;
     std::mutex lock; /* a copy from another thread must not fall into a capture */
@@ -78,11 +83,11 @@ struct cuda_backend {
     int n_moved, moved_capacity;
     char *staging; /* pinned: where uploads wait and downloads arrive */
     size_t staged;
-    struct cuda_piece pieces[GATHERED]; /* uploads that have not crossed yet */
+    struct cuda_piece pieces[GATHERED]; /* what is still to be done, in any order */
     int n_pieces;
     struct virtual_memory virtual_memory;
     struct cuda_range *ranges;
-    char *landing; /* on the card: where they arrive together */
+    char *landing; /* on the card, as large: where what crosses together arrives or comes from */
     struct cuda_report *report;
     int (*fail)(int status, const char *sentence);
     char isa[16], device[24];
@@ -100,6 +105,35 @@ struct cuda_turn {
     explicit cuda_turn(struct cuda_backend *cuda) : lock(cuda->lock)
     {
         cudaSetDevice(cuda->card);
+    }
+};
+
+/* While it lives, a failure that stuck before is put aside. */
+struct cuda_own_failures {
+    struct cuda_backend *cuda;
+    int earlier;
+    char sentence[sizeof cuda->base.sentence];
+
+    explicit cuda_own_failures(struct cuda_backend *of) : cuda(of), earlier(of->base.failure)
+    {
+        memcpy(sentence, cuda->base.sentence, sizeof sentence);
+        cuda->base.failure = MOSHI_OK;
+    }
+
+    /* The status of what has failed since, which is told here and nowhere else. */
+    int report(void)
+    {
+        const int status = cuda->base.failure;
+
+        cuda->base.failure = MOSHI_OK;
+        return status ? cuda->fail(status, cuda->base.sentence) : MOSHI_OK;
+    }
+
+    ~cuda_own_failures()
+    {
+        if (!earlier) return;
+        cuda->base.failure = earlier;
+        memcpy(cuda->base.sentence, sentence, sizeof sentence);
     }
 };
 
@@ -130,13 +164,16 @@ void *cuda_take(struct cuda_backend *cuda, size_t bytes);
 /* That release_matrix gives those rows back; whether it was so. */
 int cuda_remember(struct cuda_backend *cuda, const void *rows);
 int cuda_forget(struct cuda_backend *cuda, const void *rows);
-/* An upload, under the lock. */
+/* An upload and a fill, under the lock. */
 void cuda_send(struct cuda_backend *cuda, void *device, const void *host, size_t bytes);
-/* Sends what was gathered: before anything is enqueued that could read it or write to the same place. */
+void cuda_fill(struct cuda_backend *cuda, void *device, int byte, size_t bytes);
+/* Enqueues what was gathered: before anything that could read it or write to the same place. */
 void cuda_flush(struct cuda_backend *cuda);
 /* kernel_architecture of the library's kernels, which are all built alike. */
 int cuda_kernel_architecture(void);
-/* Waits for the stream and looks at what the kernels reported. */
+/* Waits for the stream; whether it went well. What kernels reported is left for whoever runs them. */
+bool cuda_drain(struct cuda_backend *cuda);
+/* And looks at what they reported. */
 void cuda_wait(struct cuda_backend *cuda);
 
 template <class P> static inline P blank(void)
@@ -186,6 +223,7 @@ int cuda_cublaslt(struct backend *backend, const struct cuda_peer_product *produ
                   double (*clock)(void), double *seconds, char *found, size_t capacity);
 void cuda_upload(struct backend *backend, void *device, const void *host, size_t bytes);
 void cuda_download(struct backend *backend, void *host, const void *device, size_t bytes);
+int cuda_download_pieces(struct backend *backend, const struct device_piece *pieces, int count);
 void cuda_copy(struct backend *backend, void *to, const void *from, size_t bytes);
 void cuda_clear(struct backend *backend, void *device, int byte, size_t bytes);
 void cuda_embed(struct backend *backend, const struct op_embed *op);
@@ -203,6 +241,8 @@ void cuda_rvq_encode(struct backend *backend, const struct op_rvq_encode *op);
 void cuda_rvq_decode(struct backend *backend, const struct op_rvq_decode *op);
 void cuda_delay_input(struct backend *backend, const struct op_delay_input *op);
 void cuda_delay_output(struct backend *backend, const struct op_delay_output *op);
+void cuda_delay_given(struct backend *backend, const struct op_delay_input *in,
+                      const struct op_delay_output *out, int frames);
 void cuda_advance(struct backend *backend, const struct op_advance *op);
 void cuda_sample(struct backend *backend, const struct op_sample *op);
 void cuda_softmax(struct backend *backend, const struct op_softmax *op);

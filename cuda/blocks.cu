@@ -1,4 +1,4 @@
-/* blocks.cu: makes the block formats of blocks.h, on the card: of rows of floats, with the codes and
+/* blocks.cu: makes the formats of blocks.h, on the card: of rows, with the codes and
  * scales that the CPU gives them (csrc/cpu/quantise.h), or of the panels of a converted file. A matrix
  * comes to the card in pieces, and each is gone when it is made. */
 #include "blocks.h"
@@ -10,12 +10,17 @@
 
 struct making {
     const void *source; /* rows or panels, from row `first` on */
-    const float *scales; /* of int8 rows, from row `first` on; or NULL */
+    const float *scales; /* of int8 or fp8 rows, from row `first` on; or NULL */
     unsigned char *to;
     int format; /* of rows */
     int first, rows, columns;
     struct cuda_report *report;
 };
+
+__device__ static float fp8_to_float(unsigned code)
+{
+    return __uint_as_float(widen_fp8(code).x << 16);
+}
 
 __device__ static float source_value(const struct making &p, int row, int column)
 {
@@ -28,6 +33,9 @@ __device__ static float source_value(const struct making &p, int row, int column
         return widen(((const struct f16 *)p.source)[at]);
     case WEIGHT_BF16:
         return widen(((const struct bf16 *)p.source)[at]);
+    case WEIGHT_FP8:
+        return (p.scales ? p.scales[row - p.first] : 1) *
+               fp8_to_float(((const unsigned char *)p.source)[at]);
     default:
         return p.scales[row - p.first] * widen(((const int8_t *)p.source)[at]);
     }
@@ -109,7 +117,32 @@ __device__ static int make_group(const struct making &p, int row, int at, float 
                           : code_of(value, half_to_float(scale), -127, 127);
 }
 
-/* Grid: rows, up to whole octets. Bytes: the rows, for int8 twice, and the blocks. */
+/* As csrc/quant.h has it; rows of fp8 keep their codes. */
+__device__ static int make_fp8(const struct making &p, int row, int column, int there, float value,
+                               float scale)
+{
+    if (!there) return 0;
+    if (p.format == WEIGHT_FP8)
+        return ((const unsigned char *)p.source)[(long)(row - p.first) * p.columns + column];
+    value = scale != 0 ? value * (1 / scale) : 0;
+    unsigned bits = magnitude(value), normal, below;
+
+    normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
+    below = __float_as_uint(__uint_as_float(bits) + 16384.0f) - 0x46800000u;
+    bits = bits < 0x3c800000u ? below : normal;
+    return (int)(__float_as_uint(value) >> 24 & 0x80u) | (int)(bits < 0x7eu ? bits : 0x7eu);
+}
+
+/* The scale of a whole row; its own where it is of that format already. */
+template <enum weight_format F>
+__device__ static float row_scale(const struct making &p, int row, float largest)
+{
+    if (F == WEIGHT_FP8 && p.format == WEIGHT_FP8) return p.scales ? p.scales[row - p.first] : 1;
+    if (F == WEIGHT_FP8) return largest < FP8_LEAST_ROW ? 0 : largest / FP8_MOST;
+    return p.format == WEIGHT_INT8 ? p.scales[row - p.first] : largest / 127;
+}
+
+/* Grid: rows, up to whole octets. Bytes: the rows, for scales of rows twice, and the blocks. */
 template <enum weight_format F>
 __global__ static void __launch_bounds__(THREADS)
     k_make_blocks(const __grid_constant__ struct making p)
@@ -119,7 +152,7 @@ __global__ static void __launch_bounds__(THREADS)
     int row = p.first + (int)blockIdx.x, lane = (int)threadIdx.x % WARP, inside = row < p.rows;
     float scale = 0;
 
-    if (F == WEIGHT_INT8) {
+    if (block<F>::OF_ROWS) {
         unsigned *parts = (unsigned *)(void *)shared, most = 0;
 
         for (int k = (int)threadIdx.x; k < p.columns && inside; k += THREADS) {
@@ -131,7 +164,7 @@ __global__ static void __launch_bounds__(THREADS)
         if (lane == 0) parts[threadIdx.x / WARP] = most;
         __syncthreads();
         for (int i = 0; i < WARPS; i++) most = parts[i] > most ? parts[i] : most;
-        scale = inside && p.scales ? p.scales[row - p.first] : __uint_as_float(most) / 127;
+        scale = inside ? row_scale<F>(p, row, __uint_as_float(most)) : 0;
         if (threadIdx.x == 0) {
             store_row_scale<F>(p, row, scale);
             if (most >= 0x7f800000u || !is_finite(scale)) p.report->trouble = TROUBLE_WEIGHT;
@@ -143,11 +176,12 @@ __global__ static void __launch_bounds__(THREADS)
 
 #pragma unroll
         for (int group = 0; group < 2; group++) {
-            int column = at + group * GROUP + lane;
-            float value = inside && column < p.columns ? source_value(p, row, column) : 0;
+            int column = at + group * GROUP + lane, there = inside && column < p.columns;
+            float value = there ? source_value(p, row, column) : 0;
 
-            codes[group] = F == WEIGHT_INT8 ? code_of(value, scale, -127, 127)
-                                            : make_group<F>(p, row, at + group * GROUP, value);
+            codes[group] = F == WEIGHT_FP8    ? make_fp8(p, row, column, there, value, scale)
+                           : F == WEIGHT_INT8 ? code_of(value, scale, -127, 127)
+                                              : make_group<F>(p, row, at + group * GROUP, value);
         }
         store_codes<F>(p, row, at, lane, codes[0], codes[1]);
     }
@@ -210,7 +244,10 @@ static void launch_making(struct cuda_backend *cuda, const struct making &p, int
 static void make_piece(struct cuda_backend *cuda, enum weight_format format, const struct making &p,
                        int count, bool panels)
 {
-    if (format == WEIGHT_INT8)
+    if (format == WEIGHT_FP8)
+        launch(cuda, k_make_blocks<WEIGHT_FP8>, dim3((unsigned)count), THREADS,
+               WARPS * sizeof(unsigned), p);
+    else if (format == WEIGHT_INT8)
         launch_making<WEIGHT_INT8>(cuda, p, count, panels);
     else if (format == WEIGHT_Q8)
         launch_making<WEIGHT_Q8>(cuda, p, count, panels);
@@ -222,9 +259,10 @@ static size_t blocks_bytes(const struct matrix *w, enum weight_format format)
 {
     size_t octets = (size_t)ceil_div(w->rows, OCTET);
 
-    return octets * (format == WEIGHT_INT8 ? octet_bytes<WEIGHT_INT8>(w->cols)
-                     : format == WEIGHT_Q8 ? octet_bytes<WEIGHT_Q8>(w->cols)
-                                           : octet_bytes<WEIGHT_Q4>(w->cols));
+    return octets * (format == WEIGHT_FP8    ? octet_bytes<WEIGHT_FP8>(w->cols)
+                     : format == WEIGHT_INT8 ? octet_bytes<WEIGHT_INT8>(w->cols)
+                     : format == WEIGHT_Q8   ? octet_bytes<WEIGHT_Q8>(w->cols)
+                                             : octet_bytes<WEIGHT_Q4>(w->cols));
 }
 
 /* Piece after piece through `passage`, which begins with the scales of all rows. */
@@ -232,11 +270,11 @@ static void make_pieces(struct cuda_backend *cuda, const struct matrix *w,
                         enum weight_format format, unsigned char *to, char *passage,
                         size_t scale_bytes, int rows_at_once)
 {
-    const char *source = (const char *)(w->packed ? w->packed : w->data);
-    size_t unit = w->packed ? panel_bytes(format, w->cols)
-                            : (size_t)w->cols * weight_bytes(w->format) * PANEL;
-    size_t all = w->packed ? packed_bytes(w)
-                           : (size_t)w->rows * (size_t)w->cols * weight_bytes(w->format);
+    const char *source = (const char *)(w->data ? w->data : w->packed);
+    size_t unit = w->data ? (size_t)w->cols * weight_bytes(w->format) * PANEL
+                          : panel_bytes(format, w->cols);
+    size_t all = w->data ? (size_t)w->rows * (size_t)w->cols * weight_bytes(w->format)
+                         : packed_bytes(w);
     struct making p = blank<struct making>();
 
     cuda_flush(cuda); /* rows may be on their way to the card */
@@ -262,15 +300,15 @@ static void make_pieces(struct cuda_backend *cuda, const struct matrix *w,
                                   cuda->stream),
                   "a copy");
         p.scales = w->scales ? (const float *)(void *)passage + p.first : NULL;
-        make_piece(cuda, format, p, count < rows_at_once ? count : rows_at_once, w->packed != NULL);
+        make_piece(cuda, format, p, count < rows_at_once ? count : rows_at_once, !w->data);
     }
     cuda_wait(cuda);
 }
 
 int cuda_make_blocks(struct cuda_backend *cuda, struct matrix *w, enum weight_format format)
 {
-    size_t unit = w->packed ? panel_bytes(format, w->cols)
-                            : (size_t)w->cols * weight_bytes(w->format) * PANEL;
+    size_t unit = w->data ? (size_t)w->cols * weight_bytes(w->format) * PANEL
+                          : panel_bytes(format, w->cols);
     size_t units = PIECE_BYTES / unit, most = (size_t)ceil_div(w->rows, PANEL), scale_bytes;
     void *to = cuda_take(cuda, blocks_bytes(w, format)), *passage = NULL;
     int status;

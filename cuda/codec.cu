@@ -14,8 +14,7 @@
 /* ---- tiles ------------------------------------------------------------------------------ */
 
 #define LARGE_MATRIX (1 << 20) /* elements */
-#define TILE_ROWS 32
-#define TILE_OUTPUTS 32
+#define SIDE 16 /* threads of a tile in each direction */
 #define DEPTH 32 /* columns in shared memory at a time */
 
 struct tiles {
@@ -28,52 +27,63 @@ struct tiles {
     int rows, steps, outputs, columns, bias_period;
 };
 
-/* A thread makes 2 x 2 sums, each over the columns in order. Bound: multiply-adds. */
-template <class T>
+/* A thread makes R x O sums, each over the columns in order. Bound: multiply-adds; of one caller's frame
+ * the latency of a tile, so that small tiles are better; of many callers' what shared memory gives: R + O
+ * words for R O multiply-adds, a quarter of the card's rate with 2 x 2 and two thirds with 8 x 4. */
+template <class T, int R, int O>
 __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant__ struct tiles p)
 {
     after_earlier_kernels();
     SHARED_BYTES(shared);
-    float (*a)[TILE_ROWS + 1] = (float (*)[TILE_ROWS + 1])(void *)shared; /* [DEPTH], turned */
-    float (*w)[TILE_OUTPUTS + 1] = (float (*)[TILE_OUTPUTS + 1])(void *)(a + DEPTH);
-    int first_row = (int)blockIdx.x * TILE_ROWS, first_output = (int)blockIdx.y * TILE_OUTPUTS;
+    const int rows = R * SIDE, outputs = O * SIDE;
+    float (*a)[rows + 1] = (float (*)[rows + 1])(void *)shared; /* [DEPTH], turned */
+    float (*w)[outputs + 1] = (float (*)[outputs + 1])(void *)(a + DEPTH);
+    int first_row = (int)blockIdx.x * rows, first_output = (int)blockIdx.y * outputs;
     int column = (int)threadIdx.x % DEPTH, line = (int)threadIdx.x / DEPTH;
-    int r = (int)threadIdx.x / 16, o = (int)threadIdx.x % 16;
-    float sums[2][2] = {};
+    int r = (int)threadIdx.x / SIDE, o = (int)threadIdx.x % SIDE;
+    float sums[R][O] = {};
 
     for (int k = 0; k < p.columns; k += DEPTH) {
         int inside = k + column < p.columns;
 
-        for (int i = line; i < TILE_ROWS; i += THREADS / DEPTH) {
-            int row = first_row + i, output = first_output + i;
+        for (int i = line; i < rows; i += THREADS / DEPTH) {
+            int row = first_row + i;
 
             a[column][i] =
                 inside && row < p.rows
                     ? p.x[row / p.steps * p.row_stride + row % p.steps * p.step_stride + k + column]
                     : 0;
+        }
+        for (int i = line; i < outputs; i += THREADS / DEPTH) {
+            int output = first_output + i;
+
             w[column][i] = inside && output < p.outputs
                                ? widen(((const T *)p.weight)[(long)output * p.columns + k + column])
                                : 0;
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll(R + O > 4 ? 4 : 32)
         for (int c = 0; c < DEPTH; c++) {
-            float a0 = a[c][r], a1 = a[c][r + 16], w0 = w[c][o], w1 = w[c][o + 16];
+            float left[R], right[O];
 
-            sums[0][0] = fmaf(a0, w0, sums[0][0]);
-            sums[0][1] = fmaf(a0, w1, sums[0][1]);
-            sums[1][0] = fmaf(a1, w0, sums[1][0]);
-            sums[1][1] = fmaf(a1, w1, sums[1][1]);
+#pragma unroll
+            for (int i = 0; i < R; i++) left[i] = a[c][r + i * SIDE];
+#pragma unroll
+            for (int j = 0; j < O; j++) right[j] = w[c][o + j * SIDE];
+#pragma unroll
+            for (int i = 0; i < R; i++)
+#pragma unroll
+                for (int j = 0; j < O; j++) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
         }
         __syncthreads(); /* the next columns go to the same place */
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int row = first_row + r + i / 2 * 16, output = first_output + o + i % 2 * 16;
+    for (int i = 0; i < R * O; i++) {
+        int row = first_row + r + i / O * SIDE, output = first_output + o + i % O * SIDE;
         long at = row * p.y_stride + output;
 
         if (row >= p.rows || output >= p.outputs) continue;
-        float v = sums[i / 2][i % 2];
+        float v = sums[i / O][i % O];
 
         if (p.row_scales) v *= p.row_scales[output];
         if (p.bias) v += p.bias[output % p.bias_period];
@@ -82,13 +92,32 @@ __global__ static void __launch_bounds__(THREADS) k_tiles(const __grid_constant_
     }
 }
 
+template <class T, int R, int O>
+static void launch_tiles(struct cuda_backend *cuda, const struct tiles &p)
+{
+    launch(cuda, k_tiles<T, R, O>,
+           dim3((unsigned)ceil_div(p.rows, R * SIDE), (unsigned)ceil_div(p.outputs, O * SIDE)),
+           THREADS, DEPTH * (R * SIDE + 1 + O * SIDE + 1) * sizeof(float), p);
+}
+
+/* Large tiles where there are enough of them. */
+template <class T> static void choose_tiles(struct cuda_backend *cuda, const struct tiles &p)
+{
+    const int narrow = p.outputs <= 2 * SIDE,
+              columns = ceil_div(p.outputs, narrow ? 2 * SIDE : 4 * SIDE);
+
+    if (ceil_div(p.rows, 8 * SIDE) * columns < cuda->processors)
+        launch_tiles<T, 2, 2>(cuda, p);
+    else if (narrow)
+        launch_tiles<T, 8, 2>(cuda, p);
+    else
+        launch_tiles<T, 8, 4>(cuda, p);
+}
+
 void cuda_tiles(struct cuda_backend *cuda, const struct matrix *weight,
                 const struct product_rows *rows)
 {
     struct tiles p = blank<struct tiles>();
-    dim3 grid((unsigned)ceil_div(rows->rows, TILE_ROWS),
-              (unsigned)ceil_div(weight->rows, TILE_OUTPUTS));
-    size_t shared = DEPTH * (TILE_ROWS + 1 + TILE_OUTPUTS + 1) * sizeof(float);
 
     p.weight = weight->data;
     p.row_scales = weight->scales;
@@ -106,13 +135,13 @@ void cuda_tiles(struct cuda_backend *cuda, const struct matrix *weight,
     p.bias_period = rows->bias_period ? rows->bias_period : weight->rows;
     if (p.rows == 0) return;
     if (weight->format == WEIGHT_F32)
-        launch(cuda, k_tiles<float>, grid, THREADS, shared, p);
+        choose_tiles<float>(cuda, p);
     else if (weight->format == WEIGHT_F16)
-        launch(cuda, k_tiles<struct f16>, grid, THREADS, shared, p);
+        choose_tiles<struct f16>(cuda, p);
     else if (weight->format == WEIGHT_BF16)
-        launch(cuda, k_tiles<struct bf16>, grid, THREADS, shared, p);
+        choose_tiles<struct bf16>(cuda, p);
     else
-        launch(cuda, k_tiles<int8_t>, grid, THREADS, shared, p);
+        choose_tiles<int8_t>(cuda, p);
 }
 
 static void convolve(struct cuda_backend *cuda, const char *name, const struct matrix *weight,

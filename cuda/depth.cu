@@ -308,7 +308,7 @@ __device__ static void arrange_phase(const struct depth_pass &p, int k, int at,
     if (attends) attend_rows(p, k, at / LAYER_PHASES, made);
     for (int i = 0; i < p.rows; i++)
         arrange_row<F>(m.norm, at == 0 || attends ? made + i * p.width : m.input(i), m.columns,
-                       work, arranged + i * x.row_bytes);
+                       work, arranged + i * x.row_bytes, 0);
 }
 
 /* Grid: as many blocks as run at once. Shared memory: what k_tensor has, or the sampler's table; the
@@ -384,7 +384,7 @@ static bool take_step(struct depth_pass *p, const struct op_depth *op, int k,
 {
     const struct embedding *e = k ? &op->embeddings[k - 1] : op->text_embedding;
     struct depth_step *step = &p->step[k];
-    bool good = !e->low_rank.rows && e->norm.kind == NORM_NONE && !is_block_format(e->table.format);
+    bool good = !e->low_rank.rows && e->norm.kind == NORM_NONE && e->table.format <= WEIGHT_BF16;
 
     step->table = e->table.data;
     step->table_rows = e->table.rows;
@@ -518,6 +518,8 @@ int cuda_depth(struct backend *backend, const struct op_depth *op)
     switch (op->head[0].format) {
     case WEIGHT_BF16:
         return launch_depth<WEIGHT_BF16>(cuda, op);
+    case WEIGHT_FP8:
+        return launch_depth<WEIGHT_FP8>(cuda, op);
     case WEIGHT_INT8:
         return launch_depth<WEIGHT_INT8>(cuda, op);
     case WEIGHT_Q8:

@@ -35,6 +35,20 @@ struct fiber {
     int shuffles; /* made so far: even and odd ones use different slots */
     const int *count; /* AT_COUNT: what has to become `least` or more */
     int least;
+    int groups; /* of copies that have ended */
+};
+
+/* 16 bytes that a thread has sent for; group: by how many copies_end before them. */
+struct copy {
+    unsigned char *to, bytes[16];
+    int group;
+};
+
+/* A product that a thread has begun: two rows of A, and where its part of B is. */
+struct group_product {
+    float *sums;
+    unsigned rows[2][8];
+    uint64_t b;
 };
 
 struct warp {
@@ -46,6 +60,10 @@ struct warp {
  * of a launch whose blocks meet have a place each. */
 struct block {
     struct fiber fibers[MAX_THREADS];
+    std::vector<struct copy> copies[MAX_THREADS];
+    std::vector<size_t> unshown[MAX_THREADS]; /* pieces of 16 bytes that were not shown yet */
+    std::vector<struct group_product> products[MAX_THREADS];
+    unsigned char hidden[SHARED_LIMIT / 16]; /* those of all threads */
     struct warp warps[MAX_THREADS / WARP];
     unsigned char *stacks, *shared;
     void *scheduler_stack;
@@ -140,6 +158,82 @@ const unsigned char *shim_share(const void *value, size_t bytes)
     return slots;
 }
 
+void copy_piece(void *shared, const void *from, int there)
+{
+    struct copy copy = {(unsigned char *)shared, {}, now->fibers[now->current].groups};
+
+    if (there) memcpy(copy.bytes, from, sizeof copy.bytes);
+    memset(shared, 0xff, sizeof copy.bytes);
+    now->copies[now->current].push_back(copy);
+}
+
+void copies_end(void)
+{
+    now->fibers[now->current].groups++;
+}
+
+void shim_copies_wait(int left)
+{
+    std::vector<struct copy> &copies = now->copies[now->current];
+    int arrived = now->fibers[now->current].groups - left;
+    size_t n = 0;
+
+    for (; n < copies.size() && copies[n].group < arrived; n++) {
+        size_t piece = (size_t)(copies[n].to - shim_now.shared) / 16;
+
+        memcpy(copies[n].to, copies[n].bytes, sizeof copies[n].bytes);
+        now->unshown[now->current].push_back(piece);
+        now->hidden[piece] = 1;
+    }
+    copies.erase(copies.begin(), copies.begin() + (long)n);
+}
+
+void copies_show(void)
+{
+    for (size_t piece : now->unshown[now->current]) now->hidden[piece] = 0;
+    now->unshown[now->current].clear();
+}
+
+void group_multiply(float (&sums)[64], const unsigned (&a)[4], uint64_t b)
+{
+    const unsigned char *all = shim_share(a, sizeof a);
+    struct group_product product = {sums, {}, b};
+
+    for (unsigned i = 0; i < 2; i++)
+        for (unsigned k = 0; k < 8; k++)
+            memcpy(&product.rows[i][k],
+                   all + (now->current % WARP / 4 * 4 + k % 4) * SHARE_BYTES +
+                       (i + k / 4 * 2) * sizeof(unsigned),
+                   sizeof(unsigned));
+    now->products[now->current].push_back(product);
+}
+
+/* Word k of a row of B, two numbers: an address whose bits 4 to 6 are turned by bits 7 to 9. */
+static unsigned group_word(uint64_t b, unsigned row, unsigned k)
+{
+    unsigned start = (unsigned)(b & 0x3fff) * 16, eight = (unsigned)(b >> 32 & 0x3fff) * 16, word;
+    unsigned at = start + row / 8 * eight + row % 8 * 128 + k * 4;
+
+    at = (at ^ (at >> 7 & 7) << 4) - SHIM_SHARED_BASE;
+    if (b >> 62 != 1 || at >= SHARED_LIMIT || now->hidden[at / 16]) return 0xffffffffu;
+    memcpy(&word, shim_now.shared + at, sizeof word);
+    return word;
+}
+
+void group_wait(void)
+{
+    for (struct group_product &p : now->products[now->current])
+        for (unsigned n = 0; n < 64; n++)
+            for (unsigned k = 0; k < 8; k++) {
+                unsigned x = p.rows[n % 4 / 2][k];
+                unsigned y = group_word(p.b, n / 4 * 8 + (unsigned)now->current % 4 * 2 + n % 2, k);
+
+                p.sums[n] += __uint_as_float(x << 16) * __uint_as_float(y << 16);
+                p.sums[n] += __uint_as_float(x & 0xffff0000u) * __uint_as_float(y & 0xffff0000u);
+            }
+    now->products[now->current].clear();
+}
+
 void shim_pause(void)
 {
     now->paused = 1;
@@ -190,7 +284,10 @@ static void start_fibers(int n)
                              (unsigned)i / threads.x / threads.y);
         fiber->stack_pointer = new_stack(now->stacks + (size_t)i * STACK_BYTES, fiber_entry);
         fiber->state = READY;
-        fiber->shuffles = 0;
+        fiber->shuffles = fiber->groups = 0;
+        now->copies[i].clear();
+        now->unshown[i].clear();
+        now->products[i].clear();
     }
 }
 
@@ -274,6 +371,7 @@ static void enter_block(const struct grid *grid, size_t at)
 static void begin_block(const struct grid *grid)
 {
     memset(now->shared, 0xff, grid->shared);
+    memset(now->hidden, 0, sizeof now->hidden);
     ASAN_POISON_MEMORY_REGION(now->shared + grid->shared, SHARED_LIMIT - grid->shared);
     start_fibers(thread_count());
 }
@@ -329,6 +427,7 @@ static unsigned char *device_memory; /* protected but while work is done */
 static size_t device_high;           /* what has ever been used of it */
 static std::map<size_t, size_t> pieces; /* offset -> bytes with the zone behind them */
 static std::map<size_t, size_t> ranges; /* those of them that are only addresses -> bytes */
+static std::map<size_t, size_t> taken; /* the others -> bytes that were asked for */
 static size_t mapped_bytes;              /* behind such addresses */
 static std::map<uintptr_t, size_t> host_blocks, managed_blocks;
 
@@ -433,6 +532,8 @@ cudaError_t cudaMalloc(void **memory, size_t bytes)
 
     if (at == DEVICE_BYTES) return give(cudaErrorMemoryAllocation);
     *memory = device_memory + at;
+    taken[at] = bytes;
+    counts[SHIM_TAKEN_BYTES] += (long)bytes;
     fill_place(*memory, bytes);
     return cudaSuccess;
 }
@@ -472,6 +573,7 @@ cudaError_t virtual_map(struct virtual_memory *memory, void *address, size_t byt
     ++counts[SHIM_PREPARED];
     if (strikes(SHIM_FAULT_MALLOC)) return cudaErrorMemoryAllocation;
     mapped_bytes += bytes;
+    counts[SHIM_TAKEN_BYTES] += (long)bytes;
     fill_place(address, bytes);
     return cudaSuccess;
 }
@@ -483,6 +585,7 @@ void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
 
     (void)memory, (void)handle;
     mapped_bytes -= bytes;
+    counts[SHIM_TAKEN_BYTES] -= (long)bytes;
     ASAN_POISON_MEMORY_REGION(address, bytes);
 }
 
@@ -511,6 +614,8 @@ cudaError_t cudaFree(void *memory)
         return cudaSuccess;
     }
     ASAN_POISON_MEMORY_REGION(memory, block->second);
+    counts[SHIM_TAKEN_BYTES] -= (long)taken[block->first];
+    taken.erase(block->first);
     pieces.erase(block);
     return give(broken);
 }
@@ -635,6 +740,8 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     ++counts[!is_device((uintptr_t)to)             ? SHIM_FETCHED
              : source.type == cudaMemoryTypeDevice ? SHIM_MOVED
                                                    : SHIM_SENT];
+    if (is_device((uintptr_t)to) && source.type == cudaMemoryTypeDevice)
+        counts[SHIM_COPIED_BYTES] += (long)bytes;
     if (source.type == cudaMemoryTypeUnregistered) { /* such memory is read at once */
         std::vector<unsigned char> staged((const unsigned char *)from,
                                           (const unsigned char *)from + bytes);
@@ -750,6 +857,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *executable, cudaGraph_t graph,
 {
     (void)flags;
     ++counts[SHIM_PREPARED];
+    ++counts[SHIM_CAPTURED];
     *executable = new shim_graph(*graph);
     return give(broken);
 }
@@ -836,14 +944,16 @@ cudaError_t cudaGetDeviceCount(int *count)
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device)
 {
+    const char *shared = getenv("SHIM_SHARED_KIB"), *processors = getenv("SHIM_PROCESSORS");
+
     if (device != 0) return give(cudaErrorInvalidDevice);
     memset(properties, 0, sizeof *properties);
     snprintf(properties->name, sizeof properties->name, "host shim");
     properties->totalGlobalMem = DEVICE_BYTES;
-    properties->sharedMemPerBlockOptin = SHARED_LIMIT;
+    properties->sharedMemPerBlockOptin = shared ? (size_t)atoi(shared) << 10 : SHARED_LIMIT;
     properties->major = 9;
     if (countdowns[SHIM_FAULT_DRIVER] == 3) properties->major = 7;
-    properties->multiProcessorCount = 132;
+    properties->multiProcessorCount = processors ? atoi(processors) : 132;
     return cudaSuccess;
 }
 

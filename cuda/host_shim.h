@@ -7,11 +7,13 @@
  *  - device memory can be touched by copies alone, and by kernels that have waited for earlier ones;
  *  - a kernel's parameters may hold no address of the host's own memory;
  *  - shared memory is NaN when a block begins, device memory when it is allocated;
+ *  - what is copied to shared memory arrives no sooner than somebody waits for it;
  *  - work waits in its stream until somebody waits for it;
  *  - a block that has done an atomic operation waits while others run from their start to their end;
  *  - blocks that meet run in turn, another one after each atomic operation;
  *  - threads run in the order that SHIM_ORDER names: ascending, descending, or a number that seeds
  *    shuffles. One runs until a barrier or a shuffle stops it, so that a missing barrier shows.
+ * SHIM_SHARED_KIB and SHIM_PROCESSORS say what the card has, where that is less than an H200.
  *
  * A kernel takes one struct by value. Shared memory is dynamic: SHARED_BYTES names it. */
 #ifndef MOSHI_HOST_SHIM_H
@@ -111,6 +113,17 @@ __device__ static __forceinline__ uint16_t float_to_half(float value)
     return __half_as_ushort(__float2half_rn(value));
 }
 
+/* Two bf16 times 2^120, which none of them is too large for. */
+__device__ static __forceinline__ unsigned raise_bf16(unsigned pair)
+{
+    unsigned raised;
+
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(raised)
+        : "r"(pair), "r"(0x7b807b80u), "r"(0x80008000u));
+    return raised;
+}
+
 /* sums += A B, by a warp: A 16 rows, B 8 columns. Lane 4 g + t has of A the words (g, t), (g + 8, t),
  * (g, t + 4), (g + 8, t + 4), of B the words (t, g) and (t + 4, g), of the sums (g, 2 t), (g, 2 t + 1),
  * (g + 8, 2 t), (g + 8, 2 t + 1). A word is two bf16, or four signed bytes. */
@@ -130,6 +143,93 @@ __device__ static __forceinline__ void multiply_codes(int (&sums)[4], const unsi
                  "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* 16 bytes on their way to shared memory, or zeros there: nothing may touch the place until the thread
+ * that sent for them has waited, and another thread not until a barrier after that. What was sent for
+ * between two copies_end goes together; copies_wait<N> waits for all but the last N such groups. */
+__device__ static __forceinline__ void copy_piece(void *shared, const void *from, int there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     (unsigned)__cvta_generic_to_shared(shared)),
+                 "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ static __forceinline__ void copies_end(void)
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int N> __device__ static __forceinline__ void copies_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Shared memory as the tensor cores address it, and with the alignment that they want of a tile. */
+#define GROUP_SHARED_BYTES(name) extern __shared__ __align__(1024) unsigned char name[]
+
+__device__ static __forceinline__ unsigned shared_address(const void *shared)
+{
+    return (unsigned)__cvta_generic_to_shared(shared);
+}
+
+/* What the thread has waited for can be seen by warpgroups' products after the next barrier. */
+__device__ static __forceinline__ void copies_show(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* Products of a warpgroup, four warps of which the first one's number is a multiple of four: between
+ * group_begin and group_wait they alone may touch sums, a, and what is read of shared memory. As
+ * multiply_bf16, each warp with 16 rows of A, for 128 columns of B: sums[4 n ..] are those of columns
+ * 8 n .. 8 n + 7. `b` describes B in shared memory, a row for each column. Code of sm_90a alone has
+ * them. */
+__device__ static __forceinline__ void group_begin(void)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ static __forceinline__ void group_multiply(float (&sums)[64], const unsigned (&a)[4],
+                                                      uint64_t b)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+                 "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]),
+                   "+f"(sums[5]), "+f"(sums[6]), "+f"(sums[7]), "+f"(sums[8]), "+f"(sums[9]),
+                   "+f"(sums[10]), "+f"(sums[11]), "+f"(sums[12]), "+f"(sums[13]), "+f"(sums[14]),
+                   "+f"(sums[15]), "+f"(sums[16]), "+f"(sums[17]), "+f"(sums[18]), "+f"(sums[19]),
+                   "+f"(sums[20]), "+f"(sums[21]), "+f"(sums[22]), "+f"(sums[23]), "+f"(sums[24]),
+                   "+f"(sums[25]), "+f"(sums[26]), "+f"(sums[27]), "+f"(sums[28]), "+f"(sums[29]),
+                   "+f"(sums[30]), "+f"(sums[31]), "+f"(sums[32]), "+f"(sums[33]), "+f"(sums[34]),
+                   "+f"(sums[35]), "+f"(sums[36]), "+f"(sums[37]), "+f"(sums[38]), "+f"(sums[39]),
+                   "+f"(sums[40]), "+f"(sums[41]), "+f"(sums[42]), "+f"(sums[43]), "+f"(sums[44]),
+                   "+f"(sums[45]), "+f"(sums[46]), "+f"(sums[47]), "+f"(sums[48]), "+f"(sums[49]),
+                   "+f"(sums[50]), "+f"(sums[51]), "+f"(sums[52]), "+f"(sums[53]), "+f"(sums[54]),
+                   "+f"(sums[55]), "+f"(sums[56]), "+f"(sums[57]), "+f"(sums[58]), "+f"(sums[59]),
+                   "+f"(sums[60]), "+f"(sums[61]), "+f"(sums[62]), "+f"(sums[63])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+    (void)sums, (void)a, (void)b;
+    __trap();
+#endif
+}
+
+__device__ static __forceinline__ void group_wait(void)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
 }
 
 /* What this library's code of the kernel for the current card was written for: 90 is compute capability
@@ -360,6 +460,24 @@ static inline uint16_t float_to_half(float value)
     return (uint16_t)(sign | (unsigned)((exponent + 13) * 1024 + (int)unit));
 }
 
+static inline unsigned raise_bf16(unsigned pair)
+{
+    unsigned low = __float_as_uint(__uint_as_float(pair << 16) * 0x1p120f);
+    unsigned high = __float_as_uint(__uint_as_float(pair & 0xffff0000u) * 0x1p120f);
+
+    return low >> 16 | (high & 0xffff0000u);
+}
+
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector)
+{
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned result = 0;
+
+    for (int i = 0; i < 4; i++)
+        result |= (unsigned)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
+
 /* The words of all lanes, as the tensor cores want them. */
 struct shim_tile {
     unsigned a[4], b[2];
@@ -402,6 +520,32 @@ static inline void multiply_codes(int (&sums)[4], const unsigned (&a)[4], unsign
             sums[i] += (int8_t)(x >> byte) * (int8_t)(y >> byte);
         }
 }
+
+/* What is on its way is NaN until the thread has waited. */
+void copy_piece(void *shared, const void *from, int there);
+void copies_end(void);
+void shim_copies_wait(int left);
+
+template <int N> static inline void copies_wait(void)
+{
+    shim_copies_wait(N);
+}
+
+#define GROUP_SHARED_BYTES(name) SHARED_BYTES(name)
+#define SHIM_SHARED_BASE 1024u /* as on cards that have warpgroups */
+
+static inline unsigned shared_address(const void *shared)
+{
+    return (unsigned)((const unsigned char *)shared - shim_now.shared) + SHIM_SHARED_BASE;
+}
+
+void copies_show(void);
+static inline void group_begin(void)
+{
+}
+/* Adds up in group_wait, from what the shared memory has then; of copies that were not shown, NaN. */
+void group_multiply(float (&sums)[64], const unsigned (&a)[4], uint64_t b);
+void group_wait(void);
 
 static inline void __threadfence(void)
 {
@@ -551,8 +695,9 @@ enum shim_fault { SHIM_FAULT_MALLOC, SHIM_FAULT_LAUNCH, SHIM_FAULT_DRIVER, SHIM_
 extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, int countdown);
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
 /* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
- * graphs; graphs launched; copies to and from the device; fills and copies on it; kernels run whose blocks
- * meet. */
+ * graphs; graphs launched; copies to and from the device; fills and copies on it; graphs made. Then
+ * bytes: of the copies on it, which kernels did not make; of its memory that is taken now. At last
+ * kernels run whose blocks meet. */
 enum shim_event {
     SHIM_PREPARED,
     SHIM_LAUNCHED,
@@ -560,6 +705,9 @@ enum shim_event {
     SHIM_SENT,
     SHIM_FETCHED,
     SHIM_MOVED,
+    SHIM_CAPTURED,
+    SHIM_COPIED_BYTES,
+    SHIM_TAKEN_BYTES,
     SHIM_MET,
     SHIM_EVENTS
 };

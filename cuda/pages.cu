@@ -10,8 +10,7 @@ static void *take_all(struct cuda_backend *cuda, size_t bytes)
 {
     void *memory = cuda_take(cuda, bytes);
 
-    cuda_flush(cuda);
-    if (memory) cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
+    if (memory) cuda_fill(cuda, memory, 0, bytes);
     return memory;
 }
 
@@ -78,8 +77,8 @@ int cuda_commit(struct backend *backend, void *memory, size_t bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     cuda_turn turn(cuda);
+    cuda_own_failures own(cuda);
     struct cuda_range *range = find(cuda, memory);
-    int status;
 
     if (range && bytes) {
         size_t at = (size_t)((char *)memory - range->base);
@@ -89,12 +88,8 @@ int cuda_commit(struct backend *backend, void *memory, size_t bytes)
         if (i <= last)
             while (i > first) put_unit(cuda, range, --i);
     }
-    cuda_flush(cuda);
-    if (!cuda->base.failure)
-        cuda_good(cuda, cudaMemsetAsync(memory, 0, bytes, cuda->stream), "a fill");
-    status = backend->failure;
-    backend->failure = MOSHI_OK;
-    return status ? cuda->fail(status, backend->sentence) : MOSHI_OK;
+    if (!backend->failure) cuda_fill(cuda, memory, 0, bytes);
+    return own.report();
 }
 
 void cuda_decommit(struct backend *backend, void *memory, size_t bytes)

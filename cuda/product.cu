@@ -1,5 +1,5 @@
 /* product.cu: rows of activations times a matrix of f32, f16 or int8 rows: every weight is read once for
- * up to four rows, and the reads are all the time there is.
+ * up to eight rows, and the reads are all the time there is.
  *
  * A block puts its rows into shared memory, normed. Then a warp takes pairs of outputs: o and o + 1,
  * or a gate and its value. Its lanes read 16 bytes of both rows of weights at a time, side by side;
@@ -7,11 +7,12 @@
  * added in one order. That order depends on the matrix and the card alone: a row's bits are the same
  * in any company.
  *
- * Bytes: outputs * columns * element, and columns * 4 a row for each block, which the second cache
- * has. Bound: the memory's read rate. */
+ * Bytes: outputs * columns * element for eight rows, and columns * 4 a row for each block, which the
+ * second cache has. Bound: the memory's read rate; of many rows the second cache's, and shared memory's,
+ * which gives four words of a row for eight multiply-adds. */
 #include "product.h"
 
-#define ROWS_AT_ONCE 4
+#define ROWS_AT_ONCE 8 /* at most */
 
 /* Where column k lies in shared memory: a lane's columns in pieces of four, the same piece of all lanes
  * side by side, so that no two lanes ask one bank for different words. */
@@ -152,6 +153,11 @@ static void choose_rows(struct cuda_backend *cuda, const char *name, struct prod
     size_t room = cuda->shared_limit - 2 * WARPS * ROWS_AT_ONCE * sizeof(float);
 
     p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % vector<T>::N == 0;
+    if constexpr (sizeof(T) > 1) /* 16 columns of codes at a time leave no registers for it */
+        if (p.rows > 4 && 2 * ROWS_AT_ONCE * row <= room) { /* two blocks on each processor */
+            launch_product<T, ROWS_AT_ONCE>(cuda, name, p);
+            return;
+        }
     if (p.rows > 2 && 4 * row <= room)
         launch_product<T, 4>(cuda, name, p);
     else if (p.rows > 1 && 2 * row <= room)

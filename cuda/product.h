@@ -1,6 +1,6 @@
 /* product.h: what the kernels share that multiply rows of activations by a matrix: their parameters, and
  * what becomes of the sums. product.cu has f32, f16 and int8 rows on the ordinary cores, tensor.h has
- * bf16 and the block formats on the tensor cores. */
+ * bf16, fp8 and the block formats on the tensor cores, many.cu many rows of activations and bf16. */
 #ifndef MOSHI_CUDA_PRODUCT_H
 #define MOSHI_CUDA_PRODUCT_H
 
@@ -10,6 +10,11 @@
 #define THREADS (WARPS * WARP)
 
 #define TOGETHER 16 /* matrices of one launch */
+#define MOST_ROWS 64 /* of activations for which tensor.h reads the weights once */
+#define ARRANGED_CHUNK                                                                             \
+    64 /* columns, of rows that meet bf16 weights: four bytes each, in tensor.h's order */
+#define ARRANGED_TOGETHER                                                                          \
+    128 /* kernels read so many at once, of which the last ones may be garbage */
 
 /* Outputs come in pairs: 2 p and 2 p + 1, or a gate p and its value p + second. */
 template <class E> struct product {
@@ -25,6 +30,7 @@ template <class E> struct product {
     struct norm norm;
     const unsigned char *arranged; /* rows that are made already, or NULL: a block makes them */
     int work_bytes; /* and puts them behind so much of its shared memory */
+    int stages; /* chunks that many.cu has in shared memory */
     E end;
 
     /* The first row of weights of a pair, and the second one; beyond the last one, the first again. */
@@ -162,7 +168,7 @@ static inline const void *matrix_memory(const struct matrix *weight)
     return weight->packed ? weight->packed : weight->data;
 }
 
-/* bf16 or a block format. Before its own scratch memory it leaves `kept` bytes to the caller, who has
+/* bf16, fp8 or a block format. Before its own scratch memory it leaves `kept` bytes to the caller, who has
  * taken both together: tensor_scratch is its part. */
 void tensor_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                     struct product<struct row_end> &p, size_t kept);
@@ -172,5 +178,14 @@ void tensor_product(struct cuda_backend *cuda, const char *name, const struct ma
                     struct product<struct qkv_end> &p, size_t kept);
 /* No less than that format needs. */
 size_t tensor_scratch(const struct matrix *weight, int rows);
+
+/* Whether the card has the shared memory for it. */
+bool many_product_fits(const struct cuda_backend *cuda);
+/* Whether the rows have to be arranged for warpgroups. */
+bool many_product_by_groups(const struct cuda_backend *cuda, int rows, int pairs, int matrices);
+/* Arranged rows times bf16 rows, both aligned to 16 bytes: what tensor_product makes of them. */
+void many_product(struct cuda_backend *cuda, struct product<struct row_end> &p);
+void many_product(struct cuda_backend *cuda, struct product<struct gate_end> &p);
+void many_product(struct cuda_backend *cuda, struct product<struct qkv_end> &p);
 
 #endif

@@ -328,7 +328,7 @@ __global__ static void k_delay_input(const __grid_constant__ struct delays p)
     }
 }
 
-void cuda_delay_input(struct backend *backend, const struct op_delay_input *op)
+static struct delays delays_of(const struct op_delay_input *op)
 {
     struct delays p = blank<struct delays>();
 
@@ -341,6 +341,13 @@ void cuda_delay_input(struct backend *backend, const struct op_delay_input *op)
     p.null_row = op->null_row;
     p.tokens = op->tokens;
     p.n = op->rows.n;
+    return p;
+}
+
+void cuda_delay_input(struct backend *backend, const struct op_delay_input *op)
+{
+    const struct delays p = delays_of(op);
+
     if (p.n)
         launch(cuda_of(backend), k_delay_input, dim3((unsigned)ceil_div(p.n, WARP)), WARP, 0, p);
 }
@@ -367,7 +374,7 @@ __global__ static void k_delay_output(const __grid_constant__ struct delays p)
                 : TOKEN_NONE;
 }
 
-void cuda_delay_output(struct backend *backend, const struct op_delay_output *op)
+static struct delays delays_of(const struct op_delay_output *op)
 {
     struct delays p = blank<struct delays>();
 
@@ -378,6 +385,73 @@ void cuda_delay_output(struct backend *backend, const struct op_delay_output *op
     p.audio = op->audio;
     p.out = op->out;
     p.n = op->rows.n;
+    return p;
+}
+
+void cuda_delay_output(struct backend *backend, const struct op_delay_output *op)
+{
+    const struct delays p = delays_of(op);
+
     if (p.n)
         launch(cuda_of(backend), k_delay_output, dim3((unsigned)ceil_div(p.n, WARP)), WARP, 0, p);
+}
+
+struct given {
+    struct delays in, out;
+    int frames;
+};
+
+/* Grid: streams, which know nothing of each other. What a frame reads of its stream was given so many
+ * frames before, or is in the cache from before all of them; then its last columns are kept. */
+__global__ static void k_delay_given(const __grid_constant__ struct given p)
+{
+    after_earlier_kernels();
+    const struct delay_cache &cache = p.in.cache;
+    const int s = (int)blockIdx.x, dep_q = cache.dep_q, said = s <= dep_q;
+    const int users = cache.streams - 1 - dep_q, slot = p.in.lane[0], null_row = p.in.null_row[0];
+    const int32_t offset = cache.offset[slot], delay = cache.delays[s], late = said ? 1 : delay;
+    const int32_t *from = s == 0 ? p.out.text
+                          : said ? p.out.audio + s - 1
+                                 : p.in.user + s - 1 - dep_q;
+    const int stride = s == 0 ? 1 : said ? dep_q : users;
+
+    for (int t = (int)threadIdx.x; t < p.frames; t += (int)blockDim.x) {
+        const int32_t o = offset + t;
+        const int is_initial = o <= delay;
+        int32_t token = s ? cache.initial_audio : cache.initial_text;
+
+        if (!is_initial)
+            token = t >= late ? from[(long)(t - late) * stride] : *delay_cell(cache, slot, s, o);
+        p.in.tokens[(long)t * cache.streams + s] = token;
+        if (null_row >= 0)
+            p.in.tokens[(long)(null_row + t) * cache.streams + s] =
+                is_initial ? token : null_token(p.in.params[slot], s, o, delay, token);
+        if (!said) continue;
+        const int given = t - cache.max_delay + delay; /* that frame's token comes out now */
+
+        p.out.out[(long)t * (1 + dep_q) + s] = o + 1 <= cache.max_delay ? TOKEN_NONE
+                                               : given >= 0 ? from[(long)given * stride]
+                                                            : *delay_cell(cache, slot, s,
+                                                                          offset + 1 + given);
+    }
+    __syncthreads(); /* all have read the cache */
+    for (int t = p.frames - 1 - (int)threadIdx.x; t >= 0 && t >= p.frames - cache.columns;
+         t -= (int)blockDim.x)
+        *delay_cell(cache, slot, s, offset + t + late) = from[(long)t * stride];
+}
+
+void cuda_delay_given(struct backend *backend, const struct op_delay_input *in,
+                      const struct op_delay_output *out, int frames)
+{
+    struct given p = blank<struct given>();
+    struct op_advance advance = {};
+
+    p.in = delays_of(in);
+    p.out = delays_of(out);
+    p.frames = frames;
+    launch(cuda_of(backend), k_delay_given, dim3((unsigned)p.in.cache.streams), 4 * WARP, 0, p);
+    advance.rows = in->rows;
+    advance.position = in->cache->offset;
+    advance.steps = frames;
+    cuda_advance(backend, &advance);
 }

@@ -1,4 +1,4 @@
-/* tensor.h: rows of activations times a matrix on the tensor cores: bf16 rows and the block formats.
+/* tensor.h: rows of activations times a matrix on the tensor cores: bf16 rows, fp8 and the block formats.
  * The weights are the 16 rows of a tile, the activations its 8 columns; for one row of activations
  * seven columns are wasted, which costs nothing, as the reads of the weights are all the time there
  * is.
@@ -8,12 +8,12 @@
  * warps. All of that depends on the format alone: a row has the same bits alone and in any company.
  *
  * Activations are arranged first. bf16 weights meet them as two bf16 numbers, the nearest one and the
- * nearest one to what is left: 16 bits. The block formats meet the codes of quant.h: 8 bits and a scale
- * for a GROUP, products of codes being exact. Few rows are arranged in shared memory by every block
- * that needs them; more, by a kernel of their own.
+ * nearest one to what is left: 16 bits. fp8 weights become bf16 on their way, exactly. The block formats
+ * meet the codes of quant.h: 8 bits and a scale for a GROUP, products of codes being exact. Few rows are
+ * arranged in shared memory by every block that needs them; more, by a kernel of their own.
  *
- * Bytes: the weights once for up to 64 rows; arranged rows once for each tile or two of outputs, which
- * the second cache has. Bound: the memory's read rate. */
+ * Bytes: the weights once for up to MOST_ROWS rows, of more and bf16 see many.cu; arranged rows once for
+ * each tile or two of outputs, which the second cache has. Bound: the memory's read rate. */
 #ifndef MOSHI_CUDA_TENSOR_H
 #define MOSHI_CUDA_TENSOR_H
 
@@ -21,7 +21,6 @@
 #include "product.h"
 
 #define ROWS_HERE 4 /* arranged in shared memory */
-#define MOST_ROWS 64 /* for which weights are read once */
 #define COLUMNS_OF_TILE 8
 
 /* What a lane reads of one chunk of a pair: its words of both rows, and their scales. */
@@ -61,7 +60,7 @@ template <enum weight_format F> struct tensor_format {
 
     /* Eight columns of a row that begin at x; the four lanes of a group do it together. */
     __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
-                                   int inside)
+                                   int inside, int)
     {
         unsigned most = 0, words[2] = {};
 
@@ -195,16 +194,18 @@ template <enum weight_format F> struct tensor_format {
 };
 
 /* A chunk of bf16 rows, and of the rows that it meets: of 8 columns, 16 bytes of the numbers, then 16
- * of what is left. */
+ * of what is left. For warpgroups: of the chunk, the numbers, then what is left; each in steps of 16
+ * columns, 4 of each 8 of half a chunk: two of them in the step's first 16 bytes, two in the others. */
 template <> struct tensor_format<WEIGHT_BF16> {
-    static const int COLUMNS = 64;
+    static const int COLUMNS = ARRANGED_CHUNK;
 
     __host__ __device__ static size_t row_bytes(int columns)
     {
         return (size_t)((columns + COLUMNS - 1) / COLUMNS) * COLUMNS * 4;
     }
 
-    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside)
+    __device__ static void arrange(const float *x, int at, int, unsigned char *to, int inside,
+                                   int groups)
     {
         unsigned high[4], low[4];
 
@@ -221,6 +222,15 @@ template <> struct tensor_format<WEIGHT_BF16> {
             }
             high[i] = near[0].bits | (unsigned)near[1].bits << 16;
             low[i] = rest[0].bits | (unsigned)rest[1].bits << 16;
+        }
+        if (groups) {
+            to += (long)(at / COLUMNS) * COLUMNS * 4 + at % COLUMNS / 32 * 64 + at % 32 / 8 * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                *(unsigned *)(void *)(to + i * 16) = high[i];
+                *(unsigned *)(void *)(to + COLUMNS * 2 + i * 16) = low[i];
+            }
+            return;
         }
         uint4 *piece = (uint4 *)(void *)(to + (long)at * 4);
 
@@ -286,6 +296,76 @@ template <> struct tensor_format<WEIGHT_BF16> {
     }
 };
 
+/* fp8: blocks that lie as those of int8, and rows arranged as for bf16. */
+template <> struct words<WEIGHT_FP8> : words<WEIGHT_INT8> {};
+
+template <> struct tensor_format<WEIGHT_FP8> {
+    static const int COLUMNS = CHUNK;
+
+    __host__ __device__ static size_t row_bytes(int columns)
+    {
+        return (size_t)((columns + CHUNK - 1) / CHUNK) * CHUNK * 4;
+    }
+
+    __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
+                                   int inside, int groups)
+    {
+        tensor_format<WEIGHT_BF16>::arrange(x, at, padded, to, inside, groups);
+    }
+
+    template <class E>
+    __device__ static __forceinline__ void read(const struct product<E> &p, int a, int b, int chunk,
+                                                struct words<WEIGHT_FP8> *w)
+    {
+        tensor_format<WEIGHT_INT8>::read(p, a, b, chunk, w);
+    }
+
+    template <int N, int TILES>
+    __device__ static __forceinline__ void multiply(const struct words<WEIGHT_FP8> (&w)[TILES],
+                                                    const struct activations &x, int chunk,
+                                                    int half, float (&sums)[N][TILES][4])
+    {
+        const long at = ((long)chunk * CHUNK + half * TILE + (int)threadIdx.x % 4 * 8) * 4;
+
+#pragma unroll(N < 2 ? 2 : 1)
+        for (int second = 0; second < 2; second++) {
+            struct {
+                unsigned words[4];
+            } pairs[TILES][2]; /* of 4 columns of both rows */
+
+#pragma unroll
+            for (int m = 0; m < TILES; m++) {
+                uint4 a = half ? w[m].a[1] : w[m].a[0], b = half ? w[m].b[1] : w[m].b[0];
+                uint2 a0 = widen_fp8(second ? a.z : a.x), a1 = widen_fp8(second ? a.w : a.y);
+                uint2 b0 = widen_fp8(second ? b.z : b.x), b1 = widen_fp8(second ? b.w : b.y);
+
+                pairs[m][0] = {{a0.x, b0.x, a0.y, b0.y}};
+                pairs[m][1] = {{a1.x, b1.x, a1.y, b1.y}};
+            }
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                const unsigned char *row = x.template row<N>(n, (int)threadIdx.x % WARP / 4) + at +
+                                           second * GROUP * 4;
+                uint4 high = ((const uint4 *)(const void *)row)[0];
+                uint4 low = ((const uint4 *)(const void *)row)[1];
+
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+                    multiply_bf16(sums[n][m], pairs[m][0].words, low.x, low.y);
+                    multiply_bf16(sums[n][m], pairs[m][0].words, high.x, high.y);
+                    multiply_bf16(sums[n][m], pairs[m][1].words, low.z, low.w);
+                    multiply_bf16(sums[n][m], pairs[m][1].words, high.z, high.w);
+                }
+            }
+        }
+    }
+
+    template <class E> __device__ static float scale(const struct product<E> &p, int row)
+    {
+        return tensor_format<WEIGHT_INT8>::scale(p, row);
+    }
+};
+
 template <enum weight_format F> __host__ __device__ static int padded_columns(int columns)
 {
     const int chunk = tensor_format<F>::COLUMNS;
@@ -296,7 +376,7 @@ template <enum weight_format F> __host__ __device__ static int padded_columns(in
 /* One row, by the whole block; work: a float for each padded column, and as many again as warps. */
 template <enum weight_format F>
 __device__ static void arrange_row(const struct norm &norm, const float *x, int columns,
-                                   float *work, unsigned char *to)
+                                   float *work, unsigned char *to, int groups)
 {
     int padded = padded_columns<F>(columns);
 
@@ -306,7 +386,7 @@ __device__ static void arrange_row(const struct norm &norm, const float *x, int 
     for (int base = 0; base < padded; base += 8 * THREADS) {
         int at = base + (int)threadIdx.x * 8, inside = at < padded;
 
-        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside);
+        tensor_format<F>::arrange(work + (inside ? at : 0), at, padded, to, inside, groups);
     }
     __syncthreads(); /* work may be written again, and the row may be read */
 }
@@ -317,6 +397,7 @@ struct arrange_rows {
     long row_stride, step_stride;
     struct norm norm;
     unsigned char *to;
+    int groups; /* for warpgroups */
 };
 
 /* Grid: rows. Bytes: a row in, its arranged form out. */
@@ -330,7 +411,7 @@ __global__ static void __launch_bounds__(THREADS)
 
     arrange_row<F>(p.norm, p.x + row / p.steps * p.row_stride + row % p.steps * p.step_stride,
                    p.columns, (float *)(void *)shared,
-                   p.to + row * tensor_format<F>::row_bytes(p.columns));
+                   p.to + row * tensor_format<F>::row_bytes(p.columns), p.groups);
 }
 
 /* What a tile's warps have, added in their order; by the whole block. work: a float for each sum. */
@@ -388,7 +469,7 @@ __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
         unsigned char *to = shared + p.work_bytes;
 
         for (int r = 0; r < p.rows; r++)
-            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes);
+            arrange_row<F>(p.norm, p.input(r), p.columns, work, to + r * x.row_bytes, 0);
         x.first = to;
     }
     for (int start = (int)blockIdx.x * OCTET * TILES; start < p.pairs;
@@ -424,6 +505,27 @@ static void launch_arrange(struct cuda_backend *cuda, const char *name, struct a
         launch(cuda, k_arrange<F>, dim3((unsigned)count), THREADS, work, rows);
 }
 
+/* All rows, behind what is kept of the scratch memory. */
+template <enum weight_format F, class E>
+static void arrange_all(struct cuda_backend *cuda, const char *name, struct product<E> &p,
+                        size_t kept, int groups)
+{
+    size_t bytes = (size_t)round_up(p.rows, ARRANGED_TOGETHER) *
+                   tensor_format<F>::row_bytes(p.columns);
+    struct arrange_rows rows = blank<struct arrange_rows>();
+
+    rows.x = p.x;
+    rows.columns = p.columns;
+    rows.steps = p.steps;
+    rows.row_stride = p.row_stride;
+    rows.step_stride = p.step_stride;
+    rows.norm = p.norm;
+    rows.groups = groups;
+    rows.to = (unsigned char *)cuda_take_scratch(cuda, 0, kept + bytes).memory + kept;
+    launch_arrange<F>(cuda, name, rows, p.rows);
+    p.arranged = rows.to;
+}
+
 template <enum weight_format F, int N, int TILES, class E>
 static void launch_tensor(struct cuda_backend *cuda, const char *name, struct product<E> &p,
                           size_t kept)
@@ -441,20 +543,7 @@ static void launch_tensor(struct cuda_backend *cuda, const char *name, struct pr
         most = ceil_div(most, p.matrices);
         blocks = blocks < most ? blocks : most; /* for several tiles each */
     } else {
-        struct arrange_rows rows = blank<struct arrange_rows>();
-
-        rows.x = p.x;
-        rows.columns = p.columns;
-        rows.steps = p.steps;
-        rows.row_stride = p.row_stride;
-        rows.step_stride = p.step_stride;
-        rows.norm = p.norm;
-        rows.to = (unsigned char *)cuda_take_scratch(
-                      cuda, 0, kept + (size_t)round_up(p.rows, MOST_ROWS) * row_bytes)
-                      .memory +
-                  kept;
-        launch_arrange<F>(cuda, name, rows, p.rows);
-        p.arranged = rows.to;
+        arrange_all<F>(cuda, name, p, kept, 0);
         shared = sums;
     }
     if (cuda_fits(cuda, name, shared))
@@ -482,7 +571,9 @@ template <class E>
 static void choose_format(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
                           struct product<E> &p, size_t kept)
 {
-    if (weight->format == WEIGHT_INT8)
+    if (weight->format == WEIGHT_FP8)
+        choose_tiles<WEIGHT_FP8>(cuda, name, p, kept);
+    else if (weight->format == WEIGHT_INT8)
         choose_tiles<WEIGHT_INT8>(cuda, name, p, kept);
     else if (weight->format == WEIGHT_Q8)
         choose_tiles<WEIGHT_Q8>(cuda, name, p, kept);
@@ -490,7 +581,13 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
         choose_tiles<WEIGHT_Q4>(cuda, name, p, kept);
     else {
         p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % 8 == 0;
-        choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        if (p.rows > MOST_ROWS && p.aligned && many_product_fits(cuda)) {
+            arrange_all<WEIGHT_BF16>(cuda, name, p, kept,
+                                     many_product_by_groups(cuda, p.rows, p.pairs, p.matrices));
+            many_product(cuda, p);
+        } else {
+            choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);
+        }
     }
 }
 

@@ -21,5 +21,6 @@ void tensor_product(struct cuda_backend *cuda, const char *name, const struct ma
 
 size_t tensor_scratch(const struct matrix *weight, int rows)
 {
-    return (size_t)round_up(rows, MOST_ROWS) * tensor_format<WEIGHT_BF16>::row_bytes(weight->cols);
+    return (size_t)round_up(rows, ARRANGED_TOGETHER) *
+           tensor_format<WEIGHT_FP8>::row_bytes(weight->cols);
 }

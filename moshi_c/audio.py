@@ -366,7 +366,11 @@ class AudioWriter:
         return AudioError(f"{self.path} cannot be written: {reason.strip().rstrip('.')}")
 
     def write(self, pcm: Pcm) -> None:
-        """Appends float32[n], or float32[n, channels]."""
+        """Appends float32[n], or float32[n, channels].
+
+        Raises:
+            AudioError: the file cannot be written, such as on a full disk.
+        """
         try:
             for start in range(0, len(pcm), _BLOCK):
                 self._file.write(pcm[start : start + _BLOCK])
@@ -374,7 +378,11 @@ class AudioWriter:
             raise self._error(error) from error
 
     def close(self) -> None:
-        """Completes the file. A second call does nothing."""
+        """Completes the file. A second call does nothing.
+
+        Raises:
+            AudioError: the file cannot be written.
+        """
         try:
             self._file.close()
         except self._errors as error:

@@ -45,17 +45,19 @@ class Times:
 
 @dataclass(frozen=True)
 class Limits:
-    """The best of the machine. read: bytes a second, by threads. flops: f32 operations a second."""
+    """The best of the machine, by the number of threads: what is read from memory, and f32
+    operations, both in thousand millions a second."""
 
     read_gb_s: dict[int, float]
     gflop_s: dict[int, float]
 
     @property
     def best_read(self) -> float:
+        """Bytes a second."""
         return 1e9 * max(self.read_gb_s.values())
 
     def least(self, size: float, flops: float) -> float:
-        """Seconds below which so many bytes and operations can't come."""
+        """Seconds below which `size` bytes and `flops` operations can't be done."""
         return max(size / self.best_read, flops / (1e9 * max(self.gflop_s.values())))
 
 

@@ -93,14 +93,12 @@ def _run(arguments: argparse.Namespace) -> None:
             for path in (out if words_only else None, arguments.words):
                 if path:
                     stack.callback(_save_words, session, frames, Path(path))
-            stack.callback(_end_line, arguments.text, frames)
-            said = False
+            show = stack.enter_context(_shown_words())
             for frame in _conversation(session, pcm, arguments):
                 if writer and frame.pcm is not None:
                     writer.write(frame.pcm)
                 if arguments.text and frame.text:
-                    print(frame.text if said else frame.text.lstrip(), end="", flush=True)
-                    said = True
+                    show(frame.text)
                 frames.append(replace(frame, pcm=None))  # the voice is in the file by now
         recording = session._recording(frames)
         if not arguments.text:
@@ -123,11 +121,6 @@ def _conversation(session: Session, pcm: Any, arguments: argparse.Namespace) -> 
 
 def _save_words(session: Session, frames: list[Frame], path: Path) -> None:
     session._recording(frames)._save_words(path)
-
-
-def _end_line(printed: bool, frames: list[Frame]) -> None:
-    if printed and any(frame.text for frame in frames):
-        print(flush=True)
 
 
 def _report(model: Model, session: Session, recording: Recording) -> None:
@@ -241,9 +234,13 @@ def _duet(arguments: argparse.Namespace) -> None:
         talk = duet(left, right, questions)
         first = next(talk)  # what is wrong with the model is said before there is a file
         writer = stack.enter_context(AudioWriter(out, model.sample_rate, channels=2))
-        said: list[Frame] = []
-        stack.callback(_end_line, True, said)
         speaker, until = None, 0
+
+        def end_line() -> None:
+            if speaker:
+                print(flush=True)
+
+        stack.callback(end_line)
         frames = round(arguments.seconds * model.frame_rate)
         for a, b, sound in itertools.islice(itertools.chain([first], talk), frames):
             writer.write(sound)
@@ -251,10 +248,9 @@ def _duet(arguments: argparse.Namespace) -> None:
                 if not frame.text:
                     continue
                 if name != speaker or frame.index > until:
-                    _end_line(True, said)
+                    end_line()
                     print(f"{frame.time:6.2f} s  {name:<5} ", end="")
                 print(frame.text, end="", flush=True)
-                said.append(frame)
                 speaker, until = name, frame.index + SPEAKING_FRAMES
     print(
         f"{out}: {frames / model.frame_rate:.2f} s, seeds {left.seed} and {right.seed}",
@@ -495,7 +491,7 @@ def _common(*names: str) -> argparse.ArgumentParser:
         "dtype": {
             "default": "auto",
             "metavar": "T",
-            "help": "auto (as stored), f32, f16, bf16, int8, q8 or q4",
+            "help": "auto (as stored), f32, f16, bf16, fp8, int8, q8 or q4",
         },
         "seed": {
             "type": _seed,
@@ -661,7 +657,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(
-        "target", metavar="TARGET", help="a new folder, in --dtype q4 (default), q8, int8 or bf16"
+        "target",
+        metavar="TARGET",
+        help="a new folder, in --dtype q4 (default), q8, int8, fp8 or bf16",
     )
 
     serve = command(

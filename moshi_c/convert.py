@@ -17,7 +17,7 @@ from .model import _check_count, _check_option
 from .progress import Bar
 
 #: Formats to convert to.
-Target = Literal["q8", "q4", "int8", "bf16"]
+Target = Literal["q8", "q4", "int8", "fp8", "bf16"]
 
 #: Names of copied files whose own cannot be used.
 _COPIES = {
@@ -50,7 +50,8 @@ def quantize(
     Args:
         source: as for `load`.
         target: the new folder; its parent must exist.
-        dtype: "q8" (8.5 bits a weight), "q4" (4.5), "int8" (8) or "bf16".
+        dtype: "q8" (8.5 bits a weight), "q4" (4.5), "int8" (8), "fp8" (8, as F8_E4M3 tensors with
+            their scales beside them, named with _scale) or "bf16".
         mimi, tokenizer, config, threads, revision, token: as for `load`.
         progress: show bars on stderr, of the download and of the conversion.
 

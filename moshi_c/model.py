@@ -19,9 +19,9 @@ from .errors import AudioError, CheckpointError, DeviceError
 from .fields import Fields
 from .tokenizer import Tokenizer
 
-#: Formats of the language model's matrices; "auto" is as stored. "int8" has one scale for each row,
-#: "q8" and "q4" have one for 32 weights.
-Dtype = Literal["auto", "f32", "f16", "bf16", "int8", "q8", "q4"]
+#: Formats of the language model's matrices; "auto" is as stored. "fp8" (e4m3) and "int8" have one
+#: scale for each row, "q8" and "q4" have one for 32 weights.
+Dtype = Literal["auto", "f32", "f16", "bf16", "fp8", "int8", "q8", "q4"]
 #: Formats of what the sessions remember; "auto" is f32 for f32 weights, else bf16. "int8" has one
 #: scale for each head and frame.
 KvDtype = Literal["auto", "f32", "bf16", "int8"]
@@ -114,8 +114,9 @@ def load(
             repository on the Hugging Face hub, such as "kyutai/moshiko-pytorch-bf16".
         device: "auto" or "cpu". "auto" is the environment's MOSHI_C_DEVICE, else the CPU.
         dtype: format of the language model's matrices: "auto" (as stored), "f32", "f16", "bf16",
-            or made while loading: "int8" (8 bits a weight), "q8" (8.5), "q4" (4.5). Embeddings and
-            norms stay as stored. The panels of `moshi-c quantize` open in their own format only.
+            or made while loading: "fp8" (8 bits a weight, e4m3), "int8" (8), "q8" (8.5), "q4"
+            (4.5). Embeddings and norms stay as stored. The panels of `moshi-c quantize`, which are
+            int8, q8 and q4, open in their own format only.
         kv_dtype: format of what the sessions remember: "auto" (f32 for f32 weights, else bf16),
             "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
             benchmarks/quality.py measures.
@@ -291,7 +292,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """Format of the language model's matrices: "f32", "f16" or "bf16"."""
+        """Format of the language model's matrices, such as "bf16" or "q4"."""
         return str(self._info["dtype"])
 
     @property
@@ -505,7 +506,11 @@ class Mimi:
                 yield stream.decode_piece(codes[:, first : first + _PIECE_FRAMES])
 
     def stream(self, batch: int = 1) -> MimiStream:
-        """A codec that goes frame by frame, `batch` signals at once."""
+        """A codec that goes frame by frame, `batch` signals at once.
+
+        Raises:
+            ValueError: `batch` is no whole number of 1 or more.
+        """
         _check_count("batch", batch)
         stream = MimiStream(_core.MimiStream(self._core, batch), batch)
         self._open.add(stream)

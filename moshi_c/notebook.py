@@ -29,6 +29,7 @@ from .errors import AudioError, SessionError
 from .model import Model, load
 from .recording import Recording
 from .session import Frame, Session
+from .telephony import encode
 
 try:
     import anywidget
@@ -196,7 +197,7 @@ class Talk(anywidget.AnyWidget):
                 "model": 10.0 * float(np.log10(max(power, 1e-12))),
                 "rate": self._moshi.sample_rate,
             },
-            [(np.clip(voice, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()],
+            [encode(voice, "s16")],
         )
         self._said.append((frame, heard))
 

@@ -286,6 +286,7 @@ class Session:
             SessionError: the model is closed or has no free slot.
             AudioError: a rate that is not usable.
             ValueError: an option out of range, or a condition that the model does not know.
+            TypeError: `model` is no Model.
         """
         if seed is None:
             seed = secrets.randbits(64)
@@ -669,6 +670,7 @@ class Session:
         Raises:
             AudioError: the file or the samples are not usable.
             SessionError: closed, or in use by another thread.
+            ValueError: `after` is negative or more than an hour.
         """
         if isinstance(audio, (str, os.PathLike)):
             audio = read_audio(audio, self._rate)
@@ -724,13 +726,8 @@ class Session:
             ValueError: a letter or digit that the model's vocabulary lacks.
             SessionError: closed, or in use by another thread.
         """
-        tokenizer = self._model.tokenizer
-        if tokenizer is None:
-            raise CheckpointError(
-                "say needs a tokenizer, and the model was loaded without one; "
-                "give one with load(..., tokenizer=...)"
-            )
-        self.force_text(spoken_tokens(tokenizer, text, self._model.frame_rate))
+        model = self._model
+        self.force_text(spoken_tokens(model.tokenizer, text, model.frame_rate))
 
     def force_text(self, tokens: Sequence[int]) -> None:
         """Makes these the model's text tokens from the next frame on, one a frame, after what it
@@ -755,7 +752,11 @@ class Session:
 
     @property
     def saying(self) -> str:
-        """What is left of the text that it was made to say."""
+        """What is left of the text that it was made to say; "" without a tokenizer.
+
+        Raises:
+            SessionError: closed, or in use by another thread.
+        """
         with self._busy():
             tokenizer = self._model.tokenizer
             return tokenizer.decode(self._left()).strip() if tokenizer else ""
@@ -778,7 +779,15 @@ class Session:
             return self._core.logits()
 
     def reset(self, seed: int | None = None) -> None:
-        """Back to the state of a new session, with the same seed unless one is given."""
+        """Back to the state of a new session, with the same seed unless one is given.
+
+        Args:
+            seed: 0 to 2**64 - 1; None for the seed in use.
+
+        Raises:
+            SessionError: closed, or in use by another thread.
+            ValueError: a seed out of range.
+        """
         with self._busy():
             self._core.reset(seed)
             self._start()

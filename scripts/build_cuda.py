@@ -1,4 +1,5 @@
-"""Compiles libmoshi_cuda.so with nvcc, and refuses kernels whose registers spill.
+"""Compiles libmoshi_cuda.so with nvcc, and fails where registers of kernels spill: the library is
+there then too, for a compiler that is not ours.
 
 Usage: build_cuda.py OUT [--architectures "80 90a"] [--work FOLDER]. For the last architecture
 named, PTX is kept too, which later cards compile for themselves. "native" is the cards of this
@@ -76,11 +77,11 @@ def main() -> int:
         f"{a:8} {r:4} registers {s:5} bytes spilt  {k}\n" for k, a, r, s in sorted(rows)
     )
     (arguments.work / "registers.txt").write_text(table)
+    link = ["nvcc", "-shared", "-cudart", "static", *flags]
+    subprocess.run([*link, *map(str, objects), "-o", str(arguments.out)], check=True)
     if spills := [row for row in rows if row[3]]:
         print("".join(f"{k} for {a} spills {s} bytes\n" for k, a, _, s in spills), end="")
         return 1
-    link = ["nvcc", "-shared", "-cudart", "static", *flags]
-    subprocess.run([*link, *map(str, objects), "-o", str(arguments.out)], check=True)
     size = arguments.out.stat().st_size / 1e6
     print(f"{arguments.out.name}: {len(rows)} kernels, none spills, {size:.1f} MB")
     return 0

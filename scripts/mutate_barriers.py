@@ -1,4 +1,4 @@
-"""Removes each barrier of the CUDA kernels in turn: a test of operations must then fail.
+"""Removes each barrier and each wait for copies of the CUDA kernels in turn: a test must then fail.
 
 Usage: mutate_barriers.py [FILE:LINE ...]. Needs what `make cuda-host` builds. A barrier whose
 removal no test sees is either not needed, or not tested; both are defects, and end this with
@@ -16,10 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "test"
 PLACE = ROOT / "build" / "mutant"
-ORDERS = ("ascending", "descending", "3")
+# As in the Makefile: some orders on a smaller card.
+ORDERS = {"ascending": {}, "descending": {"SHIM_SHARED_KIB": "99"}, "3": {"SHIM_PROCESSORS": "4"}}
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 COMPILE += ["-O1", "-w", "-c"]
-BARRIER = re.compile(r"__syncthreads\(\);|(?<=    )meet\(p, \+\+meetings\);")
+WAITS = r"__syncthreads|copies_wait<[^>]*>|copies_show|group_wait"
+BARRIER = re.compile(rf"(?:{WAITS})\(\);|(?<=    )meet\(p, \+\+meetings\);")
 
 
 def barriers() -> list[tuple[Path, int]]:
@@ -59,8 +61,8 @@ def build(path: Path, number: int) -> Path:
 
 def first_failure(library: Path) -> str | None:
     """The first test that fails in any order, or None."""
-    for order in ORDERS:
-        settings = {"MOSHI_C_CUDA_LIBRARY": str(library), "SHIM_ORDER": order}
+    for order, card in ORDERS.items():
+        settings = {"MOSHI_C_CUDA_LIBRARY": str(library), "SHIM_ORDER": order, **card}
         process = subprocess.Popen(
             ["stdbuf", "-oL", BUILT / "test_kernels", "cuda"],
             env=os.environ | settings,

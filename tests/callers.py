@@ -1,5 +1,5 @@
-"""Callers of a server, for tests and benchmarks: over `/ws/pcm`, in real time or not, well-behaved
-or not."""
+"""Callers of a server, for tests and benchmarks: in real time or not, well-behaved or not. Those
+whose protocols are JSON stand with the tests of these."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import numpy as np
@@ -23,8 +24,13 @@ from moshi_c import Model
 from moshi_c.server import Server, Settings
 
 FRAME, RATE = 1920, 24000
+#: Settings for calls whose sound has to arrive whole however busy the machine is.
+PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
 
 Pcm = NDArray[np.float32]
+Event = dict[str, Any]
+T = TypeVar("T")
+AnyCaller = TypeVar("AnyCaller", bound="Listening")
 
 
 def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -51,6 +57,11 @@ async def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> No
         await asyncio.sleep(0.01)
 
 
+async def all_over(server: Server) -> None:
+    """Waits until every call has ended and been counted."""
+    await eventually(lambda: not server._calls)
+
+
 @contextlib.asynccontextmanager
 async def serving(model: Model, **options: Any) -> AsyncIterator[Server]:
     """A server in this event loop, on a free port of 127.0.0.1."""
@@ -75,31 +86,43 @@ async def get(server: Server | str, path: str, **options: Any) -> tuple[int, str
         return response.status, await response.text(), response.headers
 
 
+def cut(data: Any, size: int) -> Iterator[Any]:
+    """Samples or bytes in pieces; the last may be shorter."""
+    return (data[start : start + size] for start in range(0, len(data), size))
+
+
+async def in_time(pieces: Iterable[T], seconds: float) -> AsyncIterator[T]:
+    """Pieces that last so long each, as they are due in real time."""
+    begin = time.monotonic()
+    for number, piece in enumerate(pieces):
+        wait = begin + number * seconds - time.monotonic()
+        if wait > 0:
+            await asyncio.sleep(wait)
+        yield piece
+
+
 @dataclass
-class Caller:
-    """One call over `/ws/pcm`. What has come is in `heard`, `times`, `notes`."""
+class Listening:
+    """One call over a WebSocket. A kind of caller says what it makes of a message (`take`), and has
+    `notes`, which are shown when a call ends before what a test waits for."""
 
     socket: aiohttp.ClientWebSocketResponse
-    heard: list[Pcm] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # of each message of sound
-    sent: list[float] = field(default_factory=list)  # of each frame
-    notes: list[dict[str, Any]] = field(default_factory=list)
     progress: asyncio.Event = field(default_factory=asyncio.Event)
     over: bool = False
+
+    def take(self, message: aiohttp.WSMessage) -> None:
+        """A message has come."""
+        raise NotImplementedError
 
     async def listen(self) -> None:
         """Until the close."""
         async for message in self.socket:
-            if message.type == aiohttp.WSMsgType.BINARY:
-                self.heard.append(np.frombuffer(message.data, np.float32))
-                self.times.append(time.monotonic())
-            elif message.type == aiohttp.WSMsgType.TEXT:
-                self.notes.append(json.loads(message.data))
+            self.take(message)
             self.progress.set()
         self.over = True
         self.progress.set()
 
-    async def until(self, condition: Any, seconds: float = 60.0) -> None:
+    async def until(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
         """Waits for something to be true of what has come; TimeoutError if the call ends first."""
 
         async def wait() -> None:
@@ -111,14 +134,56 @@ class Caller:
 
         await asyncio.wait_for(wait(), seconds)
 
+    async def finished(self, seconds: float = 60.0) -> None:
+        """Waits for the close."""
+        await self.until(lambda: self.over, seconds)
+
+    @property
+    def code(self) -> int | None:
+        """Of the close frame."""
+        return self.socket.close_code
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    server: Server | str, path: str, kind: type[AnyCaller], **options: Any
+) -> AsyncIterator[AnyCaller]:
+    """A call by a caller of this kind, who listens; aiohttp.WSServerHandshakeError when refused."""
+    async with (
+        aiohttp.ClientSession() as http,
+        http.ws_connect(websocket(server) + path, max_msg_size=0, **options) as connection,
+    ):
+        caller = kind(connection)
+        listening = asyncio.create_task(caller.listen())
+        try:
+            yield caller
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+
+
+@dataclass
+class Caller(Listening):
+    """One call over `/ws/pcm`. What has come is in `heard`, `times`, `notes`."""
+
+    heard: list[Pcm] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # of each message of sound
+    sent: list[float] = field(default_factory=list)  # of each frame
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, message: aiohttp.WSMessage) -> None:
+        """See Listening."""
+        if message.type == aiohttp.WSMsgType.BINARY:
+            self.heard.append(np.frombuffer(message.data, np.float32))
+            self.times.append(time.monotonic())
+        elif message.type == aiohttp.WSMsgType.TEXT:
+            self.notes.append(json.loads(message.data))
+
     async def ready(self) -> dict[str, Any]:
         """Waits for the slot."""
         await self.until(lambda: self.kinds("ready"))
         return self.kinds("ready")[0]
-
-    async def finished(self, seconds: float = 60.0) -> None:
-        """Waits for the close."""
-        await self.until(lambda: self.over, seconds)
 
     async def send(self, pcm: Pcm) -> None:
         """Samples as one message."""
@@ -126,13 +191,9 @@ class Caller:
 
     async def say(self, pcm: Pcm, speed: float = 1.0, piece: int = FRAME) -> None:
         """Samples at a multiple of real time; infinity is at once."""
-        begin = time.monotonic()
-        for start in range(0, len(pcm), piece):
-            wait = begin + start / RATE / speed - time.monotonic()
-            if wait > 0:
-                await asyncio.sleep(wait)
+        async for samples in in_time(cut(pcm, piece), piece / RATE / speed):
             self.sent.append(time.monotonic())
-            await self.send(pcm[start : start + piece])
+            await self.send(samples)
 
     async def end(self) -> None:
         """The end of the input."""
@@ -152,53 +213,24 @@ class Caller:
         """All that was said in words."""
         return "".join(note["text"] for note in self.kinds("text"))
 
-    @property
-    def code(self) -> int | None:
-        """Of the close frame."""
-        return self.socket.close_code
 
-
-@contextlib.asynccontextmanager
-async def calling(server: Server | str, **query: Any) -> AsyncIterator[Caller]:
-    """A call; aiohttp.WSServerHandshakeError when refused."""
-    headers = query.pop("headers", None)
-    async with (
-        aiohttp.ClientSession() as client,
-        client.ws_connect(
-            f"{websocket(server)}/ws/pcm", params=query, headers=headers, max_msg_size=0
-        ) as connection,
-    ):
-        caller = Caller(connection)
-        listening = asyncio.create_task(caller.listen())
-        try:
-            yield caller
-        finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+def calling(
+    server: Server | str, headers: dict[str, str] | None = None, **query: Any
+) -> AbstractAsyncContextManager[Caller]:
+    """A call over `/ws/pcm`."""
+    return connected(server, "/ws/pcm", Caller, params=query, headers=headers)
 
 
 @dataclass
-class Chatter:
+class Chatter(Listening):
     """One call over `/api/chat`, as the published clients hold it."""
 
-    socket: aiohttp.ClientWebSocketResponse
     messages: list[tuple[float, bytes]] = field(default_factory=list)
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
-    over: bool = False
 
-    async def listen(self) -> None:
-        """Until the close; every message is binary."""
-        async for message in self.socket:
-            assert message.type == aiohttp.WSMsgType.BINARY
-            self.messages.append((time.monotonic(), message.data))
-            self.progress.set()
-        self.over = True
-        self.progress.set()
-
-    until = Caller.until
-    finished = Caller.finished
-    code = Caller.code
+    def take(self, message: aiohttp.WSMessage) -> None:
+        """Every one is binary."""
+        assert message.type == aiohttp.WSMsgType.BINARY
+        self.messages.append((time.monotonic(), message.data))
 
     def kind(self, kind: int) -> list[bytes]:
         """What stands behind the first byte of the messages of a kind."""
@@ -220,9 +252,7 @@ class Chatter:
 
     async def say(self, pieces: list[bytes], seconds: float) -> None:
         """Pieces that last so long each, in real time."""
-        begin = time.monotonic()
-        for number, piece in enumerate(pieces):
-            await asyncio.sleep(max(0.0, begin + number * seconds - time.monotonic()))
+        async for piece in in_time(pieces, seconds):
             await self.send(piece)
 
     @property
@@ -231,23 +261,31 @@ class Chatter:
         return "".join(piece.decode() for piece in self.kind(2))
 
 
-@contextlib.asynccontextmanager
-async def chatting(
+def chatting(
     server: Server | str, query: str = "", origin: str | None = None
-) -> AsyncIterator[Chatter]:
+) -> AbstractAsyncContextManager[Chatter]:
     """A call over `/api/chat`; origin: the page that a browser would be on."""
-    async with (
-        aiohttp.ClientSession() as client,
-        client.ws_connect(f"{websocket(server)}/api/chat{query}", origin=origin) as connection,
-    ):
-        chatter = Chatter(connection)
-        listening = asyncio.create_task(chatter.listen())
-        try:
-            yield chatter
-        finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+    return connected(server, f"/api/chat{query}", Chatter, origin=origin)
+
+
+@dataclass
+class EventCaller(Listening):
+    """One call in events, JSON with a "type". What has come is in `events`."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def take(self, message: aiohttp.WSMessage) -> None:
+        """Every one is an event."""
+        assert message.type == aiohttp.WSMsgType.TEXT
+        self.events.append(json.loads(message.data))
+
+    async def send(self, kind: str, **facts: Any) -> None:
+        """An event."""
+        await self.socket.send_str(json.dumps({"type": kind, **facts}))
+
+    def kinds(self, kind: str) -> list[Event]:
+        """The events of a type."""
+        return [event for event in self.events if event["type"] == kind]
 
 
 async def converse(server: Server | str, pcm: Pcm, speed: float = 1.0, **query: Any) -> Caller:
@@ -260,7 +298,7 @@ async def converse(server: Server | str, pcm: Pcm, speed: float = 1.0, **query: 
         return caller
 
 
-def reset(caller: Caller | Chatter) -> None:
+def reset(caller: Listening) -> None:
     """Cuts the connection with a TCP reset, as a machine does that goes away."""
     response = caller.socket._response
     assert response.connection is not None and response.connection.transport is not None

@@ -84,10 +84,6 @@ class Shape:
     def max_delay(self) -> int:
         return int(max(self.lm["delays"]))
 
-    def with_lm(self, **changes: Any) -> Shape:
-        """The same shape with other keyword arguments."""
-        return Shape(self.lm | changes, self.model_type, self.gen)
-
 
 _COMMON: Config = {
     "dim": 128,

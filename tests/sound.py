@@ -104,6 +104,20 @@ def silence(seconds: float) -> Sound:
     return np.zeros(round(seconds * RATE), np.float32)
 
 
+def question(
+    text: str = "what is the opposite of hot",
+    *,
+    before: float = 0.0,
+    after: float = 2.5,
+    level: float = 1.0,
+) -> Sound:
+    """Something that the small model answers, at a part of its level, between seconds of silence;
+    whole frames."""
+    parts = [silence(before), np.float32(level) * speech(text), silence(after)]
+    pcm = np.concatenate(parts)
+    return np.pad(pcm, (0, -len(pcm) % FRAME))
+
+
 def _exactly(parts: list[Sound], samples: int) -> Sound:
     joined = np.concatenate(parts)
     if len(joined) < samples:

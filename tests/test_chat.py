@@ -25,8 +25,7 @@ LOUD = np.full((FRAME, 1), 0.1, np.float32)
 
 @pytest.fixture
 def question() -> sound.Sound:
-    pcm = np.concatenate([sound.speech("what is the opposite of hot"), sound.silence(2.0)])
-    return pcm[: len(pcm) // FRAME * FRAME]
+    return sound.question(after=2.0)
 
 
 @pytest.fixture

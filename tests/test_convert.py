@@ -19,7 +19,7 @@ import upstream
 from checkpoints import LM_NAME, SHAPES
 from played import Played, play
 from safetensors.torch import load_file, save_file
-from test_formats import as_published
+from test_formats import FP8_LAYOUTS, as_fp8, as_published
 
 import moshi_c
 from moshi_c import CheckpointError, convert
@@ -28,7 +28,7 @@ from moshi_c.cli import main
 if TYPE_CHECKING:
     from conftest import Checkpoints
 
-FORMATS = ["q8", "q4", "int8"]
+FORMATS = ["q8", "q4", "int8"]  # of panels
 METADATA = "__metadata__"
 
 
@@ -51,7 +51,7 @@ def assert_same_bits(ours: Played, theirs: Played) -> None:
 # ---- what is written ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [*FORMATS, "bf16"])
+@pytest.mark.parametrize("dtype", [*FORMATS, "fp8", "bf16"])
 @pytest.mark.parametrize(
     ("shape", "packed"), [("rows", True), ("rows", False), ("hibiki", True), ("stt", False)]
 )
@@ -63,11 +63,20 @@ def test_a_converted_folder_gives_the_bits_of_converting_while_loading(
     assert_same_bits(played(folder, shape), played(source, shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_a_published_int8_file_converts_too(made: Checkpoints, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", [*FORMATS, "fp8", "bf16"])
+@pytest.mark.parametrize("stored", ["int8", *FP8_LAYOUTS])
+def test_published_narrow_files_convert_too(
+    made: Checkpoints, tmp_path: Path, stored: str, dtype: str
+) -> None:
     source = tmp_path / "published"
     shutil.copytree(made.lm("rows", packed=False), source)
-    save_file(as_published(load_file(source / LM_NAME))[0], source / LM_NAME)
+    state = load_file(source / LM_NAME)
+    narrow = as_published(state)[0] if stored == "int8" else as_fp8(state, stored)[0]
+    save_file(narrow, source / LM_NAME)
+    if stored != "int8" and dtype == "fp8":
+        with pytest.raises(CheckpointError, match="holds fp8 weights already"):
+            converted(source, tmp_path / "converted", dtype)
+        return
     folder = converted(source, tmp_path / "converted", dtype)
     assert_same_bits(played(folder, "rows"), played(source, "rows", dtype=dtype))
 
@@ -91,6 +100,27 @@ def test_the_file_names_its_format_and_panels_stay_in_it(tmp_path: Path, dtype: 
             assert model._info[what] == made._info[what]
         stored = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in panels)
         assert model._info["mapped_bytes"] == made._info["mapped_bytes"] + stored
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_fp8_is_written_as_others_read_it(made: Checkpoints, tmp_path: Path, packed: bool) -> None:
+    """Each matrix as F8_E4M3 and [rows,1] scales; their products are near what was given."""
+    source = made.lm("rows", packed=packed)
+    folder = converted(source, tmp_path / "converted", "fp8")
+    given, written = load_file(source / LM_NAME), load_file(folder / LM_NAME)
+    narrow = [name for name, value in written.items() if value.dtype == torch.float8_e4m3fn]
+    assert len(narrow) > 10
+    assert set(written) == set(given) | {f"{name}_scale" for name in narrow}
+    for name, value in given.items():
+        if name not in narrow:
+            assert torch.equal(written[name], value)
+            continue
+        scale, value = written[f"{name}_scale"], value.float()
+        assert scale.dtype == torch.float32 and scale.shape == (len(value), 1)
+        most = value.abs().amax(1, keepdim=True)
+        assert torch.allclose(scale, most / 448)
+        wide = written[name].float() * scale
+        assert ((wide - value).abs() <= torch.maximum(value.abs() / 15, most / 448 / 500)).all()
 
 
 def test_a_tensor_with_an_odd_name_is_kept(made: Checkpoints, tmp_path: Path) -> None:
@@ -192,7 +222,7 @@ def test_what_is_converted_already_is_told(made: Checkpoints, tmp_path: Path) ->
         converted(None, tmp_path / "bf16", "bf16")
     with pytest.raises(CheckpointError, match="can't be read as q4, expected dtype auto or q8"):
         moshi_c.load(folder, dtype="q4", progress=False)
-    with pytest.raises(ValueError, match="dtype is 'f32'; expected one of q8, q4, int8, bf16"):
+    with pytest.raises(ValueError, match="dtype is 'f32'; expected one of q8, q4, int8, fp8, bf16"):
         converted(folder, tmp_path / "f32", "f32")
 
 

@@ -168,7 +168,7 @@ def test_words_of_the_timeline_never_cover_each_other() -> None:
     assert count > 20 and len(ends) <= 4
 
 
-def test_what_a_model_writes_is_text(recording: Recording) -> None:
+def test_what_a_model_writes_is_text() -> None:
     words = [Word(HOSTILE, 0.0, 0.5), Word("x" * 100_000, 0.5, 1.0)]
     root = page(made(1, words))
     assert not list(root.iter("script"))

@@ -1,4 +1,4 @@
-"""The formats of the language model's matrices that are no floats: int8, q8, q4."""
+"""The narrow formats of the language model's matrices: fp8, int8, q8, q4."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conftest import Checkpoints
     from upstream import Codes, Floats
 
-FORMATS = ["int8", "q8", "q4"]
+FORMATS = ["fp8", "int8", "q8", "q4"]
 SHAPE = SHAPES["moshi"]
 STEPS = 130  # the ring of this shape is 100
 
@@ -67,8 +67,9 @@ def test_a_random_model_follows_its_float32_run_past_a_ring_wrap(
 
 def test_fewer_bits_follow_less_closely(followed: dict[str, tuple[float, float]]) -> None:
     """They are really what is computed with: none equals float32, and 4 bits lose most."""
-    int8, q8, q4 = (followed[dtype][0] for dtype in FORMATS)
+    fp8, int8, q8, q4 = (followed[dtype][0] for dtype in FORMATS)
     assert 0 < q8 < int8 < q4 / 10
+    assert int8 < fp8 < q4
 
 
 def test_int8_keys_and_values_follow_float32_past_a_ring_wrap(made: Checkpoints) -> None:
@@ -261,6 +262,120 @@ def test_an_int8_file_that_is_not_whole_is_an_error(
         moshi_c.load(folder, progress=False)
 
 
+# ---- published fp8 layouts ---------------------------------------------------------------------
+
+#: The name behind the matrix's and the shape of its scales, as compressed-tensors, vLLM and others
+#: write them; "plain" are numbers without a scale, for all tensors, embeddings and norms too.
+FP8_LAYOUTS = {
+    "channels": ("_scale", lambda rows: (rows, 1)),
+    "rows": ("_scale", lambda rows: (rows,)),
+    "tensor": ("_scale", lambda rows: ()),
+    "inverse": ("_scale_inv", lambda rows: (1,)),
+    "plain": (None, None),
+}
+FP8 = torch.float8_e4m3fn
+
+
+def as_fp8(state: Tensors, layout: str) -> tuple[Tensors, Tensors]:
+    """A file in that layout, and the floats that it stands for."""
+    ending, shape_of = FP8_LAYOUTS[layout]
+    stored, meant = {}, {}
+    for name, value in state.items():
+        stored[name] = meant[name] = value
+        if shape_of is None:
+            stored[name] = value.to(FP8)
+            meant[name] = stored[name].float()
+        elif is_matrix(name, value):
+            shape = shape_of(len(value))
+            most = value.float().abs().amax(1) if len(value) in shape else value.float().abs().max()
+            scale = (most / 448).reshape(shape)
+            factor = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+            stored[name] = (value.float() / factor).to(FP8)
+            stored[name + ending] = scale
+            meant[name] = stored[name].float() * factor
+    return stored, meant
+
+
+def folder_of(source: Path, target: Path, state: Tensors) -> Path:
+    if not target.exists():
+        shutil.copytree(source, target)
+    save_file(state, target / LM_NAME)
+    return target
+
+
+@pytest.fixture(scope="module", params=FP8_LAYOUTS)
+def published_fp8(
+    made: Checkpoints, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, Path]:
+    """Folders of the fp8 file and of the floats that it stands for."""
+    source, target = made.lm("moshi", packed=False), tmp_path_factory.mktemp("fp8")
+    stored, meant = as_fp8(load_file(source / LM_NAME), request.param)
+    return (
+        folder_of(source, target / "stored", stored),
+        folder_of(source, target / "meant", meant),
+    )
+
+
+def test_a_published_fp8_file_is_the_model_that_it_stands_for(
+    published_fp8: tuple[Path, Path],
+) -> None:
+    """Read as it is; as float32 and by way of it bit for bit."""
+    stored, meant = published_fp8
+    with moshi_c.load(stored, progress=False) as model:
+        assert model.dtype == "fp8"
+    exact = forced(meant, 5, dtype="f32")
+    for dtype in ("auto", "fp8"):
+        for ours, theirs in zip(logits(forced(stored, 5, dtype=dtype)), logits(exact), strict=True):
+            assert np.abs(ours - theirs).max() <= 2e-4 * np.abs(theirs).max()
+    for dtype in ("f32", "q4"):
+        for ours, theirs in zip(
+            logits(forced(stored, 5, dtype=dtype)),
+            logits(forced(meant, 5, dtype=dtype)),
+            strict=True,
+        ):
+            assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda s: s.update({"text_linear.weight_scale": torch.ones(7)}),
+            r"text_linear\.weight_scale has shape \[7\], expected \[",
+        ),
+        (  # of blocks, which are not read
+            lambda s: s.update({"text_linear.weight_scale": torch.ones(2, 3)}),
+            "text_linear.weight_scale has shape",
+        ),
+        (
+            lambda s: s.update({"text_linear.weight_scale": torch.ones(1, dtype=torch.int8)}),
+            "text_linear.weight_scale is stored as I8",
+        ),
+        (
+            lambda s: s.update({"out_norm.alpha_scale": torch.ones(1)}),
+            "out_norm.alpha_scale is not part of the model",
+        ),
+        (
+            lambda s: s["linears.3.weight"].view(torch.uint8).__setitem__((5, 7), 0x7F),
+            r"linears\.3\.weight has nan at element .* and 1 such values, expected finite",
+        ),
+        (
+            lambda s: s["linears.3.weight"].view(torch.uint8).__setitem__((0, 1), 0xFF),
+            r"linears\.3\.weight has -?nan at element 1 and 1 such values, expected finite",
+        ),
+    ],
+)
+def test_an_fp8_file_with_other_scales_or_nan_is_an_error(
+    made: Checkpoints, tmp_path: Path, change: object, words: str
+) -> None:
+    source = made.lm("moshi", packed=False)
+    state, _ = as_fp8(load_file(source / LM_NAME), "channels")
+    change(state)  # type: ignore[operator]
+    folder = folder_of(source, tmp_path / "broken", state)
+    with pytest.raises(moshi_c.CheckpointError, match=words):
+        moshi_c.load(folder, progress=False)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(
     made: Checkpoints, tmp_path: Path, dtype: str
@@ -289,9 +404,15 @@ def test_dtype_and_memory_tell_what_is_held(made: Checkpoints, dtype: str) -> No
     saved = 0
     for name, value in state.items():
         if is_matrix(name, value):
-            rows, tiles = -(-value.shape[0] // 16), -(-value.shape[1] // 64)
-            panel = {"int8": 64 + 1024 * tiles, "q8": 1088 * tiles, "q4": 576 * tiles}[dtype]
-            saved += 4 * value.numel() - rows * panel
+            rows, columns = value.shape
+            panels, tiles = -(-rows // 16), -(-columns // 64)
+            narrow = {
+                "fp8": -(-4 * rows // 64) * 64 + rows * columns,
+                "int8": panels * (64 + 1024 * tiles),
+                "q8": panels * 1088 * tiles,
+                "q4": panels * 576 * tiles,
+            }
+            saved += 4 * value.numel() - narrow[dtype]
     assert plain - block == saved
 
 

@@ -253,7 +253,7 @@ def _entry(header: dict[str, Any], **changes: Any) -> None:
         (lambda h: _entry(h, shape=[-1, 32]), "not a whole number"),
         (lambda h: _entry(h, shape=[32, 40]), r"has shape \[32,40\], expected \[40,32\]"),
         (lambda h: _entry(h, dtype="F64"), "expected 10240 for F64"),
-        (lambda h: _entry(h, dtype="I32"), "is stored as I32, expected F32, F16 or BF16"),
+        (lambda h: _entry(h, dtype="I32"), "is stored as I32, expected F32, F16, BF16 or F8_E4M3"),
         (lambda h: json.dumps(h).replace('"out_norm.alpha"', '"text_linear.weight"').encode(),
          "twice the key"),
         (lambda h: h | {"more": h.pop("text_linear.weight")}, "is missing, expected by the config"),

@@ -20,7 +20,7 @@ from moshi_c import CheckpointError, Frame, Model, Session
 
 FRAME = 1920
 #: Of the package's model, with a range of 100 frames: 50 are kept, and reading them takes 5 steps.
-KEEP, STEPS = 50, 5
+STEPS = 5
 
 
 def events(frames: list[Frame]) -> list[tuple[int, str]]:

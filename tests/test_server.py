@@ -25,9 +25,12 @@ import numpy as np
 import pytest
 from callers import (
     FRAME,
+    PATIENT,
     UPGRADE,
     Caller,
+    all_over,
     calling,
+    connected,
     converse,
     eventually,
     get,
@@ -46,9 +49,6 @@ from moshi_c.server import call as call_module
 from moshi_c.server.listener import neighbourhood
 
 pytestmark = pytest.mark.python
-
-#: For calls whose sound has to arrive bit for bit however busy the machine is.
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +201,21 @@ async def test_the_pages_say_what_they_promise(model: Model) -> None:
 
 
 @scenario
+async def test_what_is_not_there_is_refused_as_everything_else_is(model: Model) -> None:
+    async with serving(model) as server, aiohttp.ClientSession() as client:
+        async with client.get(f"{server.url}/nowhere") as response:
+            assert response.status == 404
+            assert await response.json() == {"error": "path", "reason": "there is no '/nowhere'"}
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+        async with client.delete(f"{server.url}/health") as response:
+            assert response.status == 405 and response.headers["Allow"] == "GET, HEAD"
+            reason = "the method is DELETE; expected GET or HEAD"
+            assert await response.json() == {"error": "method", "reason": reason}
+        for label in ("path", "method"):
+            assert value(server, "moshi_refused_total", reason=label) == 1
+
+
+@scenario
 async def test_the_page_s_folder_is_all_that_can_be_read(model: Model) -> None:
     async with serving(model) as server:
         for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/page/", "/x"):
@@ -316,9 +331,7 @@ async def test_fault_12_a_flood_of_messages_is_read_slowly_and_hurts_nobody(mode
 
 
 @scenario
-async def test_fault_13_ten_times_too_fast_is_answered_in_real_time(
-    model: Model, lines: Callable[[], list[str]]
-) -> None:
+async def test_fault_13_ten_times_too_fast_is_answered_in_real_time(model: Model) -> None:
     async with serving(model) as server, calling(server) as caller:
         await caller.ready()
         begin = time.monotonic()
@@ -453,7 +466,7 @@ async def test_fault_23_late_answers_are_counted_and_no_lag_grows(
         assert 1 <= len(told) < late / 4 and told == sorted(set(told)) and told[-1] <= late
         # by the names of vLLM-Omni's load driver
         await caller.socket.close()
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         intervals = value(server, "moshi_client_audio_packet_interval_ms_sum")
         assert intervals > 110 * value(server, "moshi_client_audio_packet_interval_ms_count") > 0
         assert value(server, "moshi_client_first_audio_after_stream_start_ms_sum") > 110
@@ -518,7 +531,7 @@ async def test_fault_16_a_reset_at_any_stage_frees_the_slot(
                 await freed(server)
         # the next caller is served
         assert (await converse(server, sound(2), float("inf"), live=0)).code == 1000
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         assert model.memory.used < model.memory.session * 2
         ended = [line for line in lines() if " ended: " in line]
         assert len(ended) in (7, 8)
@@ -732,7 +745,7 @@ async def test_one_address_has_only_so_many_calls(model: Model) -> None:
                     pass
             assert refused.value.status == 429
             assert refused.value.headers is not None and refused.value.headers["Retry-After"]
-        await eventually(lambda: not server._calls)
+        await all_over(server)
         async with calling(server) as caller:
             await caller.ready()
 
@@ -834,22 +847,33 @@ async def test_a_handshake_of_tls_takes_a_place_and_no_longer_than_it_may(
 
 
 @scenario
+async def test_a_handshake_that_fails_in_whatever_way_gives_its_place_back(
+    model: Model, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    async with serving(model, tls=certificate, connections=1) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(ssl.SSLContext, "wrap_bio", no_memory)
+            reader, writer = await raw(server.port, b"")
+            assert await closed(reader)
+        assert (await get(server, "/health", ssl=trusting))[0] == 200
+        writer.close()
+
+
+@scenario
 async def test_tls_serves_https_and_wss(model: Model, certificate: tuple[str, str]) -> None:
     trusting = ssl.create_default_context(cafile=certificate[0])
     voice = sound(3)
     async with serving(model, tls=certificate) as server:
         assert server.url.startswith("https://")
         assert (await get(server, "/health", ssl=trusting))[0] == 200
-        async with (
-            aiohttp.ClientSession() as client,
-            client.ws_connect(
-                f"{callers.websocket(server)}/ws/pcm?live=0", ssl=trusting
-            ) as connection,
-        ):
-            caller = Caller(connection)
+        async with connected(server, "/ws/pcm?live=0", Caller, ssl=trusting) as caller:
             await caller.send(voice)
             await caller.end()
-            await caller.listen()
+            await caller.finished()
             assert caller.code == 1000 and len(caller.pcm) == 4 * FRAME
     with pytest.raises(OSError, match="are not a certificate and its key"):
         await Server(model, Settings(port=0, tls=certificate[1:] * 2)).start()
@@ -1014,7 +1038,7 @@ async def test_two_hundred_connects_a_second_disturb_no_call(model: Model) -> No
         caller = await converse(server, voice, seed=1)
         await storming
         assert caller.pcm.tobytes() == expected.tobytes()
-        await eventually(lambda: server._admission.busy == 0 and not server._calls)
+        await all_over(server)
         assert (await get(server, "/health"))[0] == 200
 
 

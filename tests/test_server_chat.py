@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import json
 import sys
 import threading
@@ -27,6 +26,7 @@ import ogg
 import pytest
 import sound
 from callers import (
+    PATIENT,
     calling,
     chatting,
     converse,
@@ -36,7 +36,7 @@ from callers import (
     serving,
     value,
 )
-from sound import FRAME, RATE, Sound
+from sound import FRAME, RATE, Sound, question
 from test_ogg_opus import bad_packets, file_of_libsndfile, garbage
 
 import moshi_c
@@ -45,20 +45,11 @@ from moshi_c.server import Server
 
 pytestmark = pytest.mark.python
 
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
-
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
     with moshi_c.load(max_sessions=8) as model:
         yield model
-
-
-@functools.cache
-def question() -> Sound:
-    """Something that the small model answers, and time to do so."""
-    pcm = np.concatenate([sound.speech("what is the opposite of hot"), sound.silence(2.5)])
-    return pcm[: len(pcm) // FRAME * FRAME]
 
 
 def written(pcm: Sound, size: int = FRAME) -> list[bytes]:

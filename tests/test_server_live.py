@@ -8,21 +8,33 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import functools
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-import sound
-from callers import Caller, eventually, scenario, serving, value, websocket
+from callers import (
+    PATIENT,
+    Event,
+    EventCaller,
+    all_over,
+    connected,
+    cut,
+    eventually,
+    in_time,
+    scenario,
+    serving,
+    value,
+    websocket,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sound import FRAME, RATE, Sound
+from sound import FRAME, RATE, Sound, question
 
 import moshi_c
 from moshi_c import Frame, Model, Session
@@ -33,21 +45,11 @@ from moshi_c.telephony import BytesIn, BytesOut, decode, encode
 
 pytestmark = pytest.mark.python
 
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
-Event = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Model]:
     with moshi_c.load(max_sessions=8) as model:
         yield model
-
-
-@functools.cache
-def question() -> Sound:
-    """Something that the small model answers, and time to do so."""
-    pcm = np.concatenate([sound.speech("what is the opposite of hot"), sound.silence(2.5)])
-    return pcm[: len(pcm) // FRAME * FRAME]
 
 
 def sent(frame: Frame) -> Sound:
@@ -57,33 +59,15 @@ def sent(frame: Frame) -> Sound:
 
 
 @dataclass
-class Talker:
+class Talker(EventCaller):
     """One call. What has come is in `events`, and of these the sound in `heard` too."""
 
-    socket: aiohttp.ClientWebSocketResponse
-    events: list[Event] = field(default_factory=list)
     heard: bytes = b""
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
-    over: bool = False
 
-    async def listen(self) -> None:
-        """Until the close; every message is an event."""
-        async for message in self.socket:
-            event = json.loads(message.data)
-            self.events.append(event)
-            if event["type"] == "session.output_audio.delta":
-                self.heard += base64.b64decode(event["delta"], validate=True)
-            self.progress.set()
-        self.over = True
-        self.progress.set()
-
-    until = Caller.until
-    finished = Caller.finished
-    code = Caller.code
-
-    async def send(self, kind: str, **facts: Any) -> None:
-        """An event."""
-        await self.socket.send_str(json.dumps({"type": kind, **facts}))
+    def take(self, message: aiohttp.WSMessage) -> None:
+        super().take(message)
+        if self.events[-1]["type"] == "session.output_audio.delta":
+            self.heard += base64.b64decode(self.events[-1]["delta"], validate=True)
 
     async def start(self, **session: Any) -> Event:
         """Waits for the session."""
@@ -103,15 +87,8 @@ class Talker:
 
     async def say(self, data: bytes, piece: int, seconds: float) -> None:
         """Pieces of so many bytes, in the time that all of it lasts."""
-        begin = time.monotonic()
-        for start in range(0, len(data), piece):
-            at = begin + seconds * start / len(data)
-            await asyncio.sleep(max(0.0, at - time.monotonic()))
-            await self.append(data[start : start + piece])
-
-    def kinds(self, kind: str) -> list[Event]:
-        """The events of a type."""
-        return [event for event in self.events if event["type"] == kind]
+        async for each in in_time(cut(data, piece), seconds * piece / len(data)):
+            await self.append(each)
 
     @property
     def notes(self) -> list[Event]:
@@ -130,22 +107,9 @@ class Talker:
         return "".join(event["delta"] for event in self.kinds("session.output_transcript.delta"))
 
 
-@contextlib.asynccontextmanager
-async def talking(server: Server, query: str = "", **options: Any) -> AsyncIterator[Talker]:
+def talking(server: Server, query: str = "", **options: Any) -> AbstractAsyncContextManager[Talker]:
     """A call."""
-    url = f"{websocket(server)}/v1/live/sessions{query}"
-    async with (
-        aiohttp.ClientSession() as client,
-        client.ws_connect(url, max_msg_size=0, **options) as connection,
-    ):
-        talker = Talker(connection)
-        listening = asyncio.create_task(talker.listen())
-        try:
-            yield talker
-        finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+    return connected(server, f"/v1/live/sessions{query}", Talker, **options)
 
 
 # ---- what is heard and said --------------------------------------------------------------------
@@ -491,7 +455,7 @@ async def test_a_flood_of_wrong_events_and_a_message_too_large_end_the_call(mode
                 await caller.append(bytes(1 << 20))
             await caller.finished()
             assert caller.code == 1009
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
@@ -17,7 +16,19 @@ import numpy as np
 import pytest
 import serving as process_module
 import sound
-from callers import Caller, eventually, get, scenario, serving, value, websocket
+from callers import (
+    PATIENT,
+    Event,
+    Listening,
+    all_over,
+    connected,
+    cut,
+    get,
+    in_time,
+    scenario,
+    serving,
+    value,
+)
 
 import moshi_c
 from moshi_c import Model, telephony
@@ -52,31 +63,20 @@ def model() -> Iterator[Model]:
 
 
 @dataclass
-class Telephone:
+class Telephone(Listening):
     """Twilio's side of a call. What has come is in `events`."""
 
-    socket: aiohttp.ClientWebSocketResponse
-    events: list[dict[str, Any]] = field(default_factory=list)
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
-    over: bool = False
+    events: list[Event] = field(default_factory=list)
 
-    async def listen(self) -> None:
-        async for message in self.socket:
-            assert message.type == aiohttp.WSMsgType.TEXT
-            self.events.append(json.loads(message.data))
-            self.progress.set()
-        self.over = True
-        self.progress.set()
-
-    until = Caller.until
-    finished = Caller.finished
-    code = Caller.code
+    def take(self, message: aiohttp.WSMessage) -> None:
+        assert message.type == aiohttp.WSMsgType.TEXT
+        self.events.append(json.loads(message.data))
 
     @property
     def notes(self) -> list[str]:
         return [event["event"] for event in self.events]
 
-    async def send(self, event: dict[str, Any] | str) -> None:
+    async def send(self, event: Event | str) -> None:
         await self.socket.send_str(event if isinstance(event, str) else json.dumps(event))
 
     async def media(self, data: bytes, track: str = "inbound") -> None:
@@ -86,10 +86,8 @@ class Telephone:
 
     async def speak(self, data: bytes) -> None:
         """Mu-law in packets of 20 ms, in real time."""
-        begin = time.monotonic()
-        for number, start in enumerate(range(0, len(data), PACKET)):
-            await asyncio.sleep(max(0.0, begin + number / 50 - time.monotonic()))
-            await self.media(data[start : start + PACKET])
+        async for packet in in_time(cut(data, PACKET), 0.02):
+            await self.media(packet)
 
     @property
     def voice(self) -> bytes:
@@ -98,22 +96,12 @@ class Telephone:
         return b"".join(base64.b64decode(event["media"]["payload"]) for event in media)
 
 
-@contextlib.asynccontextmanager
-async def ringing(server: Server, path: str = "/twilio/media?seed=7") -> AsyncIterator[Telephone]:
+def ringing(
+    server: Server, path: str = "/twilio/media?seed=7"
+) -> AbstractAsyncContextManager[Telephone]:
     """A call that is let in."""
     headers = {"X-Twilio-Signature": signature(SECRET, URL.replace("http", "ws") + path)}
-    async with (
-        aiohttp.ClientSession() as http,
-        http.ws_connect(websocket(server) + path, headers=headers) as connection,
-    ):
-        telephone = Telephone(connection)
-        listening = asyncio.create_task(telephone.listen())
-        try:
-            yield telephone
-        finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+    return connected(server, path, Telephone, headers=headers)
 
 
 def in_process(model: Model, data: bytes) -> tuple[bytes, str]:
@@ -130,13 +118,11 @@ def in_process(model: Model, data: bytes) -> tuple[bytes, str]:
 
 @scenario
 async def test_a_question_by_telephone_is_answered_in_mu_law(model: Model) -> None:
-    parts = [sound.silence(0.5), 0.5 * sound.speech(QUESTION), sound.silence(3.0)]
-    line = telephony.encode(moshi_c.audio.resample(np.concatenate(parts), 24000, 8000), "pcmu")
+    asked = sound.question(QUESTION, before=0.5, after=3.0, level=0.5)
+    line = telephony.encode(moshi_c.audio.resample(asked, 24000, 8000), "pcmu")
     expected, words = in_process(model, line)
     assert ANSWER in words.lower()
-    # however busy the machine is
-    patient = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
-    async with serving(model, **SIGNED, **patient) as server:
+    async with serving(model, **SIGNED, **PATIENT) as server:
         async with ringing(server) as telephone:
             await telephone.send({"event": "connected", "protocol": "Call", "version": "1.0.0"})
             await telephone.send(START)
@@ -230,6 +216,7 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         async with http.post(url, data=b"x" * 70000, headers=headers | form) as response:
             assert response.status == 413
+            assert "Too Large" in (await response.json())["reason"]
         for damage, body in (
             (form, b"To=\xff"),
             ({"Content-Type": f"{form['Content-Type']}; charset=none"}, b"To=1"),
@@ -239,11 +226,11 @@ async def test_a_ringing_number_is_led_to_the_stream_or_hears_that_it_is_busy(mo
                 assert response.status == 400, damage
                 assert (await response.json())["error"] == "form"
         async with http.put(url, data=fields, headers=headers) as response:
-            assert response.status == 405
+            assert response.status == 405 and response.headers["Allow"] == "GET, POST"
         async with ringing(server), http.post(url, data=fields, headers=headers) as response:
             reject = ElementTree.fromstring(await response.text()).find("Reject")
             assert reject is not None and reject.get("reason") == "busy"
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario
@@ -289,7 +276,7 @@ async def test_messages_without_meaning_are_counted_and_end_nothing(model: Model
             await telephone.send("x" * (1 << 20) + "x")
             await telephone.finished()
             assert telephone.code == 1009
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario
@@ -316,7 +303,7 @@ def test_sound_that_waits_at_the_telephone_is_cleared_once(model: Model) -> None
         with moshi_c.Session(model, seed=1) as session:
             silence = np.zeros(model.frame_size, np.float32)
             frames = [session.step(silence) for _ in range(16)]
-        said = [json.loads(e) for f in frames if f.pcm is not None for e in wire.sound(f.pcm, f)]
+        said = [json.loads(e) for f in frames if f.pcm is not None for e in wire.sound(f.pcm, f)[0]]
         return [event["mark"]["name"] for event in said if event["event"] == "mark"]
 
     assert hear(START) == []

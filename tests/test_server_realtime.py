@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
-import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-import sound
-from callers import Caller, eventually, scenario, serving, value, websocket
+from callers import (
+    PATIENT,
+    EventCaller,
+    all_over,
+    connected,
+    cut,
+    eventually,
+    in_time,
+    scenario,
+    serving,
+    value,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sound import Sound, question
 
 import moshi_c
 from moshi_c import Frame, Model, telephony
@@ -28,8 +38,6 @@ from moshi_c.server.realtime import RealtimeWire
 pytestmark = pytest.mark.python
 
 QUESTION, ANSWER = "what colour is the sky", "the sky is blue"
-#: For calls whose sound has to be heard whole however busy the machine is.
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "slow_seconds": 60.0}
 RATES: dict[telephony.Encoding, int] = {"s16": 24000, "pcmu": 8000, "pcma": 8000}
 
 
@@ -39,72 +47,35 @@ def model() -> Iterator[Model]:
         yield model
 
 
-@dataclass
-class Client:
-    """One call. What has come is in `events`."""
-
-    socket: aiohttp.ClientWebSocketResponse
-    events: list[dict[str, Any]] = field(default_factory=list)
-    progress: asyncio.Event = field(default_factory=asyncio.Event)
-    over: bool = False
-
-    async def listen(self) -> None:
-        async for message in self.socket:
-            self.events.append(json.loads(message.data))
-            self.progress.set()
-        self.over = True
-        self.progress.set()
-
-    until = Caller.until
-    finished = Caller.finished
-    code = Caller.code
+class Client(EventCaller):
+    """One call, with what it waits for."""
 
     @property
     def notes(self) -> list[str]:
         return [event["type"] for event in self.events]
-
-    async def send(self, kind: str, **facts: Any) -> None:
-        await self.socket.send_str(json.dumps({"type": kind, **facts}))
 
     async def said(self, kind: str, count: int = 1) -> dict[str, Any]:
         """The last event of a kind, when so many have come."""
         await self.until(lambda: self.notes.count(kind) >= count)
         return self.kinds(kind)[-1]
 
-    def kinds(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["type"] == kind]
-
     async def speak(self, pcm: np.ndarray, encoding: telephony.Encoding = "s16") -> None:
         """Sound in real time, 40 ms a message."""
         rate = RATES[encoding]
         data = telephony.encode(moshi_c.audio.resample(pcm, 24000, rate), encoding)
         size = rate // 25 * telephony.sample_bytes(encoding)
-        begin = time.monotonic()
-        for number, start in enumerate(range(0, len(data), size)):
-            await asyncio.sleep(max(0.0, begin + number / 25 - time.monotonic()))
-            audio = base64.b64encode(data[start : start + size]).decode()
+        async for piece in in_time(cut(data, size), 0.04):
+            audio = base64.b64encode(piece).decode()
             await self.send("input_audio_buffer.append", audio=audio)
 
 
-@contextlib.asynccontextmanager
-async def realtime(server: Server, query: str = "?seed=7") -> AsyncIterator[Client]:
-    async with (
-        aiohttp.ClientSession() as http,
-        http.ws_connect(f"{websocket(server)}/v1/realtime{query}") as connection,
-    ):
-        client = Client(connection)
-        listening = asyncio.create_task(client.listen())
-        try:
-            yield client
-        finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+def realtime(server: Server, query: str = "?seed=7") -> AbstractAsyncContextManager[Client]:
+    """A call."""
+    return connected(server, f"/v1/realtime{query}", Client)
 
 
-def asked(after: float = 4.0) -> np.ndarray:
-    parts = [sound.silence(0.5), 0.5 * sound.speech(QUESTION), sound.silence(after)]
-    return np.concatenate(parts)
+def asked(after: float = 4.0) -> Sound:
+    return question(QUESTION, before=0.5, after=after, level=0.5)
 
 
 def formats(kind: str) -> dict[str, Any]:
@@ -213,7 +184,10 @@ class Wired:
         for frame in frames_of(self.model, states, self.frames):
             assert frame.pcm is not None
             self.frames += 1
-            self._keep(self.wire.sound(frame.pcm, frame))
+            before_sound = self.sounds()
+            payloads, sounds = self.wire.sound(frame.pcm, frame)
+            self._keep(payloads)
+            assert sounds == (self.sounds() > before_sound), "for the metrics"
             if frame.text:
                 self._keep(self.wire.text(frame.text, frame.time))
         kinds = [event["type"] for event in self.events[before:]]
@@ -421,7 +395,7 @@ async def test_hostile_messages_are_answered_and_then_end_the_call(model: Model)
             await client.finished()
             assert client.code == 1003
             assert client.events[-1]["error"]["code"] == "bad_messages"
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
 
 
 @scenario
@@ -439,7 +413,7 @@ async def test_who_does_not_read_the_answers_is_read_no_further(model: Model) ->
                 await client.send("conversation.item.create", item=item)
                 most = max(most, len(call._outbox))
         assert 1 <= most < 100
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ended_total", reason="slow_reader") == 1
 
 

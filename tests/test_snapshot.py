@@ -169,9 +169,7 @@ def test_what_was_to_be_said_and_half_a_character_are_kept(model: Model) -> None
 
 
 @pytest.mark.parametrize("rates", [(8000, 24000), (44100, 48000), (16000, 8000)])
-def test_a_library_resampler_is_primed_again(
-    model: Model, pcm: NDArray[np.float32], rates: tuple[int, int]
-) -> None:
+def test_a_library_resampler_is_primed_again(model: Model, rates: tuple[int, int]) -> None:
     rate, output = rates
     size = rate * 2 // 25
     heard = sound(60, seed=3)[: 30 * size]

@@ -123,7 +123,7 @@ def test_a_question_by_message_is_answered_by_message(page: Page, rate: int) -> 
     assert page.text == "the sky is blue"
     assert {message["type"] for message, _ in page.came} == {"frame"}
     assert len(pieces) - 2 <= len(page.came) <= len(pieces)
-    voice = np.frombuffer(b"".join(data for _, data in page.came), "<i2") / 32767
+    voice = np.frombuffer(b"".join(data for _, data in page.came), "<i2") / 32768
     assert len(voice) == 1920 * len(page.came) and np.abs(voice).max() > 0.05
     user, model = ([message[side] for message, _ in page.came] for side in ("user", "model"))
     assert max(user[:25]) > -30 > max(user[40:]) and max(model[:12]) < -45 < max(model[25:])

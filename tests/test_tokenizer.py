@@ -152,3 +152,9 @@ def test_a_sentence_ends_in_a_pause(tiny: Tokenizer) -> None:
     plain = spoken_tokens(tiny, "hello paris", 12.5)
     paused = spoken_tokens(tiny, "hello. paris", 12.5)
     assert len(paused) > len(plain)
+
+
+def test_what_cannot_be_spelt_is_told_in_a_short_sentence(tiny: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no 'ω'") as told:
+        spoken_tokens(tiny, "hello " + "Ωξ" * 1000, 12.5)
+    assert len(str(told.value)) < 200

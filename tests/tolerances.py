@@ -44,20 +44,24 @@ TABLE: dict[str, Bound] = {
         "Kullback-Leibler divergence from float32 in nats, the worst stream's mean, of a random"
         " model of width 128 whose logits amplify every error: 0.020 measured.",
     ),
+    "kl_random_fp8": Bound(0.34, "the same; 0.167 measured: e4m3 has 4 bits of each number."),
     "kl_random_q8": Bound(0.035, "the same; 0.017 measured."),
     "kl_random_q4": Bound(2.5, "the same; 1.6 measured: a random model has no redundancy."),
     "top1_random_int8": Bound(
         0.8,
         "share of steps whose most likely token is float32's, the worst stream's; 0.87 measured.",
     ),
+    "top1_random_fp8": Bound(0.62, "the same; 0.74 measured."),
     "top1_random_q8": Bound(0.8, "the same; 0.88 measured."),
     "top1_random_q4": Bound(0.3, "the same; 0.39 measured, 0.004 being chance."),
     "kl_tiny_int8": Bound(
         0.0013, "the divergence in a conversation of the package's model; 0.00065 measured."
     ),
+    "kl_tiny_fp8": Bound(0.0092, "the same; 0.0046 measured."),
     "kl_tiny_q8": Bound(0.0013, "the same; 0.00064 measured."),
     "kl_tiny_q4": Bound(0.11, "the same; 0.053 measured: it is narrow, and 4 bits are felt."),
     "top1_tiny_int8": Bound(0.96, "the agreement in that conversation; 0.99 measured."),
+    "top1_tiny_fp8": Bound(0.94, "the same; 0.97 measured."),
     "top1_tiny_q8": Bound(0.96, "the same; 0.98 measured."),
     "top1_tiny_q4": Bound(0.87, "the same; 0.94 measured."),
     "kl_random_kv_int8": Bound(

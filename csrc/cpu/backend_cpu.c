@@ -10,6 +10,7 @@
 #include "../status.h"
 
 #define MAX_THREADS 1024
+#define LARGE_PAGE ((size_t)2 << 20) /* of the system's memory */
 
 static void *cpu_allocate(struct backend *backend, size_t bytes)
 {
@@ -19,8 +20,12 @@ static void *cpu_allocate(struct backend *backend, size_t bytes)
 
 static void *cpu_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
 {
-    (void)backend, (void)page_bytes;
-    return os_reserve(bytes);
+    void *memory = os_reserve(bytes);
+
+    (void)backend;
+    /* Runs of a page lie far apart: small pages would each be looked up anew. */
+    if (memory && page_bytes >= LARGE_PAGE) os_advise_huge(memory, bytes);
+    return memory;
 }
 
 /* The system does it when they are touched. */
@@ -46,6 +51,14 @@ static void cpu_download(struct backend *backend, void *host, const void *device
 {
     (void)backend;
     if (bytes) memcpy(host, device, bytes);
+}
+
+static int cpu_download_pieces(struct backend *backend, const struct device_piece *pieces,
+                               int count)
+{
+    for (int i = 0; i < count; ++i)
+        cpu_download(backend, pieces[i].host, pieces[i].device, pieces[i].bytes);
+    return MOSHI_OK;
 }
 
 static void cpu_copy(struct backend *backend, void *to, const void *from, size_t bytes)
@@ -109,20 +122,41 @@ static void pack_panel(const struct pack *pack, size_t first, size_t rows, float
     }
 }
 
-/* The scale of a whole row. */
+/* The scale of a whole row of int8 or fp8. */
 static float row_scale(const struct pack *pack, size_t row)
 {
     size_t cols = (size_t)pack->to.cols;
     float most = 0, part[PACK_COLUMNS];
 
-    if (pack->from->scales) return pack->from->scales[row];
+    if (pack->from->format == WEIGHT_INT8 && pack->to.format == WEIGHT_INT8)
+        return pack->from->scales[row];
     for (size_t k = 0; k < cols; k += PACK_COLUMNS) {
         size_t n = cols - k < PACK_COLUMNS ? cols - k : PACK_COLUMNS;
 
         read_weights(pack, row, k, n, part);
         most = fmaxf(most, pack->kernels->magnitude(part, n));
     }
-    return most / 127;
+    if (pack->to.format == WEIGHT_INT8) return most / 127;
+    return most < FP8_LEAST_ROW ? 0 : most / FP8_MOST;
+}
+
+static int quantise_rows(const struct pack *pack, size_t first, size_t rows)
+{
+    size_t cols = (size_t)pack->to.cols;
+    float *scales = pack->to.packed, given[PANEL] = {0};
+    uint8_t *to = (uint8_t *)pack->to.packed + fp8_head(pack->to.rows), codes[PANEL][TILE];
+    int good = 1;
+
+    for (size_t j = 0; j < rows; j++) scales[first + j] = given[j] = row_scale(pack, first + j);
+    for (size_t k = 0; k < cols; k += TILE) {
+        size_t n = cols - k < TILE ? cols - k : TILE;
+        float w[PANEL][TILE] = {{0}};
+
+        for (size_t j = 0; j < rows; j++) read_weights(pack, first + j, k, n, w[j]);
+        good &= pack->kernels->quantise[WEIGHT_FP8]((const float (*)[TILE])w, given, codes);
+        for (size_t j = 0; j < rows; j++) memcpy(to + (first + j) * cols + k, codes[j], n);
+    }
+    return good;
 }
 
 static int quantise_panel(const struct pack *pack, size_t first, size_t rows, void *panel)
@@ -151,21 +185,26 @@ static int quantise_panel(const struct pack *pack, size_t first, size_t rows, vo
 static void pack_task(void *arg, int part, int first, int last)
 {
     struct pack *pack = arg;
-    size_t bytes = panel_bytes(pack->to.format, pack->to.cols), all = (size_t)pack->to.rows;
+    enum weight_format format = pack->to.format;
+    size_t bytes = panel_bytes(format, pack->to.cols), all = (size_t)pack->to.rows;
 
     (void)part;
     for (int panel = first; panel < last; panel++) {
         size_t row = (size_t)panel * PANEL, rows = all - row < PANEL ? all - row : PANEL;
         void *to = (char *)pack->to.packed + (size_t)panel * bytes;
+        int good = 1;
 
-        if (!is_block_format(pack->to.format))
+        if (format == WEIGHT_FP8)
+            good = quantise_rows(pack, row, rows);
+        else if (is_block_format(format))
+            good = quantise_panel(pack, row, rows, to);
+        else
             pack_panel(pack, row, rows, to);
-        else if (!quantise_panel(pack, row, rows, to))
-            __atomic_store_n(&pack->failed, 1, __ATOMIC_RELAXED);
+        if (!good) __atomic_store_n(&pack->failed, 1, __ATOMIC_RELAXED);
     }
 }
 
-/* Replaces the rows of w by panels of `format`. */
+/* Replaces the rows of w by panels of `format`, or by rows of fp8. */
 static int make_panels(struct cpu_backend *cpu, struct matrix *w, enum weight_format format)
 {
     struct pack job = {.kernels = cpu->kernels, .from = w};
@@ -183,8 +222,12 @@ static int make_panels(struct cpu_backend *cpu, struct matrix *w, enum weight_fo
     if (job.failed) {
         os_release(job.to.packed, packed_bytes(&job.to));
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
-                          "a weight is not finite or beyond the range of a 16-bit scale, which a "
-                          "block format can't hold");
+                          "a weight is not finite or beyond the range of a 16-bit scale, which the "
+                          "format can't hold");
+    }
+    if (format == WEIGHT_FP8) {
+        job.to.scales = job.to.packed;
+        job.to.data = (char *)job.to.packed + fp8_head(w->rows);
     }
     *w = job.to;
     return MOSHI_OK;
@@ -295,6 +338,7 @@ static void cpu_destroy(struct backend *backend)
     pool_destroy(cpu->pool);
     if (cpu->activations) os_release(cpu->activations, cpu->activation_floats * sizeof(float));
     if (cpu->gathered) os_release(cpu->gathered, cpu->gathered_floats * sizeof(float));
+    if (cpu->tile_scratch) os_release(cpu->tile_scratch, threads * sizeof *cpu->tile_scratch);
     if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
     if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
@@ -306,6 +350,7 @@ static const struct backend_ops cpu_ops = {
     .release = cpu_release,
     .upload = cpu_upload,
     .download = cpu_download,
+    .download_pieces = cpu_download_pieces,
     .copy = cpu_copy,
     .clear = cpu_clear,
     .allocate_pages = cpu_allocate_pages,
@@ -357,6 +402,10 @@ int cpu_backend_create(int threads, struct backend **backend)
     cpu->base.threads = threads;
     status = kernels_choose(&cpu->kernels);
     if (status == MOSHI_OK) status = pool_create(threads, &cpu->pool);
+    if (status == MOSHI_OK && cpu->kernels->tiles[WEIGHT_BF16]) {
+        cpu->tile_scratch = os_reserve((size_t)threads * sizeof *cpu->tile_scratch);
+        if (!cpu->tile_scratch) status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for a backend");
+    }
     if (status == MOSHI_OK) status = cpu_reserve(&cpu->base, 1, 1, 1);
     if (status != MOSHI_OK) {
         cpu_destroy(&cpu->base);

@@ -12,6 +12,14 @@
 /* Queries of one head that read the cache together. */
 #define ATTEND_STEPS 6
 
+/* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in caches. */
+#define TILE_STRIDE (TILE_OUTPUTS + 16)
+
+/* Sums of a block of outputs, and of its second half's, of a thread that uses tiles. */
+struct tile_scratch {
+    _Alignas(64) float sums[2][TILE_ROWS * TILE_STRIDE];
+};
+
 /* Scratch lives from one reserve to the next and holds nothing between operations. */
 struct cpu_backend {
     struct backend base;
@@ -21,6 +29,7 @@ struct cpu_backend {
     size_t activation_floats;
     float *gathered; /* the same rows as `tiles` takes them, if the kernels have any */
     size_t gathered_floats;
+    struct tile_scratch *tile_scratch; /* [threads], if the kernels have tiles */
     float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
     float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
@@ -43,6 +52,16 @@ static inline void cpu_parallel(struct cpu_backend *cpu, pool_function *function
 {
     if (work >= PARALLEL_WORK)
         parallel_for(cpu->pool, function, arg, tasks);
+    else if (tasks > 0)
+        function(arg, 0, 0, tasks);
+}
+
+/* As parallel_share, likewise. */
+static inline void cpu_share(struct cpu_backend *cpu, pool_function *function, void *arg, int tasks,
+                             int least, double work)
+{
+    if (work >= PARALLEL_WORK)
+        parallel_share(cpu->pool, function, arg, tasks, least);
     else if (tasks > 0)
         function(arg, 0, 0, tasks);
 }

@@ -14,6 +14,8 @@
 
 #define ROWS_MAX 48 /* rows of activations in one call of dot or panels */
 #define TOGETHER 16 /* rows that lie side by side for `tiles` */
+#define TILE_ROWS 96 /* in one call of `tiles` */
+#define TILE_OUTPUTS 256
 #define ROW_PAD 64  /* an arranged row has a multiple of this many floats */
 
 static inline size_t padded(int columns)
@@ -49,7 +51,7 @@ struct cpu_kernels {
     void (*arrange[WEIGHT_FORMATS])(const float *x, int columns, float *y);
     /* y[r * stride + o] = sum over k of w[o][k] * x[r][k]; x[r] are arranged rows, which
      * for f32 may as well be rows as they are. Float formats, and int8 with rows arranged as for
-     * f32; w are codes then, and their scales not its concern. */
+     * f32; w are codes then. Scales of rows are not its concern. */
     void (*dot[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *const *x,
                                 int rows, float *y, size_t stride);
     /* The same for packed panels; writes panels * PANEL outputs. f32: w[panels][columns][PANEL] and
@@ -61,7 +63,8 @@ struct cpu_kernels {
     /* What `dot` is for products, where a table has both for a format. gather puts columns
      * begin..end-1 of up to TOGETHER rows, which are as they are, side by side; begin is a multiple
      * of ROW_PAD and so is end, unless it is padded(columns). tiles takes `rows` of them, group after
-     * group, with gathered_width(columns) floats for a row. */
+     * group, with gathered_width(columns) floats for a row, of which one more may be read. It writes
+     * to more rows and outputs of y, up to the next multiples of 32. */
     void (*gather[WEIGHT_FORMATS])(const float *const *x, int rows, int columns, int begin, int end,
                                    float *y);
     void (*tiles[WEIGHT_FORMATS])(const void *w, int columns, int outputs, const float *x, int rows,
@@ -69,8 +72,8 @@ struct cpu_kernels {
     /* y[n] = w[n] as floats; int8: the codes */
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
 
-    /* Fills a tile of a block format. int8: scales[PANEL] as the panel has them, not written here.
-     * Returns 0 when a weight or its scale is not finite. The same tile on all instruction sets. */
+    /* Fills a tile of a block format, or of fp8, [PANEL][TILE]. int8 and fp8: scales[PANEL] as the
+     * rows have them, not written here. Returns 0 when a weight or its scale is not finite. The same tile on all instruction sets. */
     int (*quantise[WEIGHT_FORMATS])(const float (*w)[TILE], const float *scales, void *tile);
     /* The largest |x[i]|; NaN if one is. */
     float (*magnitude)(const float *x, size_t n);

@@ -125,19 +125,20 @@ void gather_bf16_amx(const float *const *x, int rows, int columns, int begin, in
 
 /* ---- products --------------------------------------------------------------------------- */
 
-/* Tiles 0 to 3: sums of four times 16 outputs; 4 to 6: parts of activations; 7: weights. */
 struct tile_config {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 };
 
+/* Tile 0: sums of up to 16 outputs; 4 to 6: parts of activations; 7: weights. With 16 outputs and
+ * rows all tiles are whole. */
 static void configure(int outputs, int rows)
 {
     struct tile_config config = {.palette = 1};
 
     for (int t = 0; t < 8; t++) {
-        config.rows[t] = (uint8_t)(t < 4 || t == 7 ? outputs : 16);
+        config.rows[t] = (uint8_t)(t == 0 || t == 7 ? outputs : 16);
         config.row_bytes[t] = (uint16_t)(t < 7 ? 4 * rows : 64);
     }
     MEMORY_IS_USED;
@@ -181,52 +182,11 @@ static void copy_tail(const char *w, size_t row_bytes, int outputs, size_t bytes
     _tile_dpbf16ps(sum, 7, 5);                                                                     \
     _tile_dpbf16ps(sum, 7, 6)
 
-/* 64 outputs of up to 16 rows, by weights that are near. */
-static void multiply_four(const char *w, int columns, const float *x, int rows, float *y,
-                          size_t stride)
-{
-    size_t row_bytes = (size_t)columns * 2, tile = OUTPUTS * row_bytes, step = 4 * (size_t)rows;
-    float sums[4][16 * 16];
-    int k = 0;
-
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (; k + BLOCK <= columns; k += BLOCK, x += PARTS * 16 * rows) {
-        const char *at = w + 2 * (size_t)k;
-
-        LOAD_PARTS(x, rows);
-        MULTIPLY(0, at, row_bytes);
-        MULTIPLY(1, at + tile, row_bytes);
-        MULTIPLY(2, at + 2 * tile, row_bytes);
-        MULTIPLY(3, at + 3 * tile, row_bytes);
-    }
-    if (k < columns) {
-        char tails[4][OUTPUTS][64];
-
-        for (int t = 0; t < 4; t++)
-            copy_tail(w + 2 * (size_t)k + (size_t)t * tile, row_bytes, OUTPUTS,
-                      row_bytes - 2 * (size_t)k, tails[t]);
-        LOAD_PARTS(x, rows);
-        MULTIPLY(0, tails[0], 64);
-        MULTIPLY(1, tails[1], 64);
-        MULTIPLY(2, tails[2], 64);
-        MULTIPLY(3, tails[3], 64);
-    }
-    _tile_stored(0, sums[0], step);
-    _tile_stored(1, sums[1], step);
-    _tile_stored(2, sums[2], step);
-    _tile_stored(3, sums[3], step);
-    MEMORY_IS_USED;
-    for (int t = 0; t < 4; t++) store_sums(sums[t], OUTPUTS, rows, y + t * OUTPUTS, stride);
-}
-
-/* 16 outputs or, with tiles of so many rows, fewer. `fetch`: the weights come from memory. More than
- * 16 rows of weights side by side took up to twice as long then; for one row of activations 8 are
- * 3 % better still. */
+/* 16 outputs or, with tiles of so many rows, fewer; the weights come from memory. More than 16 rows
+ * of weights side by side took up to twice as long; for one row of activations 8 are 3 % better
+ * still. */
 static void multiply_one(const char *w, int columns, int outputs, const float *x, int rows,
-                         int fetch, float *y, size_t stride)
+                         float *y, size_t stride)
 {
     size_t row_bytes = (size_t)columns * 2, step = 4 * (size_t)rows;
     int k = 0, wrap = columns - AHEAD / 2;
@@ -236,12 +196,9 @@ static void multiply_one(const char *w, int columns, int outputs, const float *x
     for (; k + BLOCK <= columns; k += BLOCK, x += PARTS * 16 * rows) {
         const char *at = w + 2 * (size_t)k;
 
-        if (fetch) {
-            const char *next = at + AHEAD + (k < wrap ? 0 : (size_t)(outputs - 1) * row_bytes);
+        const char *next = at + AHEAD + (k < wrap ? 0 : (size_t)(outputs - 1) * row_bytes);
 
-            for (int o = 0; o < outputs; o++)
-                _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
-        }
+        for (int o = 0; o < outputs; o++) _mm_prefetch(next + (size_t)o * row_bytes, _MM_HINT_T0);
         LOAD_PARTS(x, rows);
         MULTIPLY(0, at, row_bytes);
     }
@@ -257,26 +214,167 @@ static void multiply_one(const char *w, int columns, int outputs, const float *x
     store_sums(sums, outputs, rows, y, stride);
 }
 
+/* ---- products of more than 16 rows ------------------------------------------------------ */
+
+/* Tiles 0 to 3: sums of two times 16 outputs by two times 16 rows; 4 and 5: weights; 6 and 7: one
+ * part of activations. The weights of STRIP outputs are put side by side first, SPAN columns at a
+ * time, for all rows; meanwhile the next ones come nearer. */
+#define STRIP (2 * OUTPUTS)
+#define SPAN 1024
+#define PAIR_BYTES (2 * OUTPUTS * 64 + 64) /* two tiles; the rest keeps rows apart in the cache */
+
+/* Columns of STRIP rows of weights, of which `outputs` are there, as pairs of tiles. */
+static void arrange_strip(const char *w, size_t row_bytes, int outputs, int columns, char *to)
+{
+    for (int o = 0; o < STRIP; o++, w += row_bytes, to += 64) {
+        for (int k = 0; k < columns; k += BLOCK) {
+            int left = o < outputs ? columns - k : 0;
+            __mmask32 some = left >= BLOCK ? ~(__mmask32)0 : ((__mmask32)1 << left) - 1;
+
+            _mm512_store_si512(to + k / BLOCK * PAIR_BYTES,
+                               _mm512_maskz_loadu_epi16(some, w + 2 * (size_t)k));
+        }
+    }
+}
+
+/* Rows of activations side by side, up to 16. */
+struct group {
+    const float *x; /* [blocks][PARTS][16 pairs][rows] */
+    int rows;
+};
+
+/* What is brought nearer meanwhile: of `lines` rows a line for each block. */
+struct stream {
+    const char *from;
+    size_t row_bytes;
+    int lines;
+};
+
+#define LOAD_GROUPS(part)                                                                          \
+    _tile_loadd(6, a.x + 16 * a.rows * (part), 4 * (size_t)a.rows);                                \
+    _tile_loadd(7, b.x + 16 * b.rows * (part), 4 * (size_t)b.rows)
+
+#define MULTIPLY_CROSS                                                                             \
+    _tile_dpbf16ps(0, 4, 6);                                                                       \
+    _tile_dpbf16ps(1, 4, 7);                                                                       \
+    _tile_dpbf16ps(2, 5, 6);                                                                       \
+    _tile_dpbf16ps(3, 5, 7)
+
+/* STRIP outputs of two groups; a tile of a group of fewer than 16 rows is whole with what lies behind
+ * it. The sums go on from y, which has [outputs][rows] in each square of 16 by 16. */
+static void multiply_pair(const char *w, int blocks, struct group a, struct group b, int first,
+                          struct stream next, float *y, size_t stride)
+{
+    size_t step = stride * sizeof *y;
+
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, y, step);
+        _tile_loadd(1, y + 16 * stride, step);
+        _tile_loadd(2, y + OUTPUTS, step);
+        _tile_loadd(3, y + 16 * stride + OUTPUTS, step);
+    }
+    for (int k = 0; k < blocks; k++, w += PAIR_BYTES) {
+        for (int l = 0; l < next.lines; l++)
+            _mm_prefetch(next.from + (size_t)l * next.row_bytes + 64 * (size_t)k, _MM_HINT_T1);
+        _tile_loadd(4, w, 64);
+        _tile_loadd(5, w + OUTPUTS * 64, 64);
+        LOAD_GROUPS(0);
+        MULTIPLY_CROSS;
+        LOAD_GROUPS(1);
+        MULTIPLY_CROSS;
+        LOAD_GROUPS(2);
+        MULTIPLY_CROSS;
+        a.x += 16 * PARTS * a.rows;
+        b.x += 16 * PARTS * b.rows;
+    }
+    _tile_stored(0, y, step);
+    _tile_stored(1, y + 16 * stride, step);
+    _tile_stored(2, y + OUTPUTS, step);
+    _tile_stored(3, y + 16 * stride + OUTPUTS, step);
+}
+
+/* Group g from column `begin` on. */
+static struct group group_at(const float *x, int rows, int columns, int g, int begin)
+{
+    int n = rows - g * TOGETHER < TOGETHER ? rows - g * TOGETHER : TOGETHER;
+
+    return (struct group){x + (size_t)g * TOGETHER * gathered_width(columns) +
+                              (size_t)begin / BLOCK * PARTS * 16 * (size_t)n,
+                          n};
+}
+
+static void turn_squares(float *y, size_t stride, int rows, int outputs)
+{
+    for (int r = 0; r < rows; r += 16) {
+        for (int o = 0; o < outputs; o += 16) {
+            float *square = y + (size_t)r * stride + o;
+            __m512i v[16];
+
+            UNROLL
+            for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(square + (size_t)i * stride);
+            transpose(v);
+            UNROLL
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(square + (size_t)i * stride, v[i]);
+        }
+    }
+}
+
+static void multiply_many(const char *w, int columns, int outputs, const float *x, int rows,
+                          float *y, size_t stride)
+{
+    _Alignas(64) char strip[SPAN / BLOCK * PAIR_BYTES];
+    size_t row_bytes = (size_t)columns * 2;
+    int groups = (rows + TOGETHER - 1) / TOGETHER, pairs = (groups + 1) / 2;
+
+    configure(OUTPUTS, TOGETHER);
+    for (int begin = 0; begin < columns; begin += SPAN) {
+        int span = columns - begin < SPAN ? columns - begin : SPAN;
+
+        for (int o = 0; o < outputs; o += STRIP) {
+            const char *from = w + (size_t)o * row_bytes + 2 * (size_t)begin;
+            const char *next = o + STRIP < outputs      ? from + STRIP * row_bytes
+                               : begin + SPAN < columns ? w + 2 * (size_t)(begin + SPAN)
+                                                        : w + (size_t)outputs * row_bytes;
+
+            arrange_strip(from, row_bytes, outputs - o, span, strip);
+            MEMORY_IS_USED;
+            for (int p = 0; p < pairs; p++) {
+                int line = STRIP * p / pairs, line_end = STRIP * (p + 1) / pairs;
+
+                multiply_pair(
+                    strip, (span + BLOCK - 1) / BLOCK, group_at(x, rows, columns, 2 * p, begin),
+                    group_at(x, rows, columns, 2 * p + 1 < groups ? 2 * p + 1 : 2 * p, begin),
+                    begin == 0,
+                    (struct stream){next + (size_t)line * row_bytes, row_bytes, line_end - line},
+                    y + (size_t)p * 2 * TOGETHER * stride + o, stride);
+            }
+        }
+    }
+    MEMORY_IS_USED;
+    turn_squares(y, stride, rows, outputs);
+}
+
 void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int rows, float *y,
                     size_t stride)
 {
     size_t row_bytes = (size_t)columns * 2;
+    int o = 0, height = rows == 1 ? OUTPUTS / 2 : OUTPUTS;
+    const char *from = w;
 
-    for (int r = 0, n; r < rows; r += n, x += (size_t)n * gathered_width(columns)) {
-        int o = 0, height = rows == 1 ? OUTPUTS / 2 : OUTPUTS;
-        float *to = y + (size_t)r * stride;
-        const char *from = w;
-
-        n = rows - r < TOGETHER ? rows - r : TOGETHER;
-        configure(height, n);
-        for (; r > 0 && o + 4 * OUTPUTS <= outputs; o += 4 * OUTPUTS)
-            multiply_four(from + (size_t)o * row_bytes, columns, x, n, to + o, stride);
+    if (rows > TOGETHER) {
+        multiply_many(w, columns, outputs, x, rows, y, stride);
+    } else {
+        configure(height, rows);
         for (; o + height <= outputs; o += height)
-            multiply_one(from + (size_t)o * row_bytes, columns, height, x, n, r == 0, to + o,
-                         stride);
+            multiply_one(from + (size_t)o * row_bytes, columns, height, x, rows, y + o, stride);
         if (o < outputs) {
-            configure(outputs - o, n);
-            multiply_one(from + (size_t)o * row_bytes, columns, outputs - o, x, n, r == 0, to + o,
+            configure(outputs - o, rows);
+            multiply_one(from + (size_t)o * row_bytes, columns, outputs - o, x, rows, y + o,
                          stride);
         }
     }

@@ -75,6 +75,19 @@ static const _Alignas(32) uint32_t high_halves[8] = {0xffff0000u, 0xffff0000u, 0
                                                      0xffff0000u, 0xffff0000u, 0xffff0000u,
                                                      0xffff0000u, 0xffff0000u};
 
+static const _Alignas(16) uint16_t all_but_14[8] = {0xbfff, 0xbfff, 0xbfff, 0xbfff,
+                                                    0xbfff, 0xbfff, 0xbfff, 0xbfff};
+
+/* Eight of e4m3, 2^8 times too small: as f16 their exponents count from 15 instead of 7. Bit 14 has a
+ * second sign. */
+INLINE __m256 widen_fp8(const void *w)
+{
+    __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(w)), 7);
+
+    __asm__("vpand %1, %0, %0" : "+x"(half) : "m"(all_but_14));
+    return _mm256_cvtph_ps(half);
+}
+
 /* One vector of a block of weights: the first or the second eight; for bf16 the even or the odd
  * ones. The mask stays in memory, since a tile has no register left for it. */
 INLINE __m256 load_half(enum weight_format format, const char *w, int second)
@@ -83,6 +96,7 @@ INLINE __m256 load_half(enum weight_format format, const char *w, int second)
 
     if (format == WEIGHT_F32) return _mm256_loadu_ps((const float *)w + 8 * second);
     if (format == WEIGHT_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w + second));
+    if (format == WEIGHT_FP8) return widen_fp8(w + 8 * second);
     if (format == WEIGHT_INT8)
         return _mm256_cvtepi32_ps(
             _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + 8 * second))));
@@ -119,6 +133,16 @@ void widen_bf16_avx2(const void *w, size_t n, float *y)
 
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, widen_bf16(h + i));
     for (; i < n; i++) y[i] = bf16_to_f32(h[i]);
+}
+
+void widen_fp8_avx2(const void *w, size_t n, float *y)
+{
+    const uint8_t *codes = w;
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(widen_fp8(codes + i), _mm256_set1_ps(0x1p8f)));
+    for (; i < n; i++) y[i] = fp8_to_f32(codes[i]);
 }
 
 void widen_int8_avx2(const void *w, size_t n, float *y)
@@ -176,6 +200,7 @@ static void dot_tail(enum weight_format format, int R, int O, const char *w, siz
             __m256 b = format == WEIGHT_F32    ? load_half(WEIGHT_F32, block, half)
                        : format == WEIGHT_F16  ? load_half(WEIGHT_F16, block, half)
                        : format == WEIGHT_BF16 ? load_half(WEIGHT_BF16, block, half)
+                       : format == WEIGHT_FP8  ? load_half(WEIGHT_FP8, block, half)
                                                : load_half(WEIGHT_INT8, block, half);
 
             for (int r = 0; r < R; r++)
@@ -335,6 +360,12 @@ static void dot_tile_bf16(int R, const char *w, size_t row_bytes, const float *c
     dot_shapes(WEIGHT_BF16, R, w, row_bytes, x, span, partial);
 }
 
+static void dot_tile_fp8(int R, const char *w, size_t row_bytes, const float *const *x,
+                         const struct span *span, __m256 *partial)
+{
+    dot_shapes(WEIGHT_FP8, R, w, row_bytes, x, span, partial);
+}
+
 static void dot_tile_int8(int R, const char *w, size_t row_bytes, const float *const *x,
                           const struct span *span, __m256 *partial)
 {
@@ -342,7 +373,7 @@ static void dot_tile_int8(int R, const char *w, size_t row_bytes, const float *c
 }
 
 static dot_function *const dot_tiles[WEIGHT_FORMATS] = {dot_tile_f32, dot_tile_f16, dot_tile_bf16,
-                                                        dot_tile_int8};
+                                                        dot_tile_fp8, dot_tile_int8};
 
 static void dot_tile(enum weight_format format, int R, int O, const char *w, int columns,
                      const float *const *x, const struct span *span, __m256 *partial, float *y,
@@ -449,6 +480,12 @@ static void dot_bf16_avx2(const void *w, int columns, int outputs, const float *
                           float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_fp8_avx2(const void *w, int columns, int outputs, const float *const *x, int rows,
+                         float *y, size_t stride)
+{
+    dot(WEIGHT_FP8, w, columns, outputs, x, rows, y, stride);
 }
 
 static void dot_int8_avx2(const void *w, int columns, int outputs, const float *const *x, int rows,
@@ -1046,12 +1083,12 @@ static void mix_int8_avx2(const float *p, const void *values, int n, int width, 
 
 const struct cpu_kernels kernels_avx2 = {
     .name = "avx2",
-    .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx2, arrange_codes_avx2,
+    .arrange = {arrange_plain, arrange_plain, arrange_bf16_avx2, arrange_fp8, arrange_codes_avx2,
                 arrange_codes_avx2, arrange_codes_avx2},
-    .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2, dot_int8_avx2},
-    .panels = {panels_f32_avx2, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
-    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},
-    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
+    .dot = {dot_f32_avx2, dot_f16_avx2, dot_bf16_avx2, dot_fp8_avx2, dot_int8_avx2},
+    .panels = {panels_f32_avx2, NULL, NULL, NULL, panels_int8_avx2, panels_q8_avx2, panels_q4_avx2},
+    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_fp8_avx2, widen_int8_avx2},
+    .quantise = {NULL, NULL, NULL, quantise_fp8, quantise_int8, quantise_q8, quantise_q4},
     .magnitude = largest_magnitude,
     .norm_layer = norm_layer_avx2,
     .norm_rms = norm_rms_avx2,
@@ -1062,7 +1099,7 @@ const struct cpu_kernels kernels_avx2 = {
     .add_scaled = add_scaled_avx2,
     .finish = finish_avx2,
     .softmax = softmax_avx2,
-    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2, mix_int8_avx2},
+    .mix = {mix_f32_avx2, NULL, mix_bf16_avx2, NULL, mix_int8_avx2},
 };
 
 #if defined(__clang__)

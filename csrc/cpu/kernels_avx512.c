@@ -119,11 +119,15 @@ INLINE __m512 load_half(enum weight_format format, const char *w, int second, in
                                    ? _mm256_loadu_si256((const __m256i *)(const void *)from)
                                    : _mm256_maskz_loadu_epi16(lanes(left - 16 * second), from));
     }
-    if (format == WEIGHT_INT8) {
+    if (format == WEIGHT_FP8 || format == WEIGHT_INT8) {
         const char *from = w + 16 * second;
         __m128i codes = left >= BLOCK ? _mm_loadu_si128((const __m128i *)(const void *)from)
                                       : _mm_maskz_loadu_epi8(lanes(left - 16 * second), from);
 
+        if (format == WEIGHT_FP8) /* as f16, without a second sign: see kernels_avx2.c */
+            return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes),
+                                                                      7),
+                                                    _mm256_set1_epi16((short)0xbfff)));
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
     }
     both = left >= BLOCK ? _mm512_loadu_si512(w)
@@ -262,6 +266,12 @@ static void dot_bf16_avx512(const void *w, int columns, int outputs, const float
                             int rows, float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_fp8_avx512(const void *w, int columns, int outputs, const float *const *x, int rows,
+                           float *y, size_t stride)
+{
+    dot(WEIGHT_FP8, w, columns, outputs, x, rows, y, stride);
 }
 
 static void dot_int8_avx512(const void *w, int columns, int outputs, const float *const *x,
@@ -713,17 +723,17 @@ static void mix_int8_avx512(const float *p, const void *values, int n, int width
 }
 
 #define KERNELS                                                                                    \
-    .arrange = {arrange_plain,      arrange_plain,      arrange_bf16_avx512,                       \
+    .arrange = {arrange_plain,      arrange_plain,      arrange_bf16_avx512, arrange_fp8,          \
                 arrange_codes_avx2, arrange_codes_avx2, arrange_codes_avx2},                       \
-    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_int8_avx512},                     \
-    .panels = {panels_f32_avx512, NULL, NULL, panels_int8_avx512, panels_q8_avx512,                \
+    .dot = {dot_f32_avx512, dot_f16_avx512, dot_bf16_avx512, dot_fp8_avx512, dot_int8_avx512},     \
+    .panels = {panels_f32_avx512, NULL, NULL, NULL, panels_int8_avx512, panels_q8_avx512,          \
                panels_q4_avx512},                                                                  \
-    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_int8_avx2},                        \
-    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},                       \
+    .widen = {widen_f32, widen_f16_avx2, widen_bf16_avx2, widen_fp8_avx2, widen_int8_avx2},        \
+    .quantise = {NULL, NULL, NULL, quantise_fp8, quantise_int8, quantise_q8, quantise_q4},         \
     .magnitude = largest_magnitude, .norm_layer = norm_layer_avx2, .norm_rms = norm_rms_avx2,      \
     .elu = elu_avx512, .gelu = gelu_avx2, .gate = gate_avx2, .add = add_avx2,                      \
     .add_scaled = add_scaled_avx2, .finish = finish_avx512, .softmax = softmax_avx2,               \
-    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, mix_int8_avx512}
+    .mix = {mix_f32_avx512, NULL, mix_bf16_avx512, NULL, mix_int8_avx512}
 
 const struct cpu_kernels kernels_avx512 = {.name = "avx512", KERNELS};
 

@@ -29,6 +29,13 @@ static void widen_bf16_generic(const void *w, size_t n, float *y)
     for (size_t i = 0; i < n; i++) y[i] = bf16_to_f32(h[i]);
 }
 
+static void widen_fp8_generic(const void *w, size_t n, float *y)
+{
+    const uint8_t *codes = w;
+
+    for (size_t i = 0; i < n; i++) y[i] = fp8_to_f32(codes[i]);
+}
+
 static void widen_int8_generic(const void *w, size_t n, float *y)
 {
     const int8_t *codes = w;
@@ -94,6 +101,12 @@ static void dot_bf16_generic(const void *w, int columns, int outputs, const floa
                              int rows, float *y, size_t stride)
 {
     dot_narrow(WEIGHT_BF16, widen_bf16_generic, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_fp8_generic(const void *w, int columns, int outputs, const float *const *x,
+                            int rows, float *y, size_t stride)
+{
+    dot_narrow(WEIGHT_FP8, widen_fp8_generic, w, columns, outputs, x, rows, y, stride);
 }
 
 static void dot_int8_generic(const void *w, int columns, int outputs, const float *const *x,
@@ -309,13 +322,14 @@ static void mix_int8_generic(const float *p, const void *values, int n, int widt
 
 const struct cpu_kernels kernels_generic = {
     .name = "generic",
-    .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_codes_generic,
+    .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_plain, arrange_codes_generic,
                 arrange_codes_generic, arrange_codes_generic},
-    .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic, dot_int8_generic},
-    .panels = {panels_f32_generic, NULL, NULL, panels_int8_generic, panels_q8_generic,
+    .dot = {dot_f32_generic, dot_f16_generic, dot_bf16_generic, dot_fp8_generic, dot_int8_generic},
+    .panels = {panels_f32_generic, NULL, NULL, NULL, panels_int8_generic, panels_q8_generic,
                panels_q4_generic},
-    .widen = {widen_f32, widen_f16_generic, widen_bf16_generic, widen_int8_generic},
-    .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},
+    .widen = {widen_f32, widen_f16_generic, widen_bf16_generic, widen_fp8_generic,
+              widen_int8_generic},
+    .quantise = {NULL, NULL, NULL, quantise_fp8, quantise_int8, quantise_q8, quantise_q4},
     .magnitude = largest_magnitude,
     .norm_layer = norm_layer_generic,
     .norm_rms = norm_rms_generic,
@@ -326,5 +340,5 @@ const struct cpu_kernels kernels_generic = {
     .add_scaled = add_scaled_generic,
     .finish = finish_generic,
     .softmax = softmax_generic,
-    .mix = {mix_f32_generic, NULL, mix_bf16_generic, mix_int8_generic},
+    .mix = {mix_f32_generic, NULL, mix_bf16_generic, NULL, mix_int8_generic},
 };

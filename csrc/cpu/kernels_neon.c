@@ -55,6 +55,14 @@ INLINE float fold(float32x4_t v)
 
 /* ---- formats ---------------------------------------------------------------------------- */
 
+/* Eight of e4m3 as f16, 2^8 times too small, as exponents count from 15 there instead of 7. */
+INLINE uint16x8_t fp8_halves(uint8x8_t codes)
+{
+    int16x8_t wide = vshlq_n_s16(vmovl_s8(vreinterpret_s8_u8(codes)), 7);
+
+    return vandq_u16(vreinterpretq_u16_s16(wide), vdupq_n_u16(0xbfff)); /* bit 14: a second sign */
+}
+
 /* The first or the second vector of a block. bf16 is interleaved with zeros, because many processors
  * have more units for that than for shifts. */
 INLINE float32x4_t load_half(enum weight_format format, const char *w, int second)
@@ -67,8 +75,11 @@ INLINE float32x4_t load_half(enum weight_format format, const char *w, int secon
 
         return vcvtq_f32_s32(second ? vmovl_high_s16(wide) : vmovl_s16(vget_low_s16(wide)));
     }
-    both = vld1q_u16((const uint16_t *)(const void *)w);
-    if (format == WEIGHT_F16)
+    if (format == WEIGHT_FP8)
+        both = fp8_halves(vld1_u8((const uint8_t *)(const void *)w));
+    else
+        both = vld1q_u16((const uint16_t *)(const void *)w);
+    if (format == WEIGHT_F16 || format == WEIGHT_FP8)
         return second ? vcvt_high_f32_f16(vreinterpretq_f16_u16(both))
                       : vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(both)));
     both = second ? vzip2q_u16(zeros, both) : vzip1q_u16(zeros, both);
@@ -97,6 +108,18 @@ static void widen_f16_neon(const void *w, size_t n, float *y)
 static void widen_bf16_neon(const void *w, size_t n, float *y)
 {
     widen(WEIGHT_BF16, w, n, y);
+}
+
+static void widen_fp8_neon(const void *w, size_t n, float *y)
+{
+    const uint8_t *codes = w;
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8)
+        for (int half = 0; half < 2; half++)
+            vst1q_f32(y + i + 4 * half,
+                      vmulq_n_f32(load_half(WEIGHT_FP8, (const char *)codes + i, half), 0x1p8f));
+    for (; i < n; i++) y[i] = fp8_to_f32(codes[i]);
 }
 
 static void widen_int8_neon(const void *w, size_t n, float *y)
@@ -225,6 +248,12 @@ static void dot_bf16_neon(const void *w, int columns, int outputs, const float *
                           float *y, size_t stride)
 {
     dot(WEIGHT_BF16, w, columns, outputs, x, rows, y, stride);
+}
+
+static void dot_fp8_neon(const void *w, int columns, int outputs, const float *const *x, int rows,
+                         float *y, size_t stride)
+{
+    dot(WEIGHT_FP8, w, columns, outputs, x, rows, y, stride);
 }
 
 static void dot_int8_neon(const void *w, int columns, int outputs, const float *const *x, int rows,
@@ -657,13 +686,13 @@ static void mix_int8_neon(const float *p, const void *values, int n, int width, 
 #define TABLE(isa)                                                                                 \
     const struct cpu_kernels kernels_##isa = {                                                     \
         .name = #isa,                                                                              \
-        .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_codes_neon,               \
+        .arrange = {arrange_plain, arrange_plain, arrange_plain, arrange_fp8, arrange_codes_neon,  \
                     arrange_codes_neon, arrange_codes_neon},                                       \
-        .dot = {dot_f32_neon, dot_f16_neon, dot_bf16_neon, dot_int8_neon},                         \
-        .panels = {panels_f32_neon, NULL, NULL, panels_int8_##isa, panels_q8_##isa,                \
+        .dot = {dot_f32_neon, dot_f16_neon, dot_bf16_neon, dot_fp8_neon, dot_int8_neon},           \
+        .panels = {panels_f32_neon, NULL, NULL, NULL, panels_int8_##isa, panels_q8_##isa,          \
                    panels_q4_##isa},                                                               \
-        .widen = {widen_f32, widen_f16_neon, widen_bf16_neon, widen_int8_neon},                    \
-        .quantise = {NULL, NULL, NULL, quantise_int8, quantise_q8, quantise_q4},                   \
+        .widen = {widen_f32, widen_f16_neon, widen_bf16_neon, widen_fp8_neon, widen_int8_neon},    \
+        .quantise = {NULL, NULL, NULL, quantise_fp8, quantise_int8, quantise_q8, quantise_q4},     \
         .magnitude = largest_magnitude,                                                            \
         .norm_layer = norm_layer_neon,                                                             \
         .norm_rms = norm_rms_neon,                                                                 \
@@ -674,7 +703,7 @@ static void mix_int8_neon(const float *p, const void *values, int n, int width, 
         .add_scaled = add_scaled_neon,                                                             \
         .finish = finish_neon,                                                                     \
         .softmax = softmax_neon,                                                                   \
-        .mix = {mix_f32_neon, NULL, mix_bf16_neon, mix_int8_neon},                                 \
+        .mix = {mix_f32_neon, NULL, mix_bf16_neon, NULL, mix_int8_neon},                           \
     }
 TABLE(neon);
 TABLE(neon_dot);

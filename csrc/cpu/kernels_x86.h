@@ -8,6 +8,7 @@
 
 void widen_f16_avx2(const void *w, size_t n, float *y);
 void widen_bf16_avx2(const void *w, size_t n, float *y);
+void widen_fp8_avx2(const void *w, size_t n, float *y);
 void widen_int8_avx2(const void *w, size_t n, float *y);
 void arrange_codes_avx2(const float *x, int columns, float *y);
 void norm_layer_avx2(const float *x, int n, float eps, const float *weight, const float *bias,

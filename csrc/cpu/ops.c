@@ -196,6 +196,22 @@ static struct run next_run(const struct op_attend *op, int lane, int value, int 
                         end - first < count ? (int)(end - first) : count};
 }
 
+#define FETCH_BYTES 2048
+
+/* Asks for the beginning of the run at `first` while the one before it is read: a page lies far from
+ * the last one, and kernels ask no further than they read. */
+static void fetch_run(const struct op_attend *op, int lane, int value, int head, int64_t first,
+                      int64_t end)
+{
+    struct run run;
+    size_t bytes;
+
+    if (first >= end) return;
+    run = next_run(op, lane, value, head, first, end);
+    bytes = (size_t)run.count * kv_row_bytes(op->cache);
+    for (size_t at = 0; at < bytes && at < FETCH_BYTES; at += 64) __builtin_prefetch(run.at + at);
+}
+
 static void scale_some(float *x, const float *scales, int n)
 {
     for (int i = 0; i < n; i++) x[i] *= scales[i];
@@ -230,6 +246,10 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
     /* The first one sees the oldest key, the last one the newest. */
     for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
         run = next_run(op, lane, 0, kv_head, j, end[n - 1]);
+        if (j + run.count < end[n - 1])
+            fetch_run(op, lane, 0, kv_head, j + run.count, end[n - 1]);
+        else
+            fetch_run(op, lane, 1, kv_head, begin[0], end[n - 1]);
         kernels->dot[format](run.at, dim, run.count, queries, n, scores + (j - begin[0]),
                              cpu->keys);
         for (int q = 0; run.scales && q < n; q++)
@@ -241,6 +261,7 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
                              (int)(end[q] - begin[q]), 1.0f / sqrtf((float)dim));
     for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
         run = next_run(op, lane, 1, kv_head, j, end[n - 1]);
+        fetch_run(op, lane, 1, kv_head, j + run.count, end[n - 1]);
         for (int q = 0; q < n; q++) {
             int64_t from = begin[q] > j ? begin[q] : j;
             int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
@@ -299,8 +320,8 @@ void cpu_attend(struct backend *backend, const struct op_attend *op)
             keys += (double)(end - begin);
         }
     }
-    cpu_parallel(job.cpu, attend_task, &job, op->rows.n * attend_tiles(op) * op->heads,
-                 keys * op->heads * op->cache->head_dim * 2);
+    cpu_share(job.cpu, attend_task, &job, op->rows.n * attend_tiles(op) * op->heads, 1,
+              keys * op->heads * op->cache->head_dim * 2);
 }
 
 /* ---- delays ----------------------------------------------------------------------------- */

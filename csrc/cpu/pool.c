@@ -179,6 +179,42 @@ void parallel_for(struct pool *pool, pool_function *function, void *arg, int tas
     __atomic_store_n(&pool->caller_sleeps, 0, __ATOMIC_RELAXED);
 }
 
+struct share {
+    pool_function *function;
+    void *arg;
+    int tasks, least;
+    int threads;
+    int next; /* the first task that nobody has taken */
+};
+
+/* Takes a share of what is left, which gets smaller, so that all end at about the same time. */
+static void share_part(void *arg, int part, int first, int last)
+{
+    struct share *share = arg;
+    int from = __atomic_load_n(&share->next, __ATOMIC_RELAXED), count;
+
+    (void)first, (void)last;
+    while (from < share->tasks) {
+        count = (share->tasks - from) / (2 * share->threads);
+        count = count < share->least ? share->least : count - count % share->least;
+        if (count > share->tasks - from) count = share->tasks - from;
+        if (!__atomic_compare_exchange_n(&share->next, &from, from + count, 0, __ATOMIC_RELAXED,
+                                         __ATOMIC_RELAXED))
+            continue;
+        share->function(share->arg, part, from, from + count);
+        from = __atomic_load_n(&share->next, __ATOMIC_RELAXED);
+    }
+}
+
+void parallel_share(struct pool *pool, pool_function *function, void *arg, int tasks, int least)
+{
+    int parts = (tasks + least - 1) / least;
+    struct share share = {
+        .function = function, .arg = arg, .tasks = tasks, .least = least, .threads = pool->threads};
+
+    parallel_for(pool, share_part, &share, parts < pool->threads ? parts : pool->threads);
+}
+
 /* A pause takes from a few to 150 cycles. */
 static int count_spins(void)
 {

@@ -5,8 +5,9 @@
 
 #include <stddef.h>
 
-/* Bytes a second of reading `bytes` (a multiple of 1024) from each of from[threads], aligned to 64,
- * all at once, each on a thread of its own. 0 when there are no threads to be had. */
+/* Bytes a second of reading `bytes` (2048 or more, no cache holds them) at each of from[threads],
+ * aligned to 64, all at once, each on a thread of its own: halves are read in two ways, and the faster
+ * one counts. 0 when there are no threads to be had. */
 double probe_read(int threads, const void *const *from, size_t bytes);
 /* Operations a second, two for each multiply-add, of threads that do nothing else, with vectors as
  * wide as those of the kernels in use. */

@@ -2,7 +2,8 @@
  *
  * The outputs are cut into units of a panel, and long calls into chunks of rows; a thread gets a
  * run of (chunk, unit) pairs. K is never cut: each sum is made by one thread, in the order of the
- * kernel. A block of sums stays in the first cache until finish() has dealt with it. */
+ * kernel. A block of sums stays in the first cache until finish() has dealt with it; with tiles in
+ * the second one. */
 #include <assert.h>
 #include <string.h>
 
@@ -10,11 +11,11 @@
 
 #define BLOCK_OUTPUTS 64
 #define BLOCK_STRIDE (BLOCK_OUTPUTS + 2 * PANEL) /* packed: a range may begin inside a panel */
-#define TILE_ROWS 48      /* of a chunk of tiles: they stay in the second cache */
 #define GATHER_COLUMNS 512
 
+/* Sums of a block, and of the second half's. */
 struct block {
-    _Alignas(64) float sums[TILE_ROWS * BLOCK_STRIDE];
+    _Alignas(64) float sums[2][ROWS_MAX * BLOCK_STRIDE];
 };
 
 static int active(const struct product *p, int row)
@@ -28,32 +29,41 @@ static const float *row_of(const struct product *p, int row)
            (size_t)(row % p->steps) * p->step_stride;
 }
 
-/* Sums of outputs first..first+count-1 of `rows` rows; the first one at the returned address,
- * rows BLOCK_STRIDE apart. */
+static int block_outputs(const struct product *p)
+{
+    return p->tiles ? TILE_OUTPUTS : BLOCK_OUTPUTS;
+}
+
+static int block_stride(const struct product *p)
+{
+    return p->tiles ? TILE_STRIDE : BLOCK_STRIDE;
+}
+
+/* Sums of outputs first..first+count-1 of n rows; the first one at the returned address. */
 static float *multiply(const struct product *p, int first, int count, const float *const *rows,
-                       int n, struct block *block)
+                       int n, float *sums)
 {
     const struct cpu_kernels *kernels = p->cpu->kernels;
     const struct matrix *w = p->weight;
     const char *from = w->data;
 
-    if (w->packed) {
+    if (!w->data) {
         int panel = first / PANEL, end = (first + count + PANEL - 1) / PANEL;
 
         kernels->panels[w->format]((const char *)w->packed +
                                        (size_t)panel * panel_bytes(w->format, w->cols),
-                                   w->cols, end - panel, rows, n, block->sums, BLOCK_STRIDE);
-        return block->sums + first % PANEL;
+                                   w->cols, end - panel, rows, n, sums, BLOCK_STRIDE);
+        return sums + first % PANEL;
     }
     from += (size_t)first * (size_t)w->cols * weight_bytes(w->format);
     if (p->tiles) {
-        kernels->tiles[w->format](from, w->cols, count, rows[0], n, block->sums, BLOCK_STRIDE);
-        return block->sums;
+        kernels->tiles[w->format](from, w->cols, count, rows[0], n, sums, TILE_STRIDE);
+        return sums;
     }
-    kernels->dot[w->format](from, w->cols, count, rows, n, block->sums, BLOCK_STRIDE);
+    kernels->dot[w->format](from, w->cols, count, rows, n, sums, BLOCK_STRIDE);
     for (int r = 0; w->scales && r < n; r++)
-        for (int o = 0; o < count; o++) block->sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
-    return block->sums;
+        for (int o = 0; o < count; o++) sums[r * BLOCK_STRIDE + o] *= w->scales[first + o];
+    return sums;
 }
 
 /* Active rows first..first+count-1 of those that there are, by their numbers; how many. */
@@ -92,29 +102,30 @@ static int take_rows(const struct product *p, int row, int row_end, int *index, 
     return n;
 }
 
-static void multiply_range(const struct product *p, int row, int row_end, int first, int end)
+static void multiply_range(const struct product *p, int row, int row_end, int first, int end,
+                           float *sums_of_first, float *sums_of_second)
 {
     const struct matrix *w = p->weight;
     const float *rows[ROWS_MAX];
-    int index[TILE_ROWS], n = take_rows(p, row, row_end, index, rows);
-    struct block block, other;
+    int index[TILE_ROWS], n = take_rows(p, row, row_end, index, rows), stride = block_stride(p);
 
     if (n == 0) return;
-    for (int o = first; o < end; o += BLOCK_OUTPUTS) {
-        int count = end - o < BLOCK_OUTPUTS ? end - o : BLOCK_OUTPUTS;
-        float *sums = multiply(p, o, count, rows, n, &block), *second = NULL;
+    for (int o = first, count; o < end; o += count) {
+        float *sums, *second = NULL;
 
-        if (p->halves == 2) second = multiply(p, o + w->rows / 2, count, rows, n, &other);
+        count = end - o < block_outputs(p) ? end - o : block_outputs(p);
+        sums = multiply(p, o, count, rows, n, sums_of_first);
+        if (p->halves == 2) second = multiply(p, o + w->rows / 2, count, rows, n, sums_of_second);
         for (int r = 0, end_of_run; r < n; r = end_of_run) {
             end_of_run = r + 1;
             if (!p->finish_rows) {
-                p->finish(p, index[r], o, count, sums + r * BLOCK_STRIDE,
-                          second ? second + r * BLOCK_STRIDE : NULL);
+                p->finish(p, index[r], o, count, sums + r * stride,
+                          second ? second + r * stride : NULL);
                 continue;
             }
             while (end_of_run < n && index[end_of_run] == index[end_of_run - 1] + 1) end_of_run++;
-            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * BLOCK_STRIDE,
-                           BLOCK_STRIDE);
+            p->finish_rows(p, index[r], end_of_run - r, o, count, sums + r * stride,
+                           (size_t)stride);
         }
     }
 }
@@ -134,16 +145,22 @@ static void multiply_task(void *arg, int part, int first, int last)
     const struct product *p = arg;
     int units = units_of(p), outputs = p->weight->rows / p->halves;
     int rows = rows_of(p), most = p->tiles ? TILE_ROWS : ROWS_MAX;
+    struct block block;
+    float *sums = block.sums[0], *other = block.sums[1];
 
-    (void)part;
+    if (p->tiles) {
+        sums = p->cpu->tile_scratch[part].sums[0];
+        other = p->cpu->tile_scratch[part].sums[1];
+    }
+
     while (first < last) {
         int chunk = first / units, unit = first % units;
         int end = last - first < units - unit ? unit + last - first : units;
         int row = chunk * most;
         int row_end = rows - row < most ? rows : row + most;
 
-        multiply_range(p, row, row_end, unit * PANEL,
-                       end * PANEL < outputs ? end * PANEL : outputs);
+        multiply_range(p, row, row_end, unit * PANEL, end * PANEL < outputs ? end * PANEL : outputs,
+                       sums, other);
         first += end - unit;
     }
 }
@@ -151,7 +168,7 @@ static void multiply_task(void *arg, int part, int first, int last)
 /* Panels of floats take rows as they are. */
 static int arranged(const struct matrix *w)
 {
-    return !w->packed || is_block_format(w->format);
+    return w->data || is_block_format(w->format);
 }
 
 static void prepare_task(void *arg, int part, int first, int last)
@@ -161,9 +178,9 @@ static void prepare_task(void *arg, int part, int first, int last)
     size_t stride = padded(columns);
 
     /* int8 rows are read by plain floats; the arrangement of their format is the panels'. */
-    enum weight_format format = p->weight->packed || p->weight->format != WEIGHT_INT8
-                                    ? p->weight->format
-                                    : WEIGHT_F32;
+    enum weight_format format = p->weight->data && p->weight->format == WEIGHT_INT8
+                                    ? WEIGHT_F32
+                                    : p->weight->format;
 
     (void)part;
     for (int row = first; row < last; row++) {
@@ -221,7 +238,7 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     p->cpu = cpu;
     if (p->halves == 0) p->halves = 1;
     if (p->norm && p->norm->kind == NORM_NONE) p->norm = NULL;
-    p->tiles = !p->weight->packed && cpu->kernels->tiles[p->weight->format];
+    p->tiles = p->weight->data && cpu->kernels->tiles[p->weight->format];
     if ((p->norm || arranged(p->weight)) && (size_t)rows * stride > cpu->activation_floats) {
         backend_fail(&cpu->base, MOSHI_ERROR_INTERNAL,
                      "a product of %d rows and %d columns exceeds the reserved scratch", rows,
@@ -238,7 +255,12 @@ void product_run(struct cpu_backend *cpu, struct product *p)
     if (p->tiles) gather(cpu, p);
     rows = rows_of(p);
     chunks = p->tiles ? (rows + TILE_ROWS - 1) / TILE_ROWS : (rows + ROWS_MAX - 1) / ROWS_MAX;
-    cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work * p->weight->rows);
+    work *= p->weight->rows;
+    /* Of few rows, reading the weights is the work, and threads get on with it at their own pace. */
+    if (rows <= TOGETHER)
+        cpu_share(cpu, multiply_task, p, units_of(p), BLOCK_OUTPUTS / PANEL, work);
+    else
+        cpu_parallel(cpu, multiply_task, p, chunks * units_of(p), work);
 }
 
 struct add_op {

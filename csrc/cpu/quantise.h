@@ -1,4 +1,4 @@
-/* quantise.h: how weights become tiles of the block formats of quant.h. Plain C that compilers turn
+/* quantise.h: how weights become tiles of the block formats of quant.h, and rows of fp8. Plain C that compilers turn
  * into vectors, included by the files of the instruction sets; all of them make the same tiles. */
 #ifndef MOSHI_CPU_QUANTISE_H
 #define MOSHI_CPU_QUANTISE_H
@@ -117,6 +117,22 @@ static inline int quantise_q8(const float (*w)[TILE], const float *scales, void 
 static inline int quantise_q4(const float (*w)[TILE], const float *scales, void *tile)
 {
     return quantise_tile(WEIGHT_Q4, w, scales, tile);
+}
+
+/* TILE columns of PANEL rows, row after row. */
+static inline int quantise_fp8(const float (*w)[TILE], const float *scales, void *tile)
+{
+    uint8_t *to = tile;
+    int good = 1;
+
+    for (int row = 0; row < PANEL; row++) {
+        float most = largest_magnitude(w[row], TILE);
+        float inverse = scales[row] != 0 ? 1 / scales[row] : 0;
+
+        good &= most - most == 0;
+        for (int c = 0; c < TILE; c++) *to++ = f32_to_fp8(w[row][c] * inverse);
+    }
+    return good;
 }
 
 #endif

@@ -45,13 +45,12 @@ from corpus import (
     user_voice,
 )
 from espeak import SAMPLE_RATE, Espeak, Speech, Voice
-from mimi_tiny import CODEBOOKS, CODEC_FOLDER, FRAME_SAMPLES, Codes, Pcm, StreamingCodec
+from mimi_tiny import CODEC_FOLDER, FRAME_SAMPLES, Codes, Pcm, StreamingCodec
 from numpy.typing import NDArray
 
 FRAMES = 400
 SHARD = 96  # timelines in a file
 TOGETHER = 24  # timelines that go through the codec side by side
-ROWS = 1 + 2 * CODEBOOKS
 TEXT_TOKENS = 400
 PAD, WORD_COMES = 3, 0  # text tokens of a frame without text, and of the one before a word
 TEXT_LEAD = 2

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..audio import MAX_SAMPLE, Pcm, StreamResampler, as_pcm
-from ..errors import CheckpointError, SessionError
+from ..errors import SessionError
 from ..model import Model, load
 from ..say import spoken_tokens
 from ..session import Session, Stats
@@ -107,6 +107,9 @@ class Conversation:
             silence_after: seconds without sound after which the model hears silence; None: never.
             user_level: the user's voice is above this, dBFS.
             options: of `Session`: seed, text_temperature and the like, but no rates.
+
+        Raises:
+            ValueError: `silence_after` is not above 0.
         """
         if silence_after is not None and not silence_after > 0:
             raise ValueError(
@@ -278,11 +281,6 @@ class Conversation:
             self._texts.append(text)
             return
         model = self._session.model
-        if model.tokenizer is None:
-            raise CheckpointError(
-                "say needs a tokenizer, and the model was loaded without one; "
-                "give one with load(..., tokenizer=...)"
-            )
         self._tokens.append(spoken_tokens(model.tokenizer, text, model.frame_rate))
         self.begin()
 

@@ -7,11 +7,12 @@ in, `/metrics` for Prometheus.
 
 A request that cannot become a call is refused before its upgrade, with a JSON body
 `{"error", "reason"}`: 400 an option, 401 the token, 403 host, origin or Twilio's signature, 404 no
-telephone here, 426 no WebSocket, 429 too many from one address, 503 full or stopping; the last two
-with Retry-After. A call ends with a close frame: 1000 the input has ended or the time is up, 1003
-messages without meaning, 1008 options that the model refuses, 1009 a message too large, 1011 an
-error, 1012 the server stops, 1013 no slot after all, 4400 sound that cannot be decoded, 4408 no
-sound came or nothing was read for too long.
+such path or no telephone here, 405 the method, 408 and 413 a form too slow or too large, 426 no
+WebSocket, 429 too many from one address, 503 full or stopping; the last two with Retry-After. A
+call ends with a close frame: 1000 the input has ended or the time is up, 1003 messages without
+meaning, 1008 options that the model refuses, 1009 a message too large, 1011 an error, 1012 the
+server stops, 1013 no slot after all, 4400 sound that cannot be decoded, 4408 no sound came or
+nothing was read for too long.
 """
 
 from __future__ import annotations
@@ -227,28 +228,25 @@ class Server:
             self._guard.check_page(request)
             response = await handler(request)
         except Refused as refused:
-            self.metrics.refused.labels(refused.label).inc()
-            response = web.json_response(
-                {"error": refused.label, "reason": str(refused)}, status=refused.status
-            )
-            if refused.status in (429, 503):
-                response.headers["Retry-After"] = str(_RETRY_AFTER)
-            if refused.status == 401:
-                response.headers["WWW-Authenticate"] = "Bearer"
+            response = self._refuse(refused)
         except web.HTTPException as error:
-            error.headers.update(pages.HEADERS)
-            error.force_close()
-            raise
+            response = self._refuse(_aiohttps_own(request, error))
         except ConnectionError:
             raise
         except Exception:
             log.exception("%s: an error of the server's own", request.path)
-            response = web.json_response(
-                {"error": "internal", "reason": "an error of the server's own"}, status=500
-            )
+            response = _sentence(500, "internal", "an error of the server's own")
         if not response.prepared:
             response.headers.update(pages.HEADERS)
             response.force_close()  # the time for a request is counted from its connection
+        return response
+
+    def _refuse(self, refused: Refused) -> web.Response:
+        self.metrics.refused.labels(refused.label).inc()
+        response = _sentence(refused.status, refused.label, str(refused))
+        response.headers.update(refused.headers)
+        if refused.status in (429, 503):
+            response.headers["Retry-After"] = str(_RETRY_AFTER)
         return response
 
     # ---- calls ---------------------------------------------------------------------------------
@@ -302,7 +300,7 @@ class Server:
             except (ValueError, LookupError, web.RequestPayloadError):
                 raise Refused(400, "form", "the body is no form in UTF-8") from None
         elif request.method not in ("GET", "POST"):
-            raise Refused(405, "method", f"the method is {request.method[:20]}; expected POST")
+            raise _wrong_method(request, ("GET", "POST"))
         url = self._check_twilio(request, "http", [(k, str(v)) for k, v in fields.items()])
         # the line would be silent to them
         full = self._stopping or self._admission.busy >= self._admission.slots
@@ -446,6 +444,29 @@ class Server:
         return web.Response(
             body=self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
+
+
+def _sentence(status: int, label: str, reason: str) -> web.Response:
+    return web.json_response({"error": label, "reason": reason}, status=status)
+
+
+def _aiohttps_own(request: web.Request, error: web.HTTPException) -> Refused:
+    """What aiohttp refuses by itself, in the words of our own refusals."""
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return _wrong_method(request, error.allowed_methods)
+    if isinstance(error, web.HTTPNotFound):
+        return Refused(404, "path", f"there is no {request.path[:100]!r}")
+    return Refused(error.status, "http", f"{error.reason}: {request.path[:100]!r}")
+
+
+def _wrong_method(request: web.Request, expected: Iterable[str]) -> Refused:
+    names = sorted(expected)
+    return Refused(
+        405,
+        "method",
+        f"the method is {request.method[:20]}; expected {' or '.join(names)}",
+        {"Allow": ", ".join(names)},
+    )
 
 
 def _tuned(request: web.Request) -> asyncio.Transport:

@@ -87,6 +87,11 @@ class Words:
     tokens: list[int]
 
 
+#: What a message may bring: the caller's samples at the model's rate, words for the model's mouth,
+#: what we say to it, now or when its turn has come; None is the end of the input.
+Heard = Pcm | Words | list[Payload] | Answer | None
+
+
 @dataclass(slots=True)
 class Counts:
     """Of one call, in frames, but for bad samples and ignored messages."""
@@ -111,9 +116,8 @@ class Wire(ABC):
     live: bool
 
     @abstractmethod
-    def hear(self, message: WSMessage) -> Iterable[Pcm | Words | list[Payload] | Answer | None]:
-        """The caller's samples at the model's rate, words for the model's mouth; None is the end of
-        the input, a list or an Answer what we say to the message.
+    def hear(self, message: WSMessage) -> Iterable[Heard]:
+        """What a message brings, in order.
 
         Raises:
             Ignored: the message means nothing.
@@ -129,8 +133,9 @@ class Wire(ABC):
         return []
 
     @abstractmethod
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
-        """A frame of the model's voice, and what else is known of it."""
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
+        """A frame of the model's voice and what else is known of it, and whether there is sound in
+        that: some protocols leave silence out."""
 
     def text(self, text: str, time: float) -> list[Payload]:
         """What the model says."""
@@ -351,26 +356,25 @@ class Call:
             if message.type == WSMsgType.TEXT:
                 pause = max(pause, text.wait(self._loop.time(), len(message.data)))
             try:
-                for pcm in self._wire.hear(message):
-                    if pcm is None:
+                for heard in self._wire.hear(message):
+                    if heard is None:
                         self._in_ended = True
                         self._wake.set()
                         break
-                    if isinstance(pcm, Words):
-                        self._words.append(pcm)
+                    if isinstance(heard, Words):
+                        self._words.append(heard)
                         self._wake.set()
                         pause = max(pause, words.wait(self._loop.time(), 1))
-                        continue
-                    if not isinstance(pcm, np.ndarray):
-                        await self._reply(pcm)
-                        continue
-                    await self._take(self._clean(pcm))
-                    if self._wire.live:
-                        seconds = len(pcm) / self._model.sample_rate
-                        pause = max(pause, sound.wait(self._loop.time(), seconds))
-                    if pause:
-                        await asyncio.sleep(pause)
-                        pause = 0.0
+                    elif isinstance(heard, np.ndarray):
+                        await self._take(self._clean(heard))
+                        if self._wire.live:
+                            seconds = len(heard) / self._model.sample_rate
+                            pause = max(pause, sound.wait(self._loop.time(), seconds))
+                        if pause:
+                            await asyncio.sleep(pause)
+                            pause = 0.0
+                    else:
+                        await self._reply(heard)
             except Ignored as error:
                 self._ignore(str(error))
                 await self._reply(error.answer)
@@ -625,9 +629,9 @@ class Call:
             out = self._outbox.popleft()
             self._room.set()
             if out.frame is not None and out.frame.pcm is not None:
-                payloads = self._wire.sound(out.frame.pcm, out.frame)
+                payloads, sounds = self._wire.sound(out.frame.pcm, out.frame)
                 await self._give(payloads)
-                self._answer(out.since, bool(payloads))
+                self._answer(out.since, sounds)
             elif out.text:
                 await self._give(self._wire.text(out.text, out.time))
             elif out.answer is not None:
@@ -646,13 +650,13 @@ class Call:
             else:
                 await self._socket.send_bytes(payload)
 
-    def _answer(self, since: float, sent: bool) -> None:
-        """The model's voice has gone out, but for silence that the caller does without."""
+    def _answer(self, since: float, sounds: bool) -> None:
+        """The answer to a frame has gone out; without sound, the caller does without silence."""
         now = self._loop.time()
         self._metrics.answer_seconds.observe(now - since)
         if not self._wire.live:
             return
-        if sent:
+        if sounds:
             self._pace.went(now)
         else:
             self._pace.paused()

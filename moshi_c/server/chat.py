@@ -82,12 +82,12 @@ class ChatWire(Wire):
         self._position = position
         return self.keep_alive()
 
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
         """See Wire."""
         if self._dtx and self._is_silence(pcm):
-            return []
+            return [], False
         pages = self._writer.append(pcm)
-        return [bytes([SOUND]) + pages] if pages else []
+        return ([bytes([SOUND]) + pages], True) if pages else ([], False)
 
     def _is_silence(self, pcm: Pcm) -> bool:
         power = float(np.dot(pcm, pcm)) / len(pcm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections import Counter
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -13,16 +14,22 @@ from .settings import Settings, is_loopback
 
 
 class Refused(Exception):
-    """A request that is refused before its upgrade."""
+    """A request that is refused before its upgrade.
 
-    def __init__(self, status: int, label: str, reason: str) -> None:
+    status: of the answer. label: one word, for the metrics and clients. reason: a sentence for
+    people. headers: of the answer.
+    """
+
+    def __init__(
+        self, status: int, label: str, reason: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.label = label
+        self.status, self.label, self.headers = status, label, headers or {}
 
 
 class Guard:
-    """The checks of one server. What a caller sends as a token is never kept or logged."""
+    """The checks of one server; each raises Refused. What a caller sends as a token is never kept
+    or logged."""
 
     def __init__(self, settings: Settings) -> None:
         self._token = None if settings.token is None else settings.token.encode()
@@ -54,7 +61,8 @@ class Guard:
         if kind.lower() != "bearer":
             given = request.headers.get("api-key") or request.query.get("token", "")
         if not hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._token):
-            raise Refused(401, "token", "a token is needed, and this is not it")
+            bearer = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "token", "a token is needed, and this is not it", bearer)
 
     def enter(self, address: str) -> None:
         """One more call from this address."""

@@ -128,8 +128,11 @@ class Listener:
                 ssl=self._tls,
                 ssl_handshake_timeout=self._first_seconds / 2 if self._tls else None,
             )
-        except (OSError, asyncio.CancelledError):
+        except asyncio.CancelledError:
             line.over()
+        except Exception:  # OSError above all, but there may also be no memory for a handshake
+            line.over()
+            connection.close()  # which no transport does that was not made
 
     def _over(self, handler: asyncio.Protocol, address: str) -> None:
         self.spoke(handler)

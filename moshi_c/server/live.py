@@ -34,7 +34,7 @@ from ..model import Model
 from ..say import spoken_tokens
 from ..session import Frame, Session
 from ..telephony import PHONE_RATE, BytesIn, BytesOut, Encoding
-from .call import Answer, Ending, Ignored, Payload, Wire, Words
+from .call import Ending, Heard, Ignored, Payload, Wire, Words
 from .events import part, read_event, read_sound, shown, write_sound
 
 #: What each format of the protocol is, and the rates that it may have; the first is the usual one.
@@ -89,7 +89,7 @@ class LiveWire(Wire):
 
     # ---- in ------------------------------------------------------------------------------------
 
-    def hear(self, message: WSMessage) -> Iterator[Pcm | Words | list[Payload] | Answer | None]:
+    def hear(self, message: WSMessage) -> Iterator[Heard]:
         """See Wire."""
         event = self._event(message)
         kind = event["type"]
@@ -241,10 +241,11 @@ class LiveWire(Wire):
         """See Wire."""
         return self.event("waiting", position=position)
 
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
         """See Wire."""
         self._frames = frame.index + 1
         made = self._delta(self._out.add(pcm if frame.speaking else np.zeros_like(pcm)))
+        sounds = bool(made)
         if self._frames % _USAGE_FRAMES == 0:
             used = min(1.0, self._frames / self._model._info["context"])
             made += self._made(
@@ -252,7 +253,7 @@ class LiveWire(Wire):
                 usage=self._usage(),
                 context_window={"usage_ratio": round(used, 4)},
             )
-        return made
+        return made, sounds
 
     def _delta(self, data: bytes) -> list[Payload]:
         if not data:

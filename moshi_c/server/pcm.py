@@ -88,9 +88,10 @@ class PcmWire(Wire):
         """See Wire."""
         return self.event("waiting", position=position)
 
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
         """See Wire."""
-        return self._bytes(self._out.process(pcm))
+        said = self._bytes(self._out.process(pcm))
+        return said, bool(said)
 
     def _bytes(self, pcm: Pcm) -> list[Payload]:
         if not len(pcm):

@@ -285,11 +285,14 @@ class RealtimeWire(Wire):
         early, self._early = self._early, []
         return [self._event("session.created", session=self._session()), *early]
 
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
         """See Wire."""
         moment = self._turns.add(frame)
         self._time = frame.time
-        return [*self._listen(moment), *self._speak(pcm, moment)]
+        said = list(self._listen(moment))
+        data = self._out.add(pcm)  # silence too, for the filter
+        sounds = bool(data) and moment.reply is not None and not self._muted
+        return [*said, *self._speak(data, moment)], sounds
 
     def _listen(self, moment: Moment) -> Iterator[Payload]:
         """What the user does."""
@@ -306,9 +309,8 @@ class RealtimeWire(Wire):
             yield self._event("input_audio_buffer.speech_stopped", audio_end_ms=ms, item_id=item)
             yield from self._committed(item)
 
-    def _speak(self, pcm: Pcm, moment: Moment) -> Iterator[Payload]:
+    def _speak(self, data: bytes, moment: Moment) -> Iterator[Payload]:
         """What the model does."""
-        data = self._out.add(pcm)  # silence too, for the filter
         self._reply = None if moment.ended else moment.reply
         if moment.reply is not None and not self._muted:
             yield from self._begin(moment.reply)

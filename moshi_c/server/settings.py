@@ -140,7 +140,7 @@ def read_sampling(query: Mapping[str, str], model: Model) -> Sampling:
     seed = query.get("seed") or query.get("text_seed") or query.get("audio_seed")
     seed = None if seed == "-1" else seed  # PersonaPlex's word for any
     return Sampling(
-        seed=None if seed is None else int(read_number(query, "seed", seed, 0, 2**64 - 1, int)),
+        seed=None if seed is None else int(read_number("seed", seed, 0, 2**64 - 1, int)),
         text_temperature=_temperature(query, "text_temperature"),
         text_top_k=_top_k(query, "text_topk", int(model._info["text_card"])),
         audio_temperature=_temperature(query, "audio_temperature"),
@@ -150,24 +150,23 @@ def read_sampling(query: Mapping[str, str], model: Model) -> Sampling:
 
 def _temperature(query: Mapping[str, str], name: str) -> float | None:
     text = query.get(name)
-    return None if not text else read_number(query, name, text, 0, 100, float)
+    return None if not text else read_number(name, text, 0, 100, float)
 
 
 def _top_k(query: Mapping[str, str], name: str, card: int) -> int | None:
     text = query.get(name)
     # a page's default may be more than a small model has
-    return None if not text else min(int(read_number(query, name, text, 0, 2**31, int)), card)
+    return None if not text else min(int(read_number(name, text, 0, 2**31, int)), card)
 
 
 def read_number(
-    query: Mapping[str, str],
-    name: str,
-    text: str,
-    least: float,
-    most: float,
-    kind: type[int] | type[float],
+    name: str, text: str, least: float, most: float, kind: type[int] | type[float]
 ) -> float:
-    """A number of a query string."""
+    """The number that an option's text says.
+
+    Raises:
+        ValueError: it says none, or one out of range.
+    """
     try:
         value = kind(text)
     except ValueError:
@@ -178,7 +177,11 @@ def read_number(
 
 
 def read_rate(text: str, frame_rate: float) -> int:
-    """A sampling rate with a whole number of samples in a frame."""
+    """A sampling rate, Hz, with a whole number of samples in a frame.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         rate = check_rate(int(text), "rate")
     except (AudioError, ValueError) as error:

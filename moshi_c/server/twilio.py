@@ -148,17 +148,17 @@ class TwilioWire(Wire):
     def _event(self, event: str, **facts: Any) -> str:
         return json.dumps({"event": event, "streamSid": self._stream, **facts})
 
-    def sound(self, pcm: Pcm, frame: Frame) -> list[Payload]:
+    def sound(self, pcm: Pcm, frame: Frame) -> tuple[list[Payload], bool]:
         """See Wire."""
         data = self._out.add(pcm)
         if not data:
-            return []
+            return [], False
         self._sent += len(data)
         said: list[Payload] = [self._event("media", media={"payload": write_sound(data)})]
         if self._sent - self._marked >= _MARK_EVERY:
             self._marked = self._sent
             said.append(self._event("mark", mark={"name": str(self._sent)}))
-        return said
+        return said, True
 
     def error(self, ending: Ending) -> list[Payload]:
         """Nothing: Twilio knows no such message; the close frame has the reason."""

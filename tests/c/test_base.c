@@ -179,9 +179,9 @@ static void a_sentence_belongs_to_its_thread(void)
 
 static void formats_have_names_both_ways(void)
 {
-    enum moshi_dtype dtype,
-        all[] = {MOSHI_AUTO, MOSHI_F32, MOSHI_F16, MOSHI_BF16, MOSHI_INT8, MOSHI_Q8, MOSHI_Q4};
-    for (int i = 0; i < 7; i++) {
+    enum moshi_dtype dtype, all[] = {MOSHI_AUTO, MOSHI_F32,  MOSHI_F16, MOSHI_BF16,
+                                     MOSHI_FP8,  MOSHI_INT8, MOSHI_Q8,  MOSHI_Q4};
+    for (int i = 0; i < 8; i++) {
         CHECK_OK(moshi_dtype_parse(moshi_dtype_name(all[i]), &dtype));
         CHECK(dtype == all[i]);
     }

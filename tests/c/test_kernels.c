@@ -147,6 +147,19 @@ static struct matrix matrix_of(enum weight_format format, int rows, int cols, co
             scales[r] = int8_row(values + (size_t)r * (size_t)cols, cols,
                                  (int8_t *)data + (size_t)r * (size_t)cols);
         matrix.scales = scales;
+    } else if (format == WEIGHT_FP8) {
+        float *scales = take((size_t)rows * sizeof *scales);
+
+        for (int r = 0; r < rows; r++) {
+            const float *row = values + (size_t)r * (size_t)cols;
+            float most = 0;
+
+            for (int k = 0; k < cols; k++) most = fmaxf(most, fabsf(row[k]));
+            scales[r] = most / FP8_MOST;
+            for (int k = 0; k < cols; k++)
+                ((uint8_t *)data)[r * cols + k] = f32_to_fp8(row[k] / scales[r]);
+        }
+        matrix.scales = scales;
     } else {
         weight_convert(WEIGHT_F32, values, format, data, n);
     }
@@ -182,7 +195,7 @@ static const char *const isas[] = {
 static struct backend *backends[3 * COUNT(isas)];
 static int n_backends, cuda;
 
-/* pack: 0 rows, 1 panels of f32, else the block format to make. The naive formulation reads the
+/* pack: 0 rows, 1 panels of f32, else the block format, or fp8, to make. The naive formulation reads the
  * panels of the first backend then. */
 static void prepare(struct backend *backend, struct matrix *matrix, int pack)
 {
@@ -204,7 +217,7 @@ static double weight_at(const struct matrix *m, size_t i)
         return (double)m->scales[i / (size_t)m->cols] * ((const int8_t *)m->data)[i];
     weight_convert(m->format, (const char *)m->data + i * weight_bytes(m->format), WEIGHT_F32,
                    &value, 1);
-    return value;
+    return m->scales ? (double)m->scales[i / (size_t)m->cols] * value : value;
 }
 
 static struct norm take_norm(enum norm_kind kind, int width)
@@ -266,7 +279,7 @@ static double naive_block_dot(const struct matrix *m, int row, const double *x)
 
 static double naive_dot(const struct matrix *m, int row, const double *x)
 {
-    if (m->packed) return naive_block_dot(m, row, x);
+    if (!m->data) return naive_block_dot(m, row, x);
     size_t columns = (size_t)m->cols;
     double sum = 0;
 
@@ -1402,7 +1415,8 @@ static void check_shape(case_function *function, struct shape shape, struct tall
             tally->masked &= rows_masked(function, shape, backends[b], &all[b]);
     }
     tally->cases++;
-    tally->bf16 |= shape.format == WEIGHT_BF16 && shape.packed < 2 && function != case_embed;
+    tally->bf16 |= (shape.format == WEIGHT_BF16 || shape.format == WEIGHT_FP8) &&
+                   shape.packed < 2 && function != case_embed;
     free_outcome(&naive);
     for (int b = 0; b < n_backends; b++) free_outcome(&all[b]);
 }
@@ -1446,9 +1460,12 @@ static int left_out(int i, int size)
 /* All row counts and sizes; every variant in turn. */
 static void check_products(const char *operation, case_function *function, int variants, int levels)
 {
-    int formats = function == case_embed ? 3 : 4; /* int8: rows with activations in f32 */
+    int is_codec = function == case_rvq_encode || function == case_rvq_decode;
+    /* int8: rows with activations in f32 */
+    int last = function == case_embed ? WEIGHT_BF16 : WEIGHT_INT8;
 
-    for (int format = 0; format < formats; format++) {
+    for (int format = 0; format <= last; format++) {
+        if (is_codec && format == WEIGHT_FP8) continue; /* the codec has none */
         for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
             struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
             char detail[32];
@@ -1477,6 +1494,75 @@ static void check_products(const char *operation, case_function *function, int v
                      packed ? " packed" : "");
             report(operation, detail, &tally);
         }
+    }
+}
+
+/* More rows than a card reads the weights once for: tiles with room left and full ones, fewer chunks of
+ * columns than warps and more, and columns that leave rows unaligned. */
+static void check_many_rows(void)
+{
+    static const int shapes[][3] = {{65, 72, 40}, {130, 600, 75}, {129, 1096, 9}, {100, 33, 35}};
+    static const enum weight_format formats[] = {WEIGHT_BF16, WEIGHT_INT8, WEIGHT_Q8, WEIGHT_Q4};
+
+    for (int f = 0; f < COUNT(formats); f++) {
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+        char detail[32];
+
+        for (int i = 0; i < COUNT(shapes); i++) {
+            struct shape shape = {.operation = "linear",
+                                  .n = shapes[i][0],
+                                  .in = shapes[i][1],
+                                  .out = shapes[i][2],
+                                  .packed = f ? (int)formats[f] : 0,
+                                  .format = WEIGHT_BF16};
+
+            if (f && i % 2 == f % 2) continue;
+            shape.variant = (5 * i + f) % 12;
+            check_shape(case_linear, shape, &tally);
+            shape.variant = i % 2;
+            check_shape(case_residual, shape, &tally);
+            shape.variant = i % 3;
+            check_shape(case_gated, shape, &tally);
+            shape.variant = 0;
+            check_shape(case_many, shape, &tally);
+        }
+        snprintf(detail, sizeof detail, "many rows, %s", weight_format_name(formats[f]));
+        report(f ? "near_codes" : "linear", detail, &tally);
+    }
+    for (int format = 0; format < 4; format++) { /* callers enough for large tiles of the codec */
+        static const int convs[][2] = {{1, 64}, {3, 9}};
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+        for (int i = 0; i < COUNT(convs); i++)
+            check_shape(case_conv,
+                        (struct shape){.operation = "conv",
+                                       .n = 15,
+                                       .in = convs[i][0],
+                                       .out = convs[i][1],
+                                       .levels = 701,
+                                       .steps = 40,
+                                       .calls = 2,
+                                       .variant = 1 + i,
+                                       .format = (enum weight_format)format},
+                        &tally);
+        report("conv", "of many rows", &tally);
+    }
+    for (int kv = 0; kv < 3; kv++) {
+        static const enum moshi_dtype dtypes[] = {MOSHI_F32, MOSHI_BF16, MOSHI_INT8};
+        struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+        for (int many = 0; many < 2; many++) /* rows, or steps: those are attended together */
+            check_shape(case_attend,
+                        (struct shape){.operation = "attend",
+                                       .n = many ? 6 : 22,
+                                       .steps = many ? 11 : 3,
+                                       .calls = 2,
+                                       .in = 8,
+                                       .out = 4,
+                                       .format = WEIGHT_BF16,
+                                       .kv = dtypes[kv]},
+                        &tally);
+        report(kv == 2 ? "attend_int8" : "attend_bf16", "of many rows", &tally);
     }
 }
 
@@ -1574,7 +1660,8 @@ static void check_codec(void)
     static const int transposed[][4] = {{8, 5, 4, 3}, {17, 33, 2, 2}, {40, 16, 8, 1}};
 
     for (int packed = 0; packed < 2 - cuda; packed++) /* a card has no panels of floats */ {
-        for (int format = 0; format < 4; format++) {
+        for (int format = 0; format <= WEIGHT_INT8; format++) {
+            if (format == WEIGHT_FP8) continue; /* the codec has none */
             struct tally conv = {.bits = 1, .alone = 1, .masked = 1}, back = conv;
             char detail[32];
 
@@ -1617,6 +1704,23 @@ static void check_codec(void)
     }
     check_products("rvq_encode", case_rvq_encode, 1, 3);
     check_products("rvq_decode", case_rvq_decode, 2, 3);
+}
+
+/* Spans of columns, strips of outputs and chunks of rows beside each other. */
+static void check_long_products(void)
+{
+    struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
+
+    for (int i = 0; i < 3; i++)
+        check_shape(case_linear,
+                    (struct shape){.operation = "linear",
+                                   .n = 40 + 61 * i,
+                                   .in = 1000 + 60 * i * i,
+                                   .out = 270,
+                                   .format = WEIGHT_BF16,
+                                   .variant = i},
+                    &tally);
+    report("linear", "bf16, long", &tally);
 }
 
 /* ---- sampling --------------------------------------------------------------------------- */
@@ -2049,6 +2153,110 @@ static void test_block_formats_hold_what_they_are_given(void)
     }
 }
 
+/* By the definition of e4m3fn; between two neighbours the nearer one, half way the even one. */
+static void test_fp8_converts_exactly(void)
+{
+    int good = 1;
+
+    for (int code = 0; code < 256; code++) {
+        int exponent = code >> 3 & 15, is_nan = (code & 127) == 127;
+        double want = exponent ? ldexp(1 + (code & 7) / 8.0, exponent - 7)
+                               : ldexp((code & 7) / 8.0, -6);
+        float f = fp8_to_f32((uint8_t)code);
+
+        if (is_nan) {
+            good &= isnan(f);
+            continue;
+        }
+        good &= f == (float)(code & 128 ? -want : want) && !signbit(f) == !(code & 128);
+        good &= f32_to_fp8(f) == code;
+        if ((code & 127) == 126) continue;
+        float next = fp8_to_f32((uint8_t)(code + 1)), middle = (f + next) / 2;
+
+        good &= f32_to_fp8(middle) == (code & 1 ? code + 1 : code);
+        good &= f32_to_fp8(nextafterf(middle, next)) == code + 1;
+        good &= f32_to_fp8(nextafterf(middle, f)) == code;
+    }
+    good &= f32_to_fp8(448.1f) == 0x7e && f32_to_fp8(-1e30f) == 0xfe &&
+            f32_to_fp8(INFINITY) == 0x7e;
+    good &= f32_to_fp8(-0x1p-11f) == 0x80 && f32_to_fp8(0x1p-149f) == 0;
+    verdict(good, "e4m3 converts exactly, both ways");
+}
+
+/* Each one alone in a row, in the midst of zeros and at the end of a row; subnormal ones too, although
+ * stages take subnormal floats for 0. */
+static void test_every_fp8_code_is_multiplied_as_what_it_is(struct backend *backend)
+{
+    enum { COLS = 77 };
+    int good = 1;
+
+    start_case(3);
+    uint8_t *codes = take(254 * COLS);
+    float *x = take(COLS * sizeof *x), *y = take(254 * sizeof *y);
+    struct matrix w = {.format = WEIGHT_FP8, .rows = 254, .cols = COLS, .data = codes};
+
+    for (int r = 0; r < 254; r++) codes[r * COLS + (r + r / 77) % COLS] = (uint8_t)(r + r / 127);
+    for (int k = 0; k < COLS; k++) x[k] = 1;
+    prepare(backend, &w, 0);
+    run_linear(backend, &(struct op_linear){.name = "codes", .n = 1, .x = x, .weight = w, .y = y});
+    for (int r = 0; r < 254; r++)
+        if (y[r] != fp8_to_f32(codes[r * COLS + (r + r / 77) % COLS])) good = 0;
+    verdict(good, "every code of fp8 is multiplied as what it is (%s)", backend->isa);
+    end_case();
+}
+
+/* The scale is that of the largest weight; the numbers are the nearest ones to weights over it. */
+static int is_near_as_fp8(const float *weights, const uint8_t *codes, double scale, int n)
+{
+    float most = 0;
+
+    for (int k = 0; k < n; k++) most = fmaxf(most, fabsf(weights[k]));
+    if (scale != 0 && fabs(scale / (most / 448.0) - 1) > 1e-6) return 0;
+    for (int k = 0; k < n; k++) {
+        double want = scale == 0 ? 0 : weights[k], found = scale * fp8_to_f32(codes[k]);
+        double step = fmax(ldexp(1, ilogb(want / scale) - 3), 0x1p-9); /* of neighbours */
+
+        if (fabs(want - found) > (fabs(want) == most ? 1e-6 * most : 0.5001 * step * scale))
+            return 0;
+        if (scale == 0 && codes[k] & 127) return 0;
+    }
+    return 1;
+}
+
+/* A row of zeros and one of too little have scales of 0. */
+static void test_fp8_rows_hold_what_they_are_given(void)
+{
+    enum { ROWS = 37, COLS = 150 };
+    struct matrix rows, w;
+    int good = 1;
+
+    start_case(9);
+    rows = take_matrix(WEIGHT_F32, ROWS, COLS);
+    float *values = (float *)(uintptr_t)rows.data;
+
+    for (int k = 0; k < COLS; k++) {
+        values[3 * COLS + k] = 0;
+        values[4 * COLS + k] *= 0x1p-120f;
+        values[5 * COLS + k] *= 0x1p-80f;
+        values[6 * COLS + k] *= 0x1p100f;
+    }
+    w = rows;
+    prepare(backends[0], &w, WEIGHT_FP8);
+    for (int r = 0; r < ROWS; r++)
+        if (!is_near_as_fp8(values + r * COLS, (const uint8_t *)w.data + r * COLS, w.scales[r],
+                            COLS))
+            good = 0;
+    good &= w.scales[3] == 0 && w.scales[4] == 0;
+    for (int b = 3; b < n_backends; b += 3) {
+        struct matrix other = rows;
+
+        prepare(backends[b], &other, WEIGHT_FP8);
+        good &= memcmp(other.packed, w.packed, packed_bytes(&w)) == 0;
+    }
+    verdict(good, "fp8 rows hold what they are given, the same from every instruction set");
+    end_case();
+}
+
 static void test_stored_int8_rows_keep_their_codes(void)
 {
     enum { ROWS = 21, COLS = 70 };
@@ -2081,7 +2289,7 @@ static void test_bad_numbers_do_not_hide_in_codes(void)
     int good = 1;
 
     for (int b = 0; b < n_backends; b += cuda ? 1 : 3) {
-        for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+        for (int format = WEIGHT_FP8; format <= WEIGHT_Q4; format++) {
             for (int i = 0; i < COUNT(bad); i++) {
                 struct matrix w, broken;
                 float *x, *y;
@@ -2271,17 +2479,47 @@ static void open_backends(void)
 
 /* ---- what only a card does differently -------------------------------------------------- */
 
-/* One call deep into a ring, whose keys are cut into spans: against the other backend. */
-static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum moshi_dtype kv)
+/* A cache for lanes of LONG_PAGES pages, its pages in another order. */
+enum { LONG_PAGES = 7, POSITIONS = 64, LONG_HEADS = 2, LONG_DIM = 64 };
+
+static struct kv_cache take_long_cache(enum moshi_dtype kv, int lanes)
 {
-    enum { LONG_PAGES = 7, POSITIONS = 64, HEADS = 2, DIM = 64, N = 2, LANES = 3 };
     struct kv_cache cache = {.pages_per_lane = LONG_PAGES,
                              .page_positions = POSITIONS,
                              .layers = 1,
-                             .kv_heads = HEADS,
-                             .head_dim = DIM,
+                             .kv_heads = LONG_HEADS,
+                             .head_dim = LONG_DIM,
                              .dtype = kv};
-    const size_t plane = kv_plane_bytes(&cache), row = (size_t)HEADS * DIM;
+    const size_t plane = kv_plane_bytes(&cache);
+    int pages = lanes * LONG_PAGES;
+    int32_t *table = take((size_t)pages * sizeof *table);
+
+    cache.page_bytes = 2 * LONG_HEADS * plane;
+    cache.pages = take(cache.page_bytes * (size_t)pages);
+    cache.table = table;
+    for (int i = 0; i < pages; i++) table[i] = pages - 1 - i;
+    for (int p = 0; p < 2 * LONG_HEADS * pages; p++) {
+        char *at = (char *)cache.pages + (size_t)p * plane;
+        float *scales = (float *)(void *)(at + POSITIONS * LONG_DIM);
+
+        for (int i = 0; i < POSITIONS * LONG_DIM; i++) {
+            if (kv == MOSHI_BF16)
+                ((uint16_t *)(void *)at)[i] = f32_to_bf16(uniform());
+            else if (kv == MOSHI_INT8)
+                at[i] = (char)(127 * uniform());
+            else
+                ((float *)(void *)at)[i] = uniform();
+        }
+        for (int i = 0; i < POSITIONS && kv == MOSHI_INT8; i++) scales[i] = (2 + uniform()) / 127;
+    }
+    return cache;
+}
+
+/* One call deep into a ring, whose keys are cut into spans: against the other backend. */
+static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum moshi_dtype kv)
+{
+    enum { N = 2, LANES = 6 };
+    const size_t row = (size_t)LONG_HEADS * LONG_DIM;
     struct outcome all[2];
     int good = 1;
 
@@ -2290,36 +2528,18 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
 
         start_case(11);
         struct rows rows = take_rows(&(struct shape){.n = N});
-        int32_t *table = take(LANES * 2 * LONG_PAGES * 4), *position = take(LANES * 2 * 4);
+        int32_t *position = take(LANES * sizeof *position);
         float *q = take_random(N * row, 1), *other = take_random(N * row, 1);
+        struct kv_cache cache = take_long_cache(kv, LANES);
 
-        cache.page_bytes = 2 * HEADS * plane;
-        cache.pages = take(cache.page_bytes * LANES * 2 * LONG_PAGES);
-        cache.table = table;
-        for (int i = 0; i < LANES * 2 * LONG_PAGES; i++) table[i] = LANES * 2 * LONG_PAGES - 1 - i;
-        for (int p = 0; p < 2 * HEADS * LANES * 2 * LONG_PAGES; p++) {
-            char *at = (char *)cache.pages + (size_t)p * plane;
-            float *scales = (float *)(void *)(at + POSITIONS * DIM);
-
-            for (int i = 0; i < POSITIONS * DIM; i++) {
-                if (kv == MOSHI_BF16)
-                    ((uint16_t *)(void *)at)[i] = f32_to_bf16(uniform());
-                else if (kv == MOSHI_INT8)
-                    at[i] = (char)(127 * uniform());
-                else
-                    ((float *)(void *)at)[i] = uniform();
-            }
-            for (int i = 0; i < POSITIONS && kv == MOSHI_INT8; i++)
-                scales[i] = (2 + uniform()) / 127;
-        }
-        for (int l = 0; l < LANES * 2; l++) position[l] = 200 + 137 * l;
+        for (int l = 0; l < LANES; l++) position[l] = 200 + 137 * l;
         if (!b) here->ops->reserve(here, N, 640, LONG_PAGES * POSITIONS);
         start_outcome(&all[b], N, row, 0);
         for (int times = 0; times < 2; times++) /* the first query leaves its own spans behind */
             run_attend(here, &(struct op_attend){.name = "long",
                                                  .rows = rows,
                                                  .steps = 1,
-                                                 .heads = HEADS,
+                                                 .heads = LONG_HEADS,
                                                  .causal = 1,
                                                  .context = 400,
                                                  .capacity = 400,
@@ -2332,6 +2552,52 @@ static void test_a_long_call_is_attended_in_spans(struct backend *backend, enum 
     verdict(good, "a long call is attended in spans (%s)", moshi_dtype_name(kv));
     free_outcome(&all[0]);
     free_outcome(&all[1]);
+}
+
+/* Calls that are young, that pass the end of a span, and that pass the end of their context. */
+static void test_steps_are_attended_together_as_one_by_one(struct backend *backend,
+                                                           enum moshi_dtype kv)
+{
+    enum { STEPS = 19, LANES = 6, N = 4 };
+    static const int32_t starts[LANES] = {0, 118, 337, 391, 0, 0};
+    const size_t row = (size_t)LONG_HEADS * LONG_DIM;
+
+    start_case(12);
+    struct rows rows = take_rows(&(struct shape){.n = N});
+    int32_t *position = take(sizeof starts), *count = take(sizeof starts);
+    float *q = take_random(N * STEPS * row, 1), *y = take(N * STEPS * row * sizeof *y);
+    float *one = take(N * row * sizeof *one), *query = take(N * row * sizeof *query);
+    struct kv_cache cache = take_long_cache(kv, LANES);
+    struct op_attend op = {.name = "steps",
+                           .rows = rows,
+                           .heads = LONG_HEADS,
+                           .context = 400,
+                           .capacity = LONG_PAGES * POSITIONS,
+                           .position = position,
+                           .key_count = count,
+                           .cache = &cache};
+    int good = 1;
+
+    for (op.causal = 0; op.causal < 2; op.causal++) {
+        for (int l = 0; l < LANES; l++)
+            position[rows.lane[l % N]] = starts[l % N], count[l] = 77 * l;
+        poison(y, N * STEPS * row * sizeof *y);
+        op.steps = STEPS, op.q = q, op.y = y;
+        run_attend(backend, &op);
+        op.steps = 1, op.q = query, op.y = one;
+        for (int t = 0; t < STEPS; t++) {
+            for (size_t i = 0; i < N; i++)
+                memcpy(query + i * row, q + (i * STEPS + (size_t)t) * row, row * sizeof *q);
+            run_attend(backend, &op);
+            for (size_t i = 0; i < N; i++)
+                good &= isfinite(one[i * row]) &&
+                        memcmp(one + i * row, y + (i * STEPS + (size_t)t) * row, row * sizeof *y) ==
+                            0;
+            for (int i = 0; i < N; i++) position[rows.lane[i]]++;
+        }
+    }
+    end_case();
+    verdict(good, "steps are attended together as one by one (%s)", moshi_dtype_name(kv));
 }
 
 /* Large matrices of a convolution take another way than small ones. */
@@ -2358,14 +2624,15 @@ static void check_large_products(void)
 {
     for (int format = WEIGHT_BF16; format <= WEIGHT_Q4; format++) {
         struct tally tally = {.bits = 1, .alone = 1, .masked = 1};
-        const char *name = format == WEIGHT_BF16 ? "linear" : "codes";
+        int blocks = is_block_format((enum weight_format)format);
+        const char *name = blocks ? "codes" : "linear";
         char detail[32];
 
         struct shape shape = {.operation = name,
                               .in = DEEPEST,
                               .out = 18,
-                              .packed = format == WEIGHT_BF16 ? 0 : format,
-                              .format = format == WEIGHT_BF16 ? WEIGHT_BF16 : WEIGHT_F32,
+                              .packed = blocks ? format : 0,
+                              .format = blocks ? WEIGHT_F32 : (enum weight_format)format,
                               .variant = 3};
 
         for (shape.n = 1; shape.n < 40; shape.n += 19) check_shape(case_linear, shape, &tally);
@@ -2382,7 +2649,8 @@ static void check_large_products(void)
 /* One row among others that are not finite or very large, at any place, in any number. */
 static void test_company_changes_no_bit(struct backend *backend)
 {
-    enum { IN = 200, OUT = 21, MOST = 64 };
+    enum { IN = 200, OUT = 21, MOST = 150 };
+    static const int counts[] = {1, 3, 4, 17, 64, 66, MOST};
 
     for (int format = 0; format < WEIGHT_FORMATS; format++) {
         int good = 1, packed = format > WEIGHT_INT8 ? format : 0;
@@ -2396,8 +2664,8 @@ static void test_company_changes_no_bit(struct backend *backend)
             float *y = take(sizeof *y * MOST * OUT);
 
             prepare(backend, &w, packed);
-            for (int i = 0; i < COUNT(row_counts); i++) {
-                int n = product_rows(i), place = n * 2 / 3;
+            for (int i = 0; i < COUNT(counts); i++) {
+                int n = counts[i], place = n * 2 / 3;
 
                 for (int k = 0; k < n * IN; k++) x[k] = k / IN % 2 ? NAN : 1e30f;
                 memcpy(x + place * IN, row, IN * sizeof *x);
@@ -2415,13 +2683,14 @@ static void test_company_changes_no_bit(struct backend *backend)
     }
 }
 
-/* Floats, int8 rows and a file's panels give the same blocks. */
+/* Floats, fp8 and int8 rows, and a file's panels give the same blocks. */
 static void test_blocks_are_made_of_anything(struct backend *backend)
 {
     enum { ROWS = 37, COLS = 150 };
 
-    for (int format = WEIGHT_INT8; format <= WEIGHT_Q4; format++) {
+    for (int format = WEIGHT_FP8; format <= WEIGHT_Q4; format++) {
         for (int source = WEIGHT_F32; source <= WEIGHT_INT8; source++) {
+            if (source == WEIGHT_FP8 && format == source) continue; /* rows are taken as they are */
             float *made[2], *in;
             struct matrix rows, w[2];
             int good;
@@ -2431,7 +2700,7 @@ static void test_blocks_are_made_of_anything(struct backend *backend)
             in = take_random(COLS, 1);
             w[0] = w[1] = rows;
             prepare(backend, &w[0], format);
-            prepare(backends[0], &w[1], format); /* panels */
+            prepare(backends[0], &w[1], format); /* panels, or rows of fp8 */
             prepare(backend, &w[1], 0);
             for (int i = 0; i < 2; i++) {
                 made[i] = take(ROWS * sizeof *made[i]);
@@ -2440,7 +2709,7 @@ static void test_blocks_are_made_of_anything(struct backend *backend)
                                .name = "made", .n = 1, .x = in, .weight = w[i], .y = made[i]});
             }
             good = memcmp(made[0], made[1], ROWS * sizeof *made[0]) == 0 && made[0][0] != 0;
-            verdict(good, "%s is made of %s as on the CPU, and of panels",
+            verdict(good, "%s is made of %s as on the CPU, and of what a file has",
                     weight_format_name((enum weight_format)format),
                     weight_format_name((enum weight_format)source));
             end_case();
@@ -2681,6 +2950,7 @@ static void check_depth_passes(struct backend *backend)
     static const struct depth_case cases[] = {
         {WEIGHT_BF16, 1, 96, 4, 4, 132, 1, NORM_RMS, 0, 0, 0, 1},
         {WEIGHT_BF16, 4, 128, 2, 1, 1096, 0, NORM_LAYER, 1, 1, 0, 1},
+        {WEIGHT_FP8, 2, 160, 2, 2, 1160, 1, NORM_RMS, 1, 1, 0, 1},
         {WEIGHT_INT8, 3, 160, 2, 2, 200, 1, NORM_RMS, 0, 1, 0, 1},
         {WEIGHT_Q8, 4, 96, 4, 2, 140, 1, NORM_RMS, 1, 0, 0, 1},
         {WEIGHT_Q4, 2, 96, 2, 2, 2400, 1, NORM_NONE, 0, 0, 0, 1},
@@ -2692,6 +2962,158 @@ static void check_depth_passes(struct backend *backend)
     for (int i = 0; i < COUNT(cases); i++) check_depth(backend, &cases[i]);
 }
 
+/* The same backend for a card with few processors, so that small matrices are enough: with warpgroups
+ * and without. Where the card has none, both are the same. */
+static void test_warpgroups_give_the_bits_of_warps(void)
+{
+    enum { ROWS = 140, IN = 1096, OUT = 150 };
+    static const int columns[] = {72, 600, IN};
+    static const int rows[] = {66, 128, ROWS};
+    struct backend *pair[2];
+    int good = 1, nan_seen = 0;
+
+    setenv("SHIM_PROCESSORS", "2", 1);
+    for (int i = 0; i < 2; i++) {
+        setenv("MOSHI_C_WARPGROUPS", i ? "1" : "0", 1);
+        if (cuda_backend_create("cuda", &pair[i])) exit(2);
+    }
+    unsetenv("MOSHI_C_WARPGROUPS");
+    unsetenv("SHIM_PROCESSORS");
+    for (int c = 0; c < 3; c++) {
+        start_case((uint64_t)c);
+        const int in = columns[c], n = rows[c];
+        struct matrix weight = take_matrix(WEIGHT_BF16, OUT, in);
+        float *x = take_random((size_t)(n * in), 2), *y[2];
+        const struct norm norm = take_norm(NORM_RMS, in);
+
+        for (int i = 0; i < 2; i++) {
+            struct matrix w = weight;
+
+            y[i] = take((size_t)(n * OUT) * sizeof **y);
+            poison(y[i], (size_t)(n * OUT) * sizeof **y);
+            prepare(pair[i], &w, 0);
+            if (c == 1) /* half as many outputs; the rest stays as it is */
+                run_linear_gated(
+                    pair[i],
+                    &(struct op_linear_gated){
+                        .name = "gated", .n = n, .x = x, .norm = norm, .weight = w, .y = y[i]});
+            else
+                run_linear(
+                    pair[i],
+                    &(struct op_linear){
+                        .name = "linear", .n = n, .x = x, .norm = norm, .weight = w, .y = y[i]});
+        }
+        good &= memcmp(y[0], y[1], (size_t)(n * OUT) * sizeof **y) == 0;
+        for (int i = 0; i < n * (c == 1 ? OUT / 2 : OUT); i++) nan_seen |= isnan(y[1][i]);
+        end_case();
+    }
+    for (int i = 0; i < 2; i++) pair[i]->ops->destroy(pair[i]);
+    verdict(good && !nan_seen, "warpgroups give the bits of warps");
+}
+
+struct given_frames {
+    struct op_delay_input in;
+    struct op_delay_output out;
+    int frames, at_once;
+};
+
+static void stage_delay_given(struct backend *backend, void *arg)
+{
+    struct given_frames g = *(struct given_frames *)arg;
+    const struct delay_cache *cache = g.in.cache;
+
+    if (g.at_once) {
+        backend->ops->delay_given(backend, &g.in, &g.out, g.frames);
+        return;
+    }
+    for (int t = 0; t < g.frames; t++) {
+        backend->ops->delay_input(backend, &g.in);
+        backend->ops->delay_output(backend, &g.out);
+        g.in.user += cache->streams - 1 - cache->dep_q;
+        g.in.tokens += cache->streams;
+        g.out.text++;
+        g.out.audio += cache->dep_q;
+        g.out.out += 1 + cache->dep_q;
+    }
+}
+
+/* A slot's first frames, some more, one, and enough to fill the cache twice. */
+static void test_given_frames_pass_the_delays_as_steps(struct backend *backend)
+{
+    enum { STREAMS = 7, DEP_Q = 3, USERS = 3, COLUMNS = 5, MOST = 150, LANES = 3, SLOT = 1 };
+    static const int32_t late[STREAMS] = {1, 0, 3, 2, 0, 1, 3};
+    static const int counts[] = {2, 5, 1, MOST, 3};
+    const size_t cells = LANES * STREAMS * COLUMNS;
+    int good = 1;
+
+    for (int guided = 0; guided < 2; guided++) {
+        int32_t *tokens[2], *out[2], *cache_tokens[2], *offset[2];
+
+        start_case(21);
+        int32_t *user = take(MOST * USERS * 4), *text = take(MOST * 4);
+        int32_t *audio = take(MOST * DEP_Q * 4), *lane = take(4), *null_row = take(4);
+        int32_t *delays = take(sizeof late);
+        uint8_t *active = take(1);
+        struct slot_params *params = take(LANES * sizeof *params);
+
+        memcpy(delays, late, sizeof late);
+        *lane = SLOT, *active = 1;
+        params[SLOT].cfg_masked_until = guided ? 4 : -1;
+        params[SLOT].cfg_no_text = guided;
+        for (int i = 0; i < 2; i++) {
+            tokens[i] = take(2 * MOST * STREAMS * 4);
+            out[i] = take(MOST * (1 + DEP_Q) * 4);
+            cache_tokens[i] = take(cells * 4);
+            offset[i] = take(LANES * 4);
+            poison(cache_tokens[i], cells * 4);
+        }
+        for (int call = 0; call < COUNT(counts); call++) {
+            int frames = counts[call];
+
+            *null_row = guided ? frames : -1;
+            for (int i = 0; i < frames * USERS; i++) user[i] = random_below(900);
+            for (int i = 0; i < frames * DEP_Q; i++) audio[i] = random_below(900);
+            for (int i = 0; i < frames; i++) text[i] = random_below(900);
+            for (int i = 0; i < 2; i++) {
+                struct rows rows = {1, lane, active};
+                struct delay_cache cache = {.streams = STREAMS,
+                                            .dep_q = DEP_Q,
+                                            .columns = COLUMNS,
+                                            .max_delay = 3,
+                                            .initial_text = 1000,
+                                            .initial_audio = 2000,
+                                            .delays = delays,
+                                            .tokens = cache_tokens[i],
+                                            .offset = offset[i]};
+                struct given_frames given = {.in = {.name = "given",
+                                                    .rows = rows,
+                                                    .cache = &cache,
+                                                    .params = params,
+                                                    .user = user,
+                                                    .null_row = null_row,
+                                                    .tokens = tokens[i]},
+                                             .out = {.name = "given",
+                                                     .rows = rows,
+                                                     .cache = &cache,
+                                                     .text = text,
+                                                     .audio = audio,
+                                                     .out = out[i]},
+                                             .frames = frames,
+                                             .at_once = i};
+
+                poison(tokens[i], 2 * MOST * STREAMS * 4);
+                poison(out[i], MOST * (1 + DEP_Q) * 4);
+                must(backend, run_stage(backend, stage_delay_given, &given));
+            }
+            good &= memcmp(tokens[0], tokens[1], 2 * MOST * STREAMS * 4) == 0 &&
+                    memcmp(out[0], out[1], MOST * (1 + DEP_Q) * 4) == 0 &&
+                    memcmp(cache_tokens[0], cache_tokens[1], cells * 4) == 0 &&
+                    memcmp(offset[0], offset[1], LANES * 4) == 0 && offset[1][SLOT] > 0;
+        }
+    }
+    verdict(good, "given frames pass the delays as steps do");
+}
+
 static int test_cuda(void)
 {
     if (!open_cuda()) return 2;
@@ -2700,6 +3122,7 @@ static int test_cuda(void)
     check_delays(backends[1], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
     check_delays(backends[1], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
     check_depth_passes(backends[1]);
+    test_given_frames_pass_the_delays_as_steps(backends[1]);
     check_rows("norm", case_norm, 3, 1);
     check_rows("softmax", case_softmax, 1, 1);
     check_rows("rope", case_rope, 1, 3);
@@ -2712,8 +3135,14 @@ static int test_cuda(void)
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_F32);
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_BF16);
     test_a_long_call_is_attended_in_spans(backends[1], MOSHI_INT8);
+    test_steps_are_attended_together_as_one_by_one(backends[1], MOSHI_F32);
+    test_steps_are_attended_together_as_one_by_one(backends[1], MOSHI_BF16);
+    test_steps_are_attended_together_as_one_by_one(backends[1], MOSHI_INT8);
     check_block_products();
+    check_many_rows();
+    test_warpgroups_give_the_bits_of_warps();
     check_large_products();
+    test_every_fp8_code_is_multiplied_as_what_it_is(backends[1]);
     test_company_changes_no_bit(backends[1]);
     test_blocks_are_made_of_anything(backends[1]);
     test_bad_numbers_do_not_hide_in_codes();
@@ -3084,6 +3513,7 @@ int main(int argc, char **argv)
     }
     open_backends();
     test_half_floats_convert_exactly();
+    test_fp8_converts_exactly();
     test_rows_below_the_normal_range_have_codes();
     test_philox_gives_the_published_words();
     test_unknown_instruction_set_is_an_error();
@@ -3108,10 +3538,14 @@ int main(int argc, char **argv)
     check_products("embed", case_embed, 16, 0);
     check_block_products();
     test_block_formats_hold_what_they_are_given();
+    test_fp8_rows_hold_what_they_are_given();
+    for (int b = 0; b < n_backends; b += 3)
+        test_every_fp8_code_is_multiplied_as_what_it_is(backends[b]);
     test_stored_int8_rows_keep_their_codes();
     test_bad_numbers_do_not_hide_in_codes();
     check_attention();
     check_codec();
+    check_long_products();
     test_many_threads_on_few_cores();
     for (int b = 0; b < n_backends; b++) backends[b]->ops->destroy(backends[b]);
     os_release(arena, arena_bytes);

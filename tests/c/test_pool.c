@@ -28,6 +28,8 @@ struct seen {
     int runs[TASKS];
     int part_of[TASKS];
     int parts[MOST_THREADS];
+    int tasks, least; /* of shares */
+    int uneven[MOST_THREADS];
 };
 
 static void note(void *arg, int part, int first, int last)
@@ -76,6 +78,39 @@ static void test_every_task_runs_once_in_its_part(void)
         pool_destroy(pool);
     }
     verdict(good, "every task runs once, in runs that are cut at the same places each time");
+}
+
+static void note_share(void *arg, int part, int first, int last)
+{
+    struct seen *seen = arg;
+
+    note(arg, part, first, last);
+    seen->uneven[part] |= first % seen->least || (last % seen->least && last != seen->tasks);
+}
+
+static void test_shared_tasks_run_once_each(void)
+{
+    static const int counts[] = {1, 2, 3, 8, 17};
+    static struct seen seen;
+    int good = 1;
+
+    for (int c = 0; c < 5; c++) {
+        struct pool *pool = open_pool(counts[c]);
+
+        for (int least = 1; least <= 9; least += 4) {
+            for (int tasks = 0; tasks <= TASKS; tasks += tasks < 40 ? 1 : 160) {
+                memset(&seen, 0, sizeof seen);
+                seen.tasks = tasks;
+                seen.least = least;
+                parallel_share(pool, note_share, &seen, tasks, least);
+                for (int part = 0; part < MOST_THREADS; part++) good &= !seen.uneven[part];
+                for (int task = 0; task < TASKS; task++)
+                    good &= seen.runs[task] == (task < tasks) && seen.part_of[task] < counts[c];
+            }
+        }
+        pool_destroy(pool);
+    }
+    verdict(good, "every task that threads share runs once, in shares that are multiples");
 }
 
 /* Each job reads what the one before wrote, in other parts. */
@@ -308,6 +343,7 @@ int main(int argc, char **argv)
         return 0;
     }
     test_every_task_runs_once_in_its_part();
+    test_shared_tasks_run_once_each();
     test_a_job_sees_all_that_the_last_one_wrote();
     test_workers_sleep_between_jobs();
     test_pools_run_side_by_side();

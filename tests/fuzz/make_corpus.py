@@ -245,8 +245,8 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
             + space.encode()
         )
 
-    def panels(dtype: Any) -> bytes:
-        """With matrices in a block format."""
+    def narrow(dtype: Any) -> bytes:
+        """With matrices in a narrow format, as they are written."""
         from moshi_c import convert
 
         with tempfile.TemporaryDirectory() as name:
@@ -256,8 +256,10 @@ def model_inputs(folder: Path) -> dict[str, bytes]:
         return both() + MARK + data[8 : 8 + size]
 
     return {
-        "weights-q4": panels("q4"),
-        "weights-int8": panels("int8"),
+        "weights-q4": narrow("q4"),
+        "weights-int8": narrow("int8"),
+        "weights-fp8": narrow("fp8"),
+        "weights-fp8-without-scales": stored("F8_E4M3", 1),
         "weights-f32": stored("F32", 4),
         "weights-f16": stored("F16", 2),
         "weights-bf16-at-odd-bytes": stored("BF16", 2, " " * (len(json.dumps(header)) % 2 + 1)),

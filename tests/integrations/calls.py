@@ -21,9 +21,7 @@ RATE, FRAME = 24000, 1920
 
 def question(text: str = QUESTION, after: float = 4.0) -> NDArray[np.float32]:
     """Half a second of silence, the question, and time for the answer; in whole frames."""
-    silence = [np.zeros(round(s * RATE), np.float32) for s in (0.5, after)]
-    pcm = np.concatenate([silence[0], 0.5 * sound.speech(text), silence[1]])
-    return np.concatenate([pcm, np.zeros(-len(pcm) % FRAME, np.float32)])
+    return sound.question(text, before=0.5, after=after, level=0.5)
 
 
 def write(path: Path, pcm: NDArray[np.float32], rate: int = RATE) -> Path:

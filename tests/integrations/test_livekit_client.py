@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import sound
-from callers import eventually, scenario, serving, value
+from callers import all_over, scenario, serving, value
 from livekit import rtc
 from livekit.plugins.nvidia.experimental import realtime
 from sound import RATE, Sound
@@ -21,7 +21,7 @@ from moshi_c import Model
 async def test_livekits_personaplex_client_holds_a_call_in_turns(model: Model) -> None:
     """Package livekit-plugins-nvidia, unmodified. It does not wait for the handshake, and takes
     half a second without sound for the end of a turn."""
-    asked = np.concatenate([sound.speech("what is the opposite of hot"), sound.silence(2.5)])
+    asked = sound.question()
     turns: list[tuple[str, Sound]] = []
     turn_tasks: list[asyncio.Task[None]] = []
     errors: list[object] = []
@@ -53,7 +53,7 @@ async def test_livekits_personaplex_client_holds_a_call_in_turns(model: Model) -
             await asyncio.sleep(max(0.0, begin + start / RATE - time.monotonic()))
         await asyncio.wait_for(asyncio.gather(*turn_tasks), 30)
         await session.aclose()
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
     assert not errors
     assert len(turns) == 1, "one answer is one turn"

@@ -11,7 +11,8 @@ from typing import Any
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value
+from callers import all_over, scenario, serving, value
+from clients import KEY, PATIENT
 from livekit import rtc
 from livekit.agents import Agent
 from livekit.plugins.openai.realtime import GPTLiveModel
@@ -19,9 +20,6 @@ from test_livekit import AgentCall, Microphone, pieces, samples, until
 
 from moshi_c import Model
 from moshi_c.server import Server
-
-KEY = "open sesame"
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "token": KEY}
 
 
 class Slowly(Microphone):
@@ -42,10 +40,9 @@ class Slowly(Microphone):
 
 @asynccontextmanager
 async def agent_call(
-    server: Server, frames: list[rtc.AudioFrame], instructions: str = ""
+    model: Any, frames: list[rtc.AudioFrame], instructions: str = ""
 ) -> AsyncIterator[AgentCall]:
-    """An agent whose model is the server."""
-    model: Any = GPTLiveModel(base_url=f"{server.url}/v1", api_key=KEY)
+    """An agent of a client's model, which hears the frames in real time."""
     call = AgentCall(model, [], Agent(instructions=instructions))
     call.session.input.audio = Slowly(frames)
     try:
@@ -55,15 +52,19 @@ async def agent_call(
         await model.aclose()
 
 
+def live_model(server: Server) -> GPTLiveModel:
+    return GPTLiveModel(base_url=f"{server.url}/v1", api_key=KEY)
+
+
 @scenario
 async def test_livekits_live_model_holds_a_call(model: Model, tmp_path: Path) -> None:
     """Packages livekit-agents and livekit-plugins-openai, unmodified: WAV in, the answer's turn,
     words and voice out of an AgentSession."""
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
-        async with agent_call(server, pieces(pcm)) as call:
+        async with agent_call(live_model(server), pieces(pcm)) as call:
             await until(call.said)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="finished") == 1
     assert [text.strip() for text in call.said()] == [calls.ANSWER]
@@ -78,7 +79,7 @@ async def test_livekits_live_model_is_told_what_the_model_has_not(model: Model) 
     silence = np.zeros(60 * calls.RATE, np.int16)
     async with (
         serving(model, **PATIENT) as server,
-        agent_call(server, pieces(silence), "You are a pirate.") as call,
+        agent_call(live_model(server), pieces(silence), "You are a pirate.") as call,
     ):
         await until(lambda: call.of("error"))
         assert call.of("error")[0].error.recoverable

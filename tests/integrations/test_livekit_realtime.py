@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value
-from livekit import rtc
-from livekit.agents import Agent
+from callers import all_over, scenario, serving, value
+from clients import KEY, PATIENT
 from livekit.plugins.openai.realtime import RealtimeModel
-from test_livekit import AgentCall, pieces, samples, until
-from test_livekit_live import KEY, PATIENT, Slowly
+from test_livekit import pieces, samples, until
+from test_livekit_live import agent_call
 
 from moshi_c import Model
 from moshi_c.server import Server
 
 
-@asynccontextmanager
-async def agent_call(
-    server: Server, frames: list[rtc.AudioFrame], instructions: str = ""
-) -> AsyncIterator[AgentCall]:
-    """An agent whose model is the server."""
-    model: Any = RealtimeModel(base_url=f"{server.url}/v1?seed={calls.SEED}", api_key=KEY)
-    call = AgentCall(model, [], Agent(instructions=instructions))
-    call.session.input.audio = Slowly(frames)
-    try:
-        async with call:
-            yield call
-    finally:
-        await model.aclose()
+def realtime_model(server: Server) -> RealtimeModel:
+    return RealtimeModel(base_url=f"{server.url}/v1?seed={calls.SEED}", api_key=KEY)
 
 
 @scenario
@@ -42,9 +27,9 @@ async def test_livekits_realtime_model_holds_a_call(model: Model, tmp_path: Path
     words and voice out of an AgentSession."""
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
-        async with agent_call(server, pieces(pcm), "You are a pirate.") as call:
+        async with agent_call(realtime_model(server), pieces(pcm), "You are a pirate.") as call:
             await until(call.said)
-        await eventually(lambda: server._admission.busy == 0)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="hung_up") == 1
     assert [text.strip() for text in call.said()] == [calls.ANSWER]
@@ -61,7 +46,7 @@ async def test_livekits_realtime_model_is_not_left_waiting_for_a_reply(model: Mo
     silence = np.zeros(60 * calls.RATE, np.int16)
     async with (
         serving(model, **PATIENT) as server,
-        agent_call(server, pieces(silence)) as call,
+        agent_call(realtime_model(server), pieces(silence)) as call,
     ):
         await asyncio.wait_for(call.session.generate_reply(user_input="hello"), 60)
         assert not "".join(call.said()).replace("hello", "").strip()

@@ -5,27 +5,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import calls
 import numpy as np
-from callers import scenario, serving, value
+from callers import cut, in_time, scenario, serving, value
+from clients import KEY, PATIENT
 from openai import AsyncOpenAI
 from openai.types.live import ServerEvent
 from pydantic import TypeAdapter
 
 from moshi_c import Model
 
-KEY = "open sesame"
 SCHEMA: TypeAdapter[ServerEvent] = TypeAdapter(ServerEvent)
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "token": KEY}
 
 
-def parts(pcm: np.ndarray, size: int = 480) -> Iterator[str]:
-    """Pieces of the samples as events carry them."""
-    for start in range(0, len(pcm), size):
-        yield base64.b64encode(pcm[start : start + size].tobytes()).decode()
+async def in_base64(pcm: np.ndarray) -> AsyncIterator[str]:
+    """Pieces of 20 ms as events carry them, in real time."""
+    async for piece in in_time(cut(pcm, 480), 0.02):
+        yield base64.b64encode(piece.tobytes()).decode()
+
+
+async def received(connection: Any, schema: TypeAdapter[Any]) -> Any:
+    """The next event. The package itself takes what is not as it should be."""
+    message = await connection.recv_bytes()
+    schema.validate_json(message)
+    return connection.parse_event(message)
 
 
 def heard(events: list[ServerEvent]) -> np.ndarray:
@@ -57,17 +64,13 @@ async def test_the_openai_package_holds_a_call(model: Model, tmp_path: Path) -> 
         assert abs(started.session.expires_at - time.time() - 3600) < 60
 
         async def speak() -> None:
-            begin = time.monotonic()
-            for number, part in enumerate(parts(pcm)):
-                await asyncio.sleep(begin + 0.02 * number - time.monotonic())
-                await connection.session.input_audio.append(audio=part)
+            async for piece in in_base64(pcm):
+                await connection.session.input_audio.append(audio=piece)
             await connection.session.close()
 
         speaking = asyncio.create_task(speak())
         while not events or events[-1].type != "session.closed":
-            message = await connection.recv_bytes()
-            SCHEMA.validate_json(message)  # the package itself takes what is not as it should be
-            events.append(connection.parse_event(message))
+            events.append(await received(connection, SCHEMA))
         await speaking
         assert value(server, "moshi_ignored_messages_total") == 0
     expected, text = calls.alone(model, pcm)
@@ -92,9 +95,7 @@ async def test_every_answer_is_as_the_openai_package_has_it(model: Model) -> Non
         events: list[ServerEvent] = []
 
         async def next_event() -> ServerEvent:
-            message = await connection.recv_bytes()
-            SCHEMA.validate_json(message)
-            events.append(connection.parse_event(message))
+            events.append(await received(connection, SCHEMA))
             return events[-1]
 
         assert (await next_event()).type == "info"  # in the line

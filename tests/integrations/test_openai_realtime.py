@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from pathlib import Path
 
 import calls
 import numpy as np
 from callers import scenario, serving, value
+from clients import KEY, PATIENT
 from openai import AsyncOpenAI
 from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
+from test_openai_live import in_base64, received
 
 from moshi_c import Model
 
-KEY = "open sesame"
 SCHEMA: TypeAdapter[RealtimeServerEvent] = TypeAdapter(RealtimeServerEvent)
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "token": KEY}
 
 
 @scenario
@@ -36,17 +35,12 @@ async def test_the_openai_package_holds_a_call_in_turns(model: Model, tmp_path: 
     ):
 
         async def next_event() -> RealtimeServerEvent:
-            message = await connection.recv_bytes()
-            SCHEMA.validate_json(message)  # the package itself takes what is not as it should be
-            events.append(connection.parse_event(message))
+            events.append(await received(connection, SCHEMA))
             return events[-1]
 
         async def speak() -> None:
-            begin = time.monotonic()
-            for number, start in enumerate(range(0, len(pcm), 480)):
-                await asyncio.sleep(max(0.0, begin + 0.02 * number - time.monotonic()))
-                part = base64.b64encode(pcm[start : start + 480].tobytes()).decode()
-                await connection.input_audio_buffer.append(audio=part)
+            async for piece in in_base64(pcm):
+                await connection.input_audio_buffer.append(audio=piece)
 
         assert (await next_event()).type == "session.created"
         await connection.session.update(

@@ -206,7 +206,7 @@ def test_the_model_is_loaded_and_closed_by_a_service_of_its_own(tmp_path: Path) 
     assert said(frames) == calls.ANSWER and alone.stats is None
 
 
-def test_end_frees_the_slot(single: moshi_c.Model, tmp_path: Path) -> None:
+def test_end_frees_the_slot(single: moshi_c.Model) -> None:
     async def call() -> bool:
         await down(service(single), heard(np.zeros(calls.RATE, np.int16)))
         return calls.is_free(single)
@@ -214,9 +214,7 @@ def test_end_frees_the_slot(single: moshi_c.Model, tmp_path: Path) -> None:
     assert asyncio.run(call())
 
 
-def test_cancel_frees_the_slot_and_leaves_waiting_sound_unheard(
-    single: moshi_c.Model, tmp_path: Path
-) -> None:
+def test_cancel_frees_the_slot_and_leaves_waiting_sound_unheard(single: moshi_c.Model) -> None:
     async def call() -> tuple[list[Frame], bool]:
         frames = [*heard(np.zeros(20 * calls.RATE, np.int16), ms=1000), CancelFrame()]
         given = await down(service(single), frames, send_end_frame=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value, websocket
+from callers import all_over, scenario, serving, value, websocket
+from clients import KEY, PATIENT
 from numpy.typing import NDArray
 from pipecat.frames.frames import (
     ErrorFrame,
@@ -27,8 +29,6 @@ from test_pipecat import START_S, heard, said, voice
 
 from moshi_c import Model
 
-KEY = "open sesame"
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "token": KEY}
 RESPONSE = (
     LLMFullResponseStartFrame,
     TTSStartedFrame,
@@ -44,16 +44,15 @@ def service(url: str) -> OpenAILiveLLMService:
 
 
 async def conversation(
-    url: str, context: LLMContext, pcm: NDArray[np.int16]
+    client: Any, ready: Callable[[], Any], context: LLMContext | None, pcm: NDArray[np.int16]
 ) -> tuple[list[Frame], list[Frame]]:
-    """What comes down and up a pipeline that hears the samples in real time, then ends."""
-    client = service(url)
-    started = []
-    client.add_event_handler("on_session_started", lambda *given: started.append(given))
+    """What comes down and up a pipeline of a client that is given the context, hears the samples in
+    real time from when it is ready, then ends."""
 
     def frames() -> Iterator[Frame]:
-        yield LLMContextFrame(context)
-        while not started:
+        if context is not None:
+            yield LLMContextFrame(context)
+        while not ready():
             yield SleepFrame(0.01)
         for frame in heard(pcm):
             yield frame
@@ -63,13 +62,22 @@ async def conversation(
     return list(down), list(up)
 
 
+async def live_conversation(
+    url: str, context: LLMContext, pcm: NDArray[np.int16]
+) -> tuple[list[Frame], list[Frame]]:
+    client = service(url)
+    started: list[Any] = []
+    client.add_event_handler("on_session_started", lambda *given: started.append(given))
+    return await conversation(client, lambda: started, context, pcm)
+
+
 @scenario
 async def test_pipecats_live_service_holds_a_call(model: Model, tmp_path: Path) -> None:
     """Package pipecat-ai, unmodified: WAV in, the answer's frames and words out."""
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
-        down, up = await conversation(websocket(server), LLMContext(), pcm)
-        await eventually(lambda: server._admission.busy == 0)
+        down, up = await live_conversation(websocket(server), LLMContext(), pcm)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="finished") == 1
     assert said(down) == calls.ANSWER
@@ -93,7 +101,7 @@ async def test_pipecats_live_service_is_told_what_the_model_has_not(model: Model
     ]
     silence = np.zeros(2 * calls.RATE, np.int16)
     async with serving(model, **PATIENT) as server:
-        down, up = await conversation(websocket(server), LLMContext(messages), silence)
+        down, up = await live_conversation(websocket(server), LLMContext(messages), silence)
     assert said(down) == "the sky is blue"
     errors = [frame for frame in up if isinstance(frame, ErrorFrame)]
     assert len(errors) == 1 and not errors[0].fatal

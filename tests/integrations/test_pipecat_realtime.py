@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import calls
 import numpy as np
-from callers import eventually, scenario, serving, value, websocket
+from callers import all_over, scenario, serving, value, websocket
+from clients import KEY, PATIENT
 from numpy.typing import NDArray
 from pipecat.frames.frames import (
     ErrorFrame,
     Frame,
-    LLMContextFrame,
     LLMFullResponseEndFrame,
     LLMFullResponseStartFrame,
     ProposedUserStartedSpeakingFrame,
@@ -23,36 +22,21 @@ from pipecat.frames.frames import (
 )
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.services.openai.realtime.llm import OpenAIRealtimeLLMService
-from pipecat.tests.utils import SleepFrame, run_test
-from test_pipecat import START_S, heard, said
+from test_pipecat import said
+from test_pipecat_live import conversation
 
 from moshi_c import Model
 
-KEY = "open sesame"
-PATIENT = {"silence_after": 60.0, "backlog_seconds": 60.0, "token": KEY}
 
-
-async def conversation(
+async def realtime_conversation(
     url: str, context: LLMContext | None, pcm: NDArray[np.int16]
 ) -> tuple[list[Frame], list[Frame]]:
-    """What comes down and up a pipeline that hears the samples in real time, then ends."""
     client = OpenAIRealtimeLLMService(
         # it puts "?model=" behind what it is given
         api_key=KEY,
         base_url=f"{url}/v1/realtime?seed={calls.SEED}&client=pipecat",
     )
-
-    def frames() -> Iterator[Frame]:
-        if context is not None:
-            yield LLMContextFrame(context)
-        while not client._api_session_ready:
-            yield SleepFrame(0.01)
-        for frame in heard(pcm):
-            yield frame
-            yield SleepFrame(0.02)
-
-    down, up = await run_test(client, frames_to_send=frames(), start_timeout=START_S)  # type: ignore[arg-type]
-    return list(down), list(up)
+    return await conversation(client, lambda: client._api_session_ready, context, pcm)
 
 
 @scenario
@@ -60,8 +44,8 @@ async def test_pipecats_realtime_service_holds_a_call(model: Model, tmp_path: Pa
     """Package pipecat-ai, unmodified: WAV in, turns and the answer's frames and words out."""
     pcm, _ = calls.read(calls.write(tmp_path / "in.wav", calls.question()))
     async with serving(model, **PATIENT) as server:
-        down, up = await conversation(websocket(server), None, pcm)
-        await eventually(lambda: server._admission.busy == 0)
+        down, up = await realtime_conversation(websocket(server), None, pcm)
+        await all_over(server)
         assert value(server, "moshi_ignored_messages_total") == 0
         assert value(server, "moshi_ended_total", reason="hung_up") == 1
     assert not [frame for frame in (*down, *up) if isinstance(frame, ErrorFrame)]
@@ -91,7 +75,7 @@ async def test_pipecats_realtime_service_may_ask_for_a_response(model: Model) ->
     ]
     pcm = (32767 * calls.question()).astype(np.int16)
     async with serving(model, **PATIENT) as server:
-        down, up = await conversation(websocket(server), LLMContext(messages), pcm)
+        down, up = await realtime_conversation(websocket(server), LLMContext(messages), pcm)
         assert value(server, "moshi_ignored_messages_total") == 0
     assert not [frame for frame in (*down, *up) if isinstance(frame, ErrorFrame)]
     assert said(down) == calls.ANSWER
