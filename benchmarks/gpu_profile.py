@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED, WATCHED = 8000, 900  # launches: past the first frames; about two frames
 TIME, BYTES = "gpu__time_duration.sum", "dram__bytes_read.sum"
+# Behind a name, as is "void" before it; "(format)2" in the middle is an argument of a template.
+PARAMETERS = re.compile(r"^void |\((?!\w+\)\d).*")
 
 
 def number(text: str) -> float:
@@ -33,7 +35,7 @@ def kernels(text: str) -> dict[str, list[tuple[float, float]]]:
     for row in csv.DictReader(text[begin:].splitlines()) if begin >= 0 else []:
         if row.get("Metric Name") in (TIME, BYTES):
             launches[row["ID"]][row["Metric Name"]] = number(row["Metric Value"])
-            names[row["ID"]] = re.sub(r"\(.*", "", row["Kernel Name"]).strip()
+            names[row["ID"]] = PARAMETERS.sub("", row["Kernel Name"])
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for launch, values in launches.items():
         found[names[launch]].append((1e-9 * values.get(TIME, 0), values.get(BYTES, 0)))

@@ -33,10 +33,16 @@
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define WARP 32
 
+/* The kernel may have all that the card gives a block: the limit is the kernel's, not the launch's, and
+ * graphs and other models' threads launch it with more. */
 inline cudaError_t allow_shared(const void *kernel, size_t shared)
 {
+    int card = 0, most = 0;
+
     if (shared <= 48 << 10) return cudaSuccess;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    cudaGetDevice(&card);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, card);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 /* `early`: it may start when all blocks of the kernel before it have begun, and waits there. Only for
@@ -264,8 +270,12 @@ template <class F> inline bool find_driver_function(const char *name, F *functio
 {
     void *found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION < 12050
+    cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#else
     cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault,
                                                          &result);
+#endif
 
     *function = (F)found;
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess && found;

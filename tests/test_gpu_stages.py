@@ -138,13 +138,14 @@ def test_kernels_are_read_from_the_profilers_table() -> None:
     head = (
         '"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
     )
+    name = "void k_product<(format)2, 1, End>(product<End>)"
     rows = [
-        f'"{i}","7","k_product<1>(Params)","Command line profiler metrics","{metric}","x","{value}"'
+        f'"{i}","7","{name}","Command line profiler metrics","{metric}","x","{value}"'
         for i in range(2)
         for metric, value in ((gpu_profile.TIME, "2,000"), (gpu_profile.BYTES, "8,000,000"))
     ]
     found = gpu_profile.kernels("\n".join(["==PROF== Connected", head, *rows]))
-    assert found == {"k_product<1>": [(pytest.approx(2e-6), 8e6)] * 2}
+    assert found == {"k_product<(format)2, 1, End>": [(pytest.approx(2e-6), 8e6)] * 2}
     assert gpu_profile.kernels("==ERROR== no device") == {}
 
 
