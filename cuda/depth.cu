@@ -209,10 +209,10 @@ template <enum weight_format F> struct weight_stream {
 
 /* ---- meetings --------------------------------------------------------------------------- */
 
-/* What this block has written can be seen by those that have met it. */
+/* What this block has written can be seen by those that have met it: sums, behind which store_sums has a
+ * barrier, and the first thread's own token. */
 __device__ static __forceinline__ void arrive(const struct depth_pass &p)
 {
-    __syncthreads();
     if (threadIdx.x) return;
     __threadfence();
     atomicAdd(&p.arrived[0], 1);
