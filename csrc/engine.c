@@ -2,7 +2,6 @@
 #include "engine.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -86,9 +85,8 @@ static void engine_loop(void *arg)
     for (int slot = 0; slot < engine->max_sessions; ++slot) {
         struct moshi_session *session = engine->slots[slot];
         if (session && session->phase == SESSION_SUBMITTED) {
-            session->status = moshi_fail(MOSHI_ERROR_SESSION,
-                                         "the engine was closed during a step");
-            snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+            session_fail(session, moshi_fail(MOSHI_ERROR_SESSION,
+                                             "the engine was closed during a step"));
             finish_frame(session);
         }
     }
