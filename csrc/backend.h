@@ -54,6 +54,17 @@ struct embedding {
     int32_t alias, alias_of; /* with alias_of > 0, token `alias` reads row alias_of */
 };
 
+/* A layer of a stack, see transformer.h; the matrices are host memory. */
+struct transformer_layer {
+    char name[40]; /* for traces: "temporal.3" */
+    struct norm norm1, norm2;
+    const float *scale1, *scale2; /* [D] layer scales, or NULL */
+    struct matrix *in_proj;       /* [weight_sets], each [(heads + 2*kv_heads)*Dh][D] */
+    struct matrix *out_proj;      /* [weight_sets], each [D][D] */
+    struct matrix *ffn_in;        /* [weight_sets], each [2*F][D] gated, else [F][D] */
+    struct matrix *ffn_out;       /* [weight_sets], each [D][F] */
+};
+
 /* Keys and values of all layers of one stack, in pages of page_positions positions. Position p of a
  * lane lies in block (p % ring) / page_positions, ring = pages_per_lane * page_positions; block i of
  * a lane is page table[lane * pages_per_lane + i]. Inside a page:
@@ -371,6 +382,36 @@ struct op_softmax {
     float *y;
 };
 
+/* All steps of the depth pass of depth.h, whose products with z are made: step k meets weight set
+ * s = schedule[k] and the rows inputs[k]. What becomes of the scratch is the backend's affair. The
+ * arrays are host memory, but for what the operations that it replaces have on the device. */
+struct op_depth {
+    const char *name;
+    struct rows rows; /* lanes: row numbers */
+    struct rows slots; /* those of `rows` that are sampled, the first ones, lanes: slots */
+    int steps, layers, width, heads, hidden, gated, card;
+    const int *schedule; /* [steps] */
+    const float *const *inputs; /* [steps], each [rows.n][width] */
+    const struct embedding *text_embedding; /* of step 0 */
+    const struct embedding *embeddings; /* [steps - 1], of the step before */
+    const struct transformer_layer *layer; /* [layers] */
+    const struct norm *norms; /* [steps], before each head */
+    const struct matrix *head; /* [steps] */
+    const float *const *head_bias; /* [steps], each [card] or NULL */
+    const int32_t *text; /* [rows.n] */
+    const int32_t *null_row; /* [slots.n] */
+    const struct slot_params *params;
+    const int32_t *offset;
+    uint8_t *failed; /* as op_sample has it */
+    float *logits; /* [steps][rows.n][card] */
+    int32_t *audio; /* [rows.n][steps] */
+    /* Scratch: a page of f32 for each row, in which step k is position k; and rows of activations. */
+    const struct kv_cache *cache;
+    const int32_t *positions; /* row i of step k: positions[k * position_stride + i], which is k */
+    int position_stride;
+    float *x, *query, *hidden_rows; /* [rows.n][width], the same, [rows.n][hidden] */
+};
+
 /* A place of the device's memory, and where the host wants it. */
 struct device_piece {
     const void *device;
@@ -435,8 +476,9 @@ struct backend_ops {
     void (*sample)(struct backend *, const struct op_sample *);
     void (*softmax)(struct backend *, const struct op_softmax *);
 
-    /* Optional: replaces the depth stage as a whole; NULL: composed from operations. */
-    void (*depth_stage)(struct backend *, void *arg);
+    /* Optional, may be NULL: returns 1, or 0 if it has not been done and is to be made of the operations
+     * above, whose results are the same bits. */
+    int (*depth)(struct backend *, const struct op_depth *);
     /* Optional: delay_input and delay_output of the one active row that both have, `frames` times in
      * turn, each time with what follows in user, tokens, text, audio and out; given is NULL. */
     void (*delay_given)(struct backend *, const struct op_delay_input *,

@@ -170,10 +170,45 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
                                                        .x = run->z,
                                                        .weights = depth->input,
                                                        .y = work->inputs});
+    const float *inputs[MOSHI_MAX_CODEBOOKS];
+    for (int k = 0; k < config->dep_q; ++k)
+        inputs[k] = work->inputs + (size_t)input_of(config, config->depth_schedule[k]) * (size_t)n *
+                                       (size_t)config->depth.dim;
+    if (ops->depth &&
+        ops->depth(backend, &(struct op_depth){.name = "depth",
+                                               .rows = run->rows,
+                                               .slots = run->slots,
+                                               .steps = config->dep_q,
+                                               .layers = config->depth.layers,
+                                               .width = config->depth.dim,
+                                               .heads = config->depth.heads,
+                                               .hidden = config->depth.feedforward,
+                                               .gated = config->depth.gated,
+                                               .card = config->card,
+                                               .schedule = config->depth_schedule,
+                                               .inputs = inputs,
+                                               .text_embedding = &depth->text_embedding,
+                                               .embeddings = depth->embedding,
+                                               .layer = depth->stack.layers,
+                                               .norms = depth->norm,
+                                               .head = depth->head,
+                                               .head_bias = depth->head_bias,
+                                               .text = run->text,
+                                               .null_row = run->null_row,
+                                               .params = run->params,
+                                               .offset = run->offset,
+                                               .failed = run->failed,
+                                               .logits = run->logits,
+                                               .audio = run->audio,
+                                               .cache = &work->cache,
+                                               .positions = work->positions,
+                                               .position_stride = work->lanes,
+                                               .x = work->x,
+                                               .query = work->query,
+                                               .hidden_rows = work->hidden}))
+        return;
     for (int k = 0; k < config->dep_q; ++k) {
         const int set = config->depth_schedule[k];
-        const float *input = work->inputs +
-                             (size_t)input_of(config, set) * (size_t)n * (size_t)config->depth.dim;
         float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
         ops->embed(backend, &(struct op_embed){.name = "depth.embedding",
                                                .rows = run->rows,
@@ -182,7 +217,7 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
                                                .tokens = k == 0 ? run->text : run->audio + (k - 1),
                                                .tables = k == 0 ? &depth->text_embedding
                                                                 : &depth->embedding[k - 1],
-                                               .from = input,
+                                               .from = inputs[k],
                                                .y = work->x});
         transformer_forward(&depth->stack, backend,
                             &(struct transformer_run){.rows = run->rows,

@@ -433,6 +433,7 @@ static void trace_destroy(struct backend *backend)
     free(trace);
 }
 
+/* Without `depth`: its operations are seen one by one. */
 static const struct backend_ops trace_ops = {
     .allocate = trace_allocate,
     .release = trace_release,

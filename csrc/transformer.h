@@ -12,16 +12,6 @@
 #include "backend.h"
 #include "weights.h"
 
-struct transformer_layer {
-    char name[40]; /* for traces: "temporal.3" */
-    struct norm norm1, norm2;
-    const float *scale1, *scale2; /* [D] layer scales, or NULL */
-    struct matrix *in_proj;       /* [weight_sets], each [(heads + 2*kv_heads)*Dh][D] */
-    struct matrix *out_proj;      /* [weight_sets], each [D][D] */
-    struct matrix *ffn_in;        /* [weight_sets], each [2*F][D] gated, else [F][D] */
-    struct matrix *ffn_out;       /* [weight_sets], each [D][F] */
-};
-
 struct transformer {
     struct transformer_config config;
     struct transformer_layer *layers; /* [config.layers] */

@@ -13,9 +13,9 @@
  * each element of a head. 500 frames of the 7B: 8 GB, some 2 to 3 ms on an H200. */
 #include <math.h>
 
-#include "device.h"
+#include "attend.h"
 
-#define WARPS 4
+#define WARPS ATTENDING
 #define THREADS (WARPS * WARP)
 #define SPAN THREADS /* positions */
 #define TOGETHER 8 /* queries */
@@ -31,28 +31,6 @@ struct attend {
     int steps, heads, layer, causal, context, capacity, spans;
     float scale;
 };
-
-/* D elements, read at once. */
-template <class T, int COUNT> struct alignas(COUNT * sizeof(T)) piece {
-    T elements[COUNT];
-};
-
-/* Elements lane * D .. of a row of head_dim; beyond it 0. */
-template <class T, int D>
-__device__ static __forceinline__ void load_row(const T *row, int dim, float (&to)[D])
-{
-    int first = (int)(threadIdx.x % WARP) * D;
-
-    if (dim == D * WARP) {
-        struct piece<T, D> read = *(const struct piece<T, D> *)(const void *)(row + first);
-
-#pragma unroll
-        for (int d = 0; d < D; d++) to[d] = widen(read.elements[d]);
-        return;
-    }
-#pragma unroll
-    for (int d = 0; d < D; d++) to[d] = first + d < dim ? widen(row[first + d]) : 0;
-}
 
 /* What an element of the cache stands for: of codes, its row's scale times as much. */
 template <class T>

@@ -287,6 +287,7 @@ static struct backend_ops make_ops(void)
     ops.advance = cuda_advance;
     ops.sample = cuda_sample;
     ops.softmax = cuda_softmax;
+    ops.depth = cuda_depth;
     ops.delay_given = cuda_delay_given;
     return ops;
 }
@@ -345,6 +346,13 @@ static void describe_card(int card, struct moshi_device *device)
     device->usable = supported(&properties, device->reason, sizeof device->reason);
 }
 
+static bool is_on(const char *setting)
+{
+    const char *value = getenv(setting);
+
+    return value && strcmp(value, "1") == 0;
+}
+
 static int open_card(struct cuda_backend *cuda, int card)
 {
     struct cudaDeviceProp properties = {};
@@ -372,11 +380,9 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
-    const char *early = getenv("MOSHI_C_EARLY_KERNELS"), *groups = getenv("MOSHI_C_WARPGROUPS");
-
-    cuda->early = architecture >= 90 && early && strcmp(early, "1") == 0;
-    cuda->groups = architecture == 90 && properties.major == 9 && groups &&
-                   strcmp(groups, "1") == 0;
+    cuda->early = architecture >= 90 && is_on("MOSHI_C_EARLY_KERNELS");
+    cuda->groups = architecture == 90 && properties.major == 9 && is_on("MOSHI_C_WARPGROUPS");
+    cuda->depth_kernel = is_on("MOSHI_C_DEPTH_KERNEL");
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))

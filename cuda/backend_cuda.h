@@ -68,6 +68,7 @@ struct cuda_backend {
     struct backend base;
     int card, processors;
     bool early; /* kernels start before earlier ones have ended, and wait for them */
+    bool depth_kernel; /* a depth pass of few rows is one kernel */
     bool groups; /* products by warpgroups; only on compute capability 9.0 */
     size_t shared_limit; /* bytes that a block may have */
     cudaStream_t stream;
@@ -185,9 +186,9 @@ template <class P> static inline P blank(void)
 
 template <class P>
 static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 grid, unsigned threads,
-                          size_t shared, const P &params)
+                          size_t shared, const P &params, bool together = false)
 {
-    static_assert(sizeof params <= 4096, "a kernel's parameters have at most 4 KiB");
+    static_assert(sizeof params <= MOST_PARAMETERS, "a kernel's parameters");
     if (cuda->base.failure) return;
     if (cuda->mode == CUDA_WALK) {
         const uint64_t sizes[] = {
@@ -198,7 +199,8 @@ static inline void launch(struct cuda_backend *cuda, void (*kernel)(P), dim3 gri
         return;
     }
     cuda_good(cuda,
-              launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream, cuda->early, params),
+              launch_kernel(kernel, grid, dim3(threads), shared, cuda->stream,
+                            cuda->early && !together, together, params),
               "a launch");
 }
 
@@ -244,6 +246,7 @@ void cuda_delay_given(struct backend *backend, const struct op_delay_input *in,
 void cuda_advance(struct backend *backend, const struct op_advance *op);
 void cuda_sample(struct backend *backend, const struct op_sample *op);
 void cuda_softmax(struct backend *backend, const struct op_softmax *op);
+int cuda_depth(struct backend *backend, const struct op_depth *op);
 
 /* Rows of activations times a matrix: row (i, t) of A begins at x + i * row_stride + t * step_stride.
  * What becomes of a sum v of output o: (activation(v + bias[o % bias_period])) * scale[o] + from[o],

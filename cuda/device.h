@@ -34,6 +34,23 @@ __device__ static __forceinline__ float widen(int8_t value)
     return (float)value;
 }
 
+/* Of a table. */
+__device__ static __forceinline__ float element(const void *data, int format, long at)
+{
+    return format == WEIGHT_BF16  ? widen(((const struct bf16 *)data)[at])
+           : format == WEIGHT_F16 ? widen(((const struct f16 *)data)[at])
+                                  : ((const float *)data)[at];
+}
+
+/* Whether a table with so many rows has one for the token; reports it otherwise. */
+__device__ static __forceinline__ bool is_row_of(int token, int rows, int i,
+                                                 struct cuda_report *report)
+{
+    if (token >= 0 && token < rows) return true;
+    *report = {TROUBLE_TOKEN, i, token, rows};
+    return false;
+}
+
 /* To nearest, ties to even. */
 __device__ static __forceinline__ void narrow(float value, float *to)
 {

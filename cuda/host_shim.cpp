@@ -26,13 +26,15 @@
 
 struct shim_place shim_now;
 
-enum state { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+enum state { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, AT_COUNT, DONE };
 
 struct fiber {
     void *stack_pointer;
     dim3 thread;
     enum state state;
     int shuffles; /* made so far: even and odd ones use different slots */
+    const int *count; /* AT_COUNT: what has to become `least` or more */
+    int least;
     int groups; /* of copies that have ended */
 };
 
@@ -54,7 +56,8 @@ struct warp {
     int arrived, alive;
 };
 
-/* A block that has begun. While one waits at an atomic operation, the others run in the second place. */
+/* A block that has begun. While one waits at an atomic operation, the others run in the second place. Those
+ * of a launch whose blocks meet have a place each. */
 struct block {
     struct fiber fibers[MAX_THREADS];
     std::vector<struct copy> copies[MAX_THREADS];
@@ -67,7 +70,7 @@ struct block {
     int current, arrived, alive, paused;
 };
 
-static struct block places[2], *now = &places[0];
+static struct block places[SHIM_RESIDENT], *now = &places[0];
 static const std::function<void()> *kernel_body;
 
 #if defined(__x86_64__)
@@ -237,6 +240,15 @@ void shim_pause(void)
     yield(READY);
 }
 
+void wait_for_count(const int *count, int least)
+{
+    while (*count < least) {
+        now->fibers[now->current].count = count;
+        now->fibers[now->current].least = least;
+        yield(AT_COUNT);
+    }
+}
+
 static uint64_t shuffle_state;
 static int shuffled;
 
@@ -283,6 +295,7 @@ static void start_fibers(int n)
 struct grid {
     std::vector<int> places, warps, lanes;
     size_t next, shared;
+    int together; /* its blocks meet */
     int good;
 };
 
@@ -312,7 +325,7 @@ static void run_fiber(struct grid *grid, int i)
         now->arrived = 0; /* who has ended holds up nobody */
         release(AT_BLOCK_BARRIER, 0, thread_count());
     }
-    if (now->paused) let_others_run(grid);
+    if (now->paused && !grid->together) let_others_run(grid);
 }
 
 /* Runs a warp until each of its threads waits for the block, or has ended; 0 if it waits already. */
@@ -323,7 +336,7 @@ static int run_warp(struct grid *grid, int first)
     do {
         more = 0;
         for (int lane : grid->lanes) {
-            if (now->fibers[first + lane].state != READY) continue;
+            if (now->fibers[first + lane].state != READY || now->paused) continue;
             run_fiber(grid, first + lane);
             more = 1;
         }
@@ -332,17 +345,40 @@ static int run_warp(struct grid *grid, int first)
     return busy;
 }
 
-/* The first warp of the order runs as far ahead of the others as barriers let it. */
-static void run_block(struct grid *grid)
+/* The first warp of the order runs as far ahead of the others as barriers let it; 0 if all wait. */
+static int run_threads(struct grid *grid)
 {
-    size_t at = 0, shared = grid->shared;
+    int busy = 0;
 
-    memset(now->shared, 0xff, shared);
+    for (size_t at = 0; at < grid->warps.size();) {
+        int ran = run_warp(grid, grid->warps[at] * WARP);
+
+        busy |= ran;
+        at = ran ? 0 : at + 1;
+    }
+    return busy;
+}
+
+static void enter_block(const struct grid *grid, size_t at)
+{
+    unsigned place = (unsigned)grid->places[at];
+
+    shim_now.shared = now->shared;
+    shim_now.block = dim3(place % shim_now.grid.x, place / shim_now.grid.x % shim_now.grid.y,
+                          place / shim_now.grid.x / shim_now.grid.y);
+}
+
+static void begin_block(const struct grid *grid)
+{
+    memset(now->shared, 0xff, grid->shared);
     memset(now->hidden, 0, sizeof now->hidden);
-    ASAN_POISON_MEMORY_REGION(now->shared + shared, SHARED_LIMIT - shared);
+    ASAN_POISON_MEMORY_REGION(now->shared + grid->shared, SHARED_LIMIT - grid->shared);
     start_fibers(thread_count());
-    while (at < grid->warps.size()) at = run_warp(grid, grid->warps[at] * WARP) ? 0 : at + 1;
-    ASAN_UNPOISON_MEMORY_REGION(now->shared + shared, SHARED_LIMIT - shared);
+}
+
+static void end_block(struct grid *grid)
+{
+    ASAN_UNPOISON_MEMORY_REGION(now->shared + grid->shared, SHARED_LIMIT - grid->shared);
     grid->good &= now->alive == 0;
 }
 
@@ -350,13 +386,33 @@ static void run_block(struct grid *grid)
 static void run_blocks(struct grid *grid, size_t count)
 {
     while (count-- && grid->next < grid->places.size()) {
-        unsigned place = (unsigned)grid->places[grid->next++];
-
-        shim_now.shared = now->shared;
-        shim_now.block = dim3(place % shim_now.grid.x, place / shim_now.grid.x % shim_now.grid.y,
-                              place / shim_now.grid.x / shim_now.grid.y);
-        run_block(grid);
+        enter_block(grid, grid->next++);
+        begin_block(grid);
+        run_threads(grid);
+        end_block(grid);
     }
+}
+
+/* All blocks, in turn, each until its threads wait for others or one has done an atomic operation. */
+static void run_together(struct grid *grid)
+{
+    size_t n = grid->places.size();
+    int busy;
+
+    for (now = places; now < places + n; now++) begin_block(grid);
+    do {
+        busy = 0;
+        for (size_t i = 0; i < n; i++) {
+            now = &places[i];
+            now->paused = 0;
+            for (struct fiber &fiber : now->fibers)
+                if (fiber.state == AT_COUNT && *fiber.count >= fiber.least) fiber.state = READY;
+            enter_block(grid, i);
+            busy |= run_threads(grid);
+        }
+    } while (busy);
+    for (now = places; now < places + n; now++) end_block(grid);
+    now = places;
 }
 
 /* ---- device memory ---------------------------------------------------------------------- */
@@ -720,7 +776,8 @@ void after_earlier_kernels(void)
     waited = 1;
 }
 
-static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, const std::function<void()> &body)
+static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, bool together,
+                            const std::function<void()> &body)
 {
     struct grid grid = {};
 
@@ -730,29 +787,35 @@ static cudaError_t run_grid(dim3 size, dim3 block, size_t shared, const std::fun
     shim_now.grid = size;
     shim_now.threads = block;
     grid.shared = shared;
+    grid.together = together;
     grid.good = 1;
     order_of(grid.warps, thread_count() / WARP);
     order_of(grid.lanes, WARP);
     order_of(grid.places, (int)(size.x * size.y * size.z));
     waited = 0;
     protect(PROT_NONE);
-    run_blocks(&grid, grid.places.size());
+    counts[SHIM_MET] += together;
+    if (together)
+        run_together(&grid);
+    else
+        run_blocks(&grid, grid.places.size());
     if (grid.good && waited) return cudaSuccess;
     if (!waited) fprintf(stderr, "shim: a kernel does not begin with after_earlier_kernels\n");
     after_earlier_kernels();
     if (grid.good) return cudaErrorLaunchFailure;
-    fprintf(stderr, "shim: threads of a block wait at different barriers\n");
+    fprintf(stderr, "shim: threads of a block, or blocks, wait at different barriers\n");
     return cudaErrorLaunchFailure;
 }
 
-cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream, bool together,
                         std::function<void()> body, const void *params, size_t bytes)
 {
     shim_lock lock(shim_mutex);
     unsigned threads = block.x * block.y * block.z;
 
     if (threads == 0 || threads > MAX_THREADS || threads % WARP || shared > SHARED_LIMIT ||
-        grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535 || bytes > 4096)
+        grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
+        bytes > MOST_PARAMETERS || (together && grid.x * grid.y * grid.z > SHIM_RESIDENT))
         return give(cudaErrorInvalidValue);
     for (size_t at = 0; at + sizeof(uintptr_t) <= bytes; at += sizeof(uintptr_t)) {
         uintptr_t word;
@@ -764,8 +827,8 @@ cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t strea
         return give(cudaErrorInvalidValue);
     }
     if (!stream->captured) ++counts[SHIM_LAUNCHED];
-    return enqueue(stream, [grid, block, shared, body = std::move(body)] {
-        return run_grid(grid, block, shared, body);
+    return enqueue(stream, [grid, block, shared, together, body = std::move(body)] {
+        return run_grid(grid, block, shared, together, body);
     });
 }
 

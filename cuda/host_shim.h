@@ -10,6 +10,7 @@
  *  - what is copied to shared memory arrives no sooner than somebody waits for it;
  *  - work waits in its stream until somebody waits for it;
  *  - a block that has done an atomic operation waits while others run from their start to their end;
+ *  - blocks that meet run in turn, another one after each atomic operation;
  *  - threads run in the order that SHIM_ORDER names: ascending, descending, or a number that seeds
  *    shuffles. One runs until a barrier or a shuffle stops it, so that a missing barrier shows.
  * SHIM_SHARED_KIB and SHIM_PROCESSORS say what the card has, where that is less than an H200.
@@ -21,6 +22,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define MOST_PARAMETERS 32764 /* bytes that a kernel takes, from CUDA 12.1 on */
+
 #ifdef __CUDACC__
 
 #include <cuda.h>
@@ -30,32 +33,63 @@
 #define SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
 #define WARP 32
 
+inline cudaError_t allow_shared(const void *kernel, size_t shared)
+{
+    if (shared <= 48 << 10) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+}
+
 /* `early`: it may start when all blocks of the kernel before it have begun, and waits there. Only for
- * code that waits: of kernel_architecture 90 or more. */
+ * code that waits: of kernel_architecture 90 or more. `together`: all blocks run at once, as they wait
+ * for each other; no more than resident_blocks, and not early. */
 template <class P>
 inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
-                                 cudaStream_t stream, bool early, const P &params)
+                                 cudaStream_t stream, bool early, bool together, const P &params)
 {
     void *arguments[] = {const_cast<P *>(&params)};
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t config = {};
+    cudaError_t error = allow_shared((const void *)kernel, shared);
 
-    if (shared > 48 << 10) {
-        cudaError_t error = cudaFuncSetAttribute((const void *)kernel,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 (int)shared);
-
-        if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return error;
+    if (together) {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    } else {
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
     }
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = early;
+    config.numAttrs = early || together;
     return cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
+}
+
+/* How many blocks the card can run at once. */
+template <class P>
+inline cudaError_t resident_blocks(void (*kernel)(P), int threads, size_t shared, int processors,
+                                   int *blocks)
+{
+    cudaError_t error = allow_shared((const void *)kernel, shared);
+
+    *blocks = 0;
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, (const void *)kernel, threads,
+                                                              shared);
+    *blocks *= processors;
+    return error;
+}
+
+/* Until other blocks have raised it so far; what they wrote before can be seen then. */
+__device__ static __forceinline__ void wait_for_count(const int *count, int least)
+{
+    int found;
+
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(count) : "memory");
+    while (found < least);
 }
 
 /* Every kernel begins with it, in all threads: waits until the kernels before it have ended and what
@@ -393,6 +427,14 @@ template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int o
     return value;
 }
 
+template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane)
+{
+    static_assert(sizeof value <= 8, "a shuffle moves at most 8 bytes");
+    (void)mask;
+    memcpy(&value, shim_share(&value, sizeof value) + lane * SHARE_BYTES, sizeof value);
+    return value;
+}
+
 /* Half precision by the value: 1 sign, 5 exponent (bias 15), 10 fraction bits. */
 static inline float half_to_float(uint16_t half)
 {
@@ -509,6 +551,8 @@ static inline void __threadfence(void)
 {
 }
 
+void wait_for_count(const int *count, int least);
+
 /* After an atomic operation on device memory: other blocks may get in between. */
 void shim_pause(void);
 
@@ -614,16 +658,28 @@ void virtual_unmap(struct virtual_memory *memory, void *address, size_t bytes,
 void virtual_free(struct virtual_memory *memory, void *address, size_t bytes);
 
 /* Runs `body` in every thread; the parameters are only looked at. */
-cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+cudaError_t shim_launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream, bool together,
                         std::function<void()> body, const void *params, size_t bytes);
 
 template <class P>
 inline cudaError_t launch_kernel(void (*kernel)(P), dim3 grid, dim3 block, size_t shared,
-                                 cudaStream_t stream, bool early, const P &params)
+                                 cudaStream_t stream, bool early, bool together, const P &params)
 {
     (void)early;
     return shim_launch(
-        grid, block, shared, stream, [kernel, params] { kernel(params); }, &params, sizeof params);
+        grid, block, shared, stream, together, [kernel, params] { kernel(params); }, &params,
+        sizeof params);
+}
+
+#define SHIM_RESIDENT 4 /* blocks of a launch whose blocks meet */
+
+template <class P>
+inline cudaError_t resident_blocks(void (*kernel)(P), int threads, size_t shared, int processors,
+                                   int *blocks)
+{
+    (void)kernel, (void)threads, (void)shared, (void)processors;
+    *blocks = SHIM_RESIDENT;
+    return cudaSuccess;
 }
 
 int shim_has_kernels(void);
@@ -640,7 +696,8 @@ extern "C" __attribute__((visibility("default"))) void shim_inject(int fault, in
 extern "C" __attribute__((visibility("default"))) void shim_repair(void);
 /* How often something was done so far: memory taken or a graph made; kernels enqueued outside of
  * graphs; graphs launched; copies to and from the device; fills and copies on it; graphs made. Then
- * bytes: of the copies on it, which kernels did not make; of its memory that is taken now. */
+ * bytes: of the copies on it, which kernels did not make; of its memory that is taken now. At last
+ * kernels run whose blocks meet. */
 enum shim_event {
     SHIM_PREPARED,
     SHIM_LAUNCHED,
@@ -651,6 +708,7 @@ enum shim_event {
     SHIM_CAPTURED,
     SHIM_COPIED_BYTES,
     SHIM_TAKEN_BYTES,
+    SHIM_MET,
     SHIM_EVENTS
 };
 extern "C" __attribute__((visibility("default"))) long shim_count(int event);

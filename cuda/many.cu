@@ -1,11 +1,11 @@
 /* many.cu: many rows of activations times a matrix of bf16 rows, on the tensor cores: frames that are
- * given, and more callers than tensor.cu reads the weights once for.
+ * given, and more callers than tensor.h reads the weights once for.
  *
- * A block makes a tile of outputs for 128 rows. Weights and arranged rows (tensor.cu) come a chunk of
+ * A block makes a tile of outputs for 128 rows. Weights and arranged rows (tensor.h) come a chunk of
  * 64 columns at a time, by copies that run ahead of the products: two or three chunks lie in shared
  * memory. A warp makes 16 or 32 pairs of outputs for 32 rows.
  *
- * A row has the bits that tensor.cu gives it, where 8 warps take the chunks in turn and their sums are
+ * A row has the bits that tensor.h gives it, where 8 warps take the chunks in turn and their sums are
  * added in the order of the warps: here a block goes through the chunks of the first of those warps,
  * then through those of the second, and adds up after each one's last. So who is in how much company
  * changes no bit, a prompt read at once has the bits of stepping it, and which kernel is used, or how
@@ -16,7 +16,7 @@
  * arranged so that the same 16 columns meet. Whether a card's wgmma gives the bits of its mma.sync,
  * tests/c/test_kernels.c says there; until one has, they are not used unasked.
  *
- * The block formats stay with tensor.cu, whose tiles of 32 outputs and 64 rows meet twice as many
+ * The block formats stay with tensor.h, whose tiles of 32 outputs and 64 rows meet twice as many
  * numbers for each byte and need their weights in one part alone; f32 and f16 rows with product.cu.
  *
  * What it costs, for R rows and a matrix of P numbers: 4 R P operations, as the rows have two parts; in
@@ -68,7 +68,7 @@ struct group_stage : stage<4> {
     }
 };
 
-/* The chunk after this one: a warp's of tensor.cu, then the next warp's. */
+/* The chunk after this one: a warp's of tensor.h, then the next warp's. */
 __device__ static __forceinline__ int next_chunk(int chunk, int chunks)
 {
     return chunk + WARPS < chunks ? chunk + WARPS : chunk % WARPS + 1;

@@ -166,11 +166,6 @@ static void choose_rows(struct cuda_backend *cuda, const char *name, struct prod
         launch_product<T, 1>(cuda, name, p);
 }
 
-static const void *matrix_memory(const struct matrix *weight)
-{
-    return weight->packed ? weight->packed : weight->data;
-}
-
 /* `second` as in struct product: 1, or half of the rows. */
 template <class E> static struct product<E> product_of(const struct matrix *weight, int second)
 {

@@ -1,5 +1,5 @@
 /* product.h: what the kernels share that multiply rows of activations by a matrix: their parameters, and
- * what becomes of the sums. product.cu has f32, f16 and int8 rows on the ordinary cores, tensor.cu has
+ * what becomes of the sums. product.cu has f32, f16 and int8 rows on the ordinary cores, tensor.h has
  * bf16, fp8 and the block formats on the tensor cores, many.cu many rows of activations and bf16. */
 #ifndef MOSHI_CUDA_PRODUCT_H
 #define MOSHI_CUDA_PRODUCT_H
@@ -10,9 +10,9 @@
 #define THREADS (WARPS * WARP)
 
 #define TOGETHER 16 /* matrices of one launch */
-#define MOST_ROWS 64 /* of activations for which tensor.cu reads the weights once */
+#define MOST_ROWS 64 /* of activations for which tensor.h reads the weights once */
 #define ARRANGED_CHUNK                                                                             \
-    64 /* columns, of rows that meet bf16 weights: four bytes each, in tensor.cu's order */
+    64 /* columns, of rows that meet bf16 weights: four bytes each, in tensor.h's order */
 #define ARRANGED_TOGETHER                                                                          \
     128 /* kernels read so many at once, of which the last ones may be garbage */
 
@@ -57,11 +57,30 @@ template <class E> struct product {
     }
 };
 
-struct row_end {
+/* A sum of a row. */
+struct row_sum {
     const float *bias, *scale, *from;
     float *y;
     long y_stride;
     int bias_period, gelu;
+
+    __device__ void one(long at, int o, float v) const
+    {
+        if (bias) v += bias[o % bias_period];
+        if (gelu) v = 0.5f * v * (1.0f + erff(v * 0.70710678f));
+        if (scale) v *= scale[o];
+        if (from) v += from[at];
+        y[at] = v;
+    }
+
+    __device__ void pair_of(long at, int pair, int outputs, float a, float b) const
+    {
+        one(at + 2 * pair, 2 * pair, a);
+        if (2 * pair + 1 < outputs) one(at + 2 * pair + 1, 2 * pair + 1, b);
+    }
+};
+
+struct row_end : row_sum {
     const void *others[TOGETHER - 1];
     long next; /* elements from the outputs of one matrix to those of the next one */
 
@@ -70,21 +89,9 @@ struct row_end {
         return blockIdx.z ? others[blockIdx.z - 1] : first;
     }
 
-    __device__ void one(int row, int o, float v) const
-    {
-        long at = row * y_stride + o + blockIdx.z * next;
-
-        if (bias) v += bias[o % bias_period];
-        if (gelu) v = 0.5f * v * (1.0f + erff(v * 0.70710678f));
-        if (scale) v *= scale[o];
-        if (from) v += from[at];
-        y[at] = v;
-    }
-
     __device__ void store(int row, int pair, int outputs, float a, float b) const
     {
-        one(row, 2 * pair, a);
-        if (2 * pair + 1 < outputs) one(row, 2 * pair + 1, b);
+        pair_of(row * y_stride + blockIdx.z * next, pair, outputs, a, b);
     }
 };
 
@@ -155,6 +162,11 @@ struct qkv_end {
         if (o + 1 < outputs) one(row, o + 1, b);
     }
 };
+
+static inline const void *matrix_memory(const struct matrix *weight)
+{
+    return weight->packed ? weight->packed : weight->data;
+}
 
 /* bf16, fp8 or a block format. Before its own scratch memory it leaves `kept` bytes to the caller, who has
  * taken both together: tensor_scratch is its part. */

@@ -27,13 +27,6 @@ struct embed {
     int n_streams, token_stride, width, columns;
 };
 
-__device__ static float element(const void *data, int format, long at)
-{
-    return format == WEIGHT_BF16  ? widen(((const struct bf16 *)data)[at])
-           : format == WEIGHT_F16 ? widen(((const struct f16 *)data)[at])
-                                  : ((const float *)data)[at];
-}
-
 /* The value that stream s adds to output d; by the whole block, as a norm or a low rank needs the
  * token's whole row. */
 __device__ static float embed_value(const struct embed &p, const struct embed_stream &stream,
@@ -75,10 +68,7 @@ __global__ static void __launch_bounds__(THREADS) k_embed(const __grid_constant_
 
         if (stream.alias_of > 0 && token == stream.alias) token = stream.alias_of;
         if (token == TOKEN_ZERO) continue;
-        if (token < 0 || token >= stream.rows) {
-            *p.report = {TROUBLE_TOKEN, i, token, stream.rows};
-            return;
-        }
+        if (!is_row_of(token, stream.rows, i, p.report)) return;
         sum += embed_value(p, stream, token, d, (float *)(void *)shared);
     }
     if (d >= p.width) return;

@@ -20,11 +20,13 @@ PLACE = ROOT / "build" / "mutant"
 ORDERS = {"ascending": {}, "descending": {"SHIM_SHARED_KIB": "99"}, "3": {"SHIM_PROCESSORS": "4"}}
 COMPILE = ["g++", "-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 COMPILE += ["-O1", "-w", "-c"]
-BARRIER = re.compile(r"(?:__syncthreads|copies_wait<[^>]*>|copies_show|group_wait)\(\);")
+WAITS = r"__syncthreads|copies_wait<[^>]*>|copies_show|group_wait"
+BARRIER = re.compile(rf"(?:{WAITS})\(\);|(?<=    )meet\(p, \+\+meetings\);")
 
 
 def barriers() -> list[tuple[Path, int]]:
-    sources = sorted([*(ROOT / "cuda").glob("*.cu"), ROOT / "cuda" / "device.h"])
+    kernels = [path for path in (ROOT / "cuda").glob("*.h") if path.name != "host_shim.h"]
+    sources = sorted([*(ROOT / "cuda").glob("*.cu"), *kernels])
     return [
         (path, number)
         for path in sources
@@ -47,9 +49,7 @@ def build(path: Path, number: int) -> Path:
     objects = []
     for source in sorted([*folder.glob("*.cu"), folder / "host_shim.cpp"]):
         built = BUILT / "cuda" / f"{source.name}.o"
-        changed = source.name == path.name or (
-            path.suffix == ".h" and re.search(r'"(device|product)\.h"', source.read_text())
-        )
+        changed = source.name == path.name or (path.suffix == ".h" and source.suffix == ".cu")
         if changed:
             built = PLACE / f"{source.name}.o"
             subprocess.run([*COMPILE, source, "-o", built], check=True)

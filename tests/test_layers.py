@@ -187,7 +187,9 @@ def test_imports_have_no_circles() -> None:
 
 def test_every_kernel_waits_for_earlier_ones_first() -> None:
     kernels = 0
-    for path in (ROOT / "cuda").glob("*.cu"):
+    for path in (ROOT / "cuda").iterdir():
+        if path.name.startswith("host_shim"):
+            continue
         text = path.read_text()
         bodies = re.findall(r"^__global__ [^{;]*\{\n(.*)", text, re.MULTILINE)
         assert len(bodies) == text.count("__global__"), path.name

@@ -28,6 +28,7 @@
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/probe.h"
 #include "../../csrc/cuda.h"
+#include "../../csrc/depth.h"
 #include "../../csrc/os.h"
 
 /* Largest |a - b| / (rms of b's row + |b|). Left: generic against double. Right: another
@@ -2446,6 +2447,7 @@ static int take_memory(void)
 static int open_cuda(void)
 {
     setenv("MOSHI_C_ISA", "generic", 1);
+    setenv("MOSHI_C_DEPTH_KERNEL", "1", 1);
     if (cpu_backend_create(1, &backends[0]) ||
         backends[0]->ops->reserve(backends[0], 2120, DEEPEST, 64) ||
         cuda_backend_create("cuda", &backends[1])) {
@@ -2716,6 +2718,251 @@ static void test_blocks_are_made_of_anything(struct backend *backend)
     }
 }
 
+/* ---- the depth pass as one operation ---------------------------------------------------- */
+
+#define DEPTH_STEPS 5
+#define DEPTH_SETS 3
+#define DEPTH_LAYERS 2
+#define DEPTH_CARD 301
+#define DEPTH_VOCABULARY 40
+#define DEPTH_Z 72
+
+struct depth_case {
+    enum weight_format format;
+    int rows, width, heads, kv_heads, hidden, gated;
+    enum norm_kind norm;
+    int scaled, biased, rank;
+    int whole; /* whether it is one operation */
+};
+
+struct depth_test {
+    struct lm_config config;
+    struct depth depth;
+    struct transformer_layer layers[DEPTH_LAYERS];
+    struct depth_work work;
+    struct depth_run run;
+    size_t logits_bytes, audio_bytes;
+    uint8_t *failed;
+};
+
+static struct matrix take_prepared(struct backend *backend, enum weight_format format, int rows,
+                                   int cols)
+{
+    const int is_block = is_block_format(format);
+    struct matrix m = take_matrix(is_block ? WEIGHT_F32 : format, rows, cols);
+
+    prepare(backend, &m, is_block ? (int)format : 0);
+    return m;
+}
+
+static struct embedding take_embedding(const struct depth_case *c, int vocabulary)
+{
+    struct embedding e = {
+        .table = take_matrix(WEIGHT_BF16, vocabulary, c->rank ? c->rank : c->width)};
+
+    if (c->rank) e.low_rank = take_matrix(WEIGHT_F32, c->width, c->rank);
+    return e;
+}
+
+static void take_depth(struct backend *backend, const struct depth_case *c, struct depth_test *t)
+{
+    struct lm_config *config = &t->config;
+    struct depth *depth = &t->depth;
+    const int schedule[DEPTH_STEPS] = {0, 1, 1, 2, 0};
+    const int qkv = c->width + 2 * c->kv_heads * (c->width / c->heads);
+
+    memset(t, 0, sizeof *t);
+    config->dep_q = DEPTH_STEPS;
+    config->card = DEPTH_CARD;
+    config->depth_multi_linear = 1;
+    memcpy(config->depth_schedule, schedule, sizeof schedule);
+    config->depth = (struct transformer_config){.dim = c->width,
+                                                .heads = c->heads,
+                                                .layers = DEPTH_LAYERS,
+                                                .kv_heads = c->kv_heads,
+                                                .feedforward = c->hidden,
+                                                .gated = c->gated,
+                                                .weight_sets = DEPTH_SETS};
+    depth->config = config;
+    depth->stack.config = config->depth;
+    depth->stack.layers = t->layers;
+    for (int i = 0; i < DEPTH_LAYERS; i++) {
+        struct transformer_layer *layer = &t->layers[i];
+        struct matrix *m = take(4 * DEPTH_SETS * sizeof *m);
+
+        layer->norm1 = take_norm(c->norm, c->width);
+        layer->norm2 = take_norm(c->norm, c->width);
+        if (c->scaled) layer->scale1 = take_random((size_t)c->width, 1);
+        if (c->scaled) layer->scale2 = take_random((size_t)c->width, 1);
+        layer->in_proj = m;
+        layer->out_proj = m + DEPTH_SETS;
+        layer->ffn_in = m + 2 * DEPTH_SETS;
+        layer->ffn_out = m + 3 * DEPTH_SETS;
+        for (int set = 0; set < DEPTH_SETS; set++) {
+            layer->in_proj[set] = take_prepared(backend, c->format, qkv, c->width);
+            layer->out_proj[set] = take_prepared(backend, c->format, c->width, c->width);
+            layer->ffn_in[set] = take_prepared(backend, c->format,
+                                               c->gated ? 2 * c->hidden : c->hidden, c->width);
+            layer->ffn_out[set] = take_prepared(backend, c->format, c->width, c->hidden);
+        }
+    }
+    for (int set = 0; set < DEPTH_SETS; set++)
+        depth->input[set] = take_prepared(backend, c->format, c->width, DEPTH_Z);
+    depth->text_embedding = take_embedding(c, DEPTH_VOCABULARY);
+    depth->text_embedding.alias = 3; /* the first row's token */
+    depth->text_embedding.alias_of = 9;
+    for (int k = 0; k < DEPTH_STEPS; k++) {
+        if (k) depth->embedding[k - 1] = take_embedding(c, DEPTH_CARD);
+        depth->norm[k] = take_norm(c->scaled ? NORM_LAYER : NORM_NONE, c->width);
+        depth->head[k] = take_prepared(backend, c->format, DEPTH_CARD, c->width);
+        if (c->biased) depth->head_bias[k] = take_random(DEPTH_CARD, 0.5f);
+    }
+}
+
+/* Rows, of which the last one is the null half of the first where there are four; row 1 of three is
+ * inactive. Slots are in another order than rows. */
+static void take_depth_run(struct depth_test *t, const struct depth_case *c)
+{
+    const int n = c->rows, slots = n == 4 ? 3 : n;
+    const size_t rows = (size_t)n;
+    int32_t *lane = take(rows * 4), *slot = take(rows * 4), *text = take(rows * 4);
+    int32_t *null_row = take(rows * 4), *offset = take(rows * 4);
+    uint8_t *active = take(rows);
+    struct slot_params *params = take(rows * sizeof *params);
+
+    for (int i = 0; i < n; i++) {
+        struct slot_params *p = &params[i];
+
+        lane[i] = i;
+        slot[i] = n - 1 - i;
+        text[i] = i == 2 ? TOKEN_ZERO : 3 + 5 * i;
+        null_row[i] = n == 4 && i == 0 ? 3 : -1;
+        active[i] = !(n == 3 && i == 1);
+        offset[i] = 40 + i;
+        p->temperature[1] = i % 3 == 1 ? 0 : 0.8f;
+        p->top_k[1] = i % 2 ? 7 : 0;
+        p->cfg_coef = 1.6f;
+        p->seed[0] = 5 + (uint32_t)i;
+        for (int k = 0; k < DEPTH_STEPS; k++) p->forced_audio[k] = TOKEN_FREE;
+        if (i == 0) p->forced_audio[2] = 11;
+        if (i == 1) p->forced_audio[1] = TOKEN_ZERO;
+    }
+    t->failed = take(rows);
+    t->logits_bytes = DEPTH_STEPS * DEPTH_CARD * rows * sizeof(float);
+    t->audio_bytes = DEPTH_STEPS * rows * sizeof(int32_t);
+    t->run = (struct depth_run){.rows = {n, lane, active},
+                                .slots = {slots, slot, active},
+                                .z = take_random(rows * DEPTH_Z, 1),
+                                .text = text,
+                                .null_row = null_row,
+                                .params = params,
+                                .offset = offset,
+                                .failed = t->failed,
+                                .logits = take(t->logits_bytes),
+                                .audio = take(t->audio_bytes)};
+}
+
+static const struct backend_ops *own_ops; /* of the backend */
+static int whole_passes;
+
+static int count_whole(struct backend *backend, const struct op_depth *op)
+{
+    const int done = own_ops->depth(backend, op);
+
+    whole_passes += done;
+    return done;
+}
+
+static void stage_depth(struct backend *backend, void *arg)
+{
+    struct depth_test *t = arg;
+
+    depth_forward(&t->depth, &t->work, &t->run);
+    (void)backend;
+}
+
+/* One pass, `whole` or of smaller operations; a status. */
+static int pass(struct backend *backend, struct depth_test *t, int whole, float *logits,
+                int32_t *audio)
+{
+    struct backend_ops ops = *backend->ops;
+    int status;
+
+    own_ops = backend->ops;
+    ops.depth = whole ? count_whole : NULL;
+    backend->ops = &ops;
+    poison(t->run.logits, t->logits_bytes);
+    poison(t->run.audio, t->audio_bytes);
+    status = run_stage(backend, stage_depth, t);
+    backend->ops = own_ops;
+    memcpy(logits, t->run.logits, t->logits_bytes);
+    memcpy(audio, t->run.audio, t->audio_bytes);
+    return status;
+}
+
+static int same_depth(const struct depth_test *t, const float *a, const float *b)
+{
+    for (int k = 0; k < DEPTH_STEPS; k++)
+        for (int i = 0; i < t->run.rows.n; i++) {
+            const size_t at = (size_t)(k * t->run.rows.n + i) * DEPTH_CARD;
+
+            if (t->run.rows.active[i] && memcmp(a + at, b + at, DEPTH_CARD * sizeof *a)) return 0;
+        }
+    return 1;
+}
+
+static void check_depth(struct backend *backend, const struct depth_case *c)
+{
+    struct depth_test t;
+    float *logits[3];
+    int32_t *audio[3], *text;
+    int good = 1;
+
+    start_case(77);
+    take_depth(backend, c, &t);
+    take_depth_run(&t, c);
+    for (int i = 0; i < 3; i++) {
+        logits[i] = take(t.logits_bytes);
+        audio[i] = take(t.audio_bytes);
+    }
+    must(backend, depth_work_create(&t.work, &t.depth, backend, c->rows + 1));
+    whole_passes = 0;
+    for (int i = 0; i < 3; i++) must(backend, pass(backend, &t, i > 0, logits[i], audio[i]));
+    good = (whole_passes > 0) == c->whole;
+    for (int i = 1; i < 3; i++)
+        good &= same_depth(&t, logits[0], logits[i]) &&
+                memcmp(audio[0], audio[i], t.audio_bytes) == 0;
+    for (int i = 0; i < c->rows; i++) good &= t.failed[i] == 0;
+    verdict(good, "a depth pass of %d rows of %s, %d wide, is %s and has the same bits", c->rows,
+            weight_format_name(c->format), c->width, c->whole ? "one kernel" : "made of others");
+    text = (int32_t *)(uintptr_t)t.run.text;
+    text[0] = DEPTH_VOCABULARY;
+    good = 1;
+    for (int whole = 0; whole < 2; whole++)
+        good &= pass(backend, &t, whole, logits[0], audio[0]) == MOSHI_ERROR_INTERNAL &&
+                strstr(moshi_error_detail(), "embed: token 40 in row 0, expected one below 40");
+    verdict(good, "a token that its table lacks is said");
+    depth_work_destroy(&t.work);
+    end_case();
+}
+
+static void check_depth_passes(struct backend *backend)
+{
+    static const struct depth_case cases[] = {
+        {WEIGHT_BF16, 1, 96, 4, 4, 132, 1, NORM_RMS, 0, 0, 0, 1},
+        {WEIGHT_BF16, 4, 128, 2, 1, 1096, 0, NORM_LAYER, 1, 1, 0, 1},
+        {WEIGHT_FP8, 2, 160, 2, 2, 1160, 1, NORM_RMS, 1, 1, 0, 1},
+        {WEIGHT_INT8, 3, 160, 2, 2, 200, 1, NORM_RMS, 0, 1, 0, 1},
+        {WEIGHT_Q8, 4, 96, 4, 2, 140, 1, NORM_RMS, 1, 0, 0, 1},
+        {WEIGHT_Q4, 2, 96, 2, 2, 2400, 1, NORM_NONE, 0, 0, 0, 1},
+        {WEIGHT_F32, 2, 96, 4, 4, 132, 1, NORM_RMS, 0, 0, 0, 0},
+        {WEIGHT_BF16, 5, 96, 4, 4, 132, 1, NORM_RMS, 0, 0, 0, 0},
+        {WEIGHT_BF16, 1, 96, 4, 4, 132, 1, NORM_RMS, 0, 0, 16, 0},
+    };
+
+    for (int i = 0; i < COUNT(cases); i++) check_depth(backend, &cases[i]);
+}
+
 /* The same backend for a card with few processors, so that small matrices are enough: with warpgroups
  * and without. Where the card has none, both are the same. */
 static void test_warpgroups_give_the_bits_of_warps(void)
@@ -2875,6 +3122,7 @@ static int test_cuda(void)
     test_bad_logits_are_an_error(backends[1]);
     check_delays(backends[1], (const int32_t[]){0, 0, 1, 1, 0, 1, 1}, 7, 3);
     check_delays(backends[1], (const int32_t[]){2, 0, 3, 1, 0}, 5, 2);
+    check_depth_passes(backends[1]);
     test_given_frames_pass_the_delays_as_steps(backends[1]);
     check_rows("norm", case_norm, 3, 1);
     check_rows("softmax", case_softmax, 1, 1);

@@ -24,6 +24,7 @@ enum {
     CAPTURED,
     COPIED_BYTES,
     TAKEN_BYTES,
+    MET,
     EVENTS
 };
 

@@ -158,6 +158,27 @@ static int test_company_changes_no_bit(void)
     return 1;
 }
 
+/* After the test of conversations in bf16. Three sessions, one of them guided: four rows. */
+static int test_the_depth_kernel_changes_no_bit(void)
+{
+    struct moshi_model *model;
+    const long before = count ? count(MET) : 0;
+
+    setenv("MOSHI_C_DEPTH_KERNEL", "1", 1);
+    CHECK(open_model("cuda", MOSHI_BF16, &model) == MOSHI_OK);
+    CHECK(converse(model, 0, MANNERS - 1, here) == MOSHI_OK);
+    for (int i = 0; i < MANNERS; ++i) {
+        CHECK(same_tokens(&here[i], &there[i]));
+        CHECK(memcmp(here[i].pcm, there[i].pcm, sizeof here[i].pcm) == 0);
+    }
+    CHECK(converse(model, GUIDED, GUIDED, &alone) == MOSHI_OK);
+    CHECK(same_tokens(&alone, &there[GUIDED]));
+    CHECK(!count || count(MET) == before + 2 * FRAMES);
+    moshi_model_close(model);
+    unsetenv("MOSHI_C_DEPTH_KERNEL");
+    return 1;
+}
+
 #define GIVEN 70 /* more rows than the card's products for ticks take */
 #define ROOM (size_t)(8 << 20)
 
@@ -627,6 +648,7 @@ static void run_all(void)
     run_repaired("conversations in bf16 are those of the CPU",
                  test_conversations_in_bf16_are_those_of_the_cpu);
     run_repaired("company changes no bit", test_company_changes_no_bit);
+    run_repaired("the depth kernel changes no bit", test_the_depth_kernel_changes_no_bit);
     run_repaired("conversations in fp8 are those of the CPU",
                  test_conversations_in_fp8_are_those_of_the_cpu);
     run_repaired("frames given at once have the bits of few at a time",

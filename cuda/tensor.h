@@ -1,4 +1,4 @@
-/* tensor.cu: rows of activations times a matrix on the tensor cores: bf16 rows, fp8 and the block formats.
+/* tensor.h: rows of activations times a matrix on the tensor cores: bf16 rows, fp8 and the block formats.
  * The weights are the 16 rows of a tile, the activations its 8 columns; for one row of activations
  * seven columns are wasted, which costs nothing, as the reads of the weights are all the time there
  * is.
@@ -12,8 +12,11 @@
  * meet the codes of quant.h: 8 bits and a scale for a GROUP, products of codes being exact. Few rows are
  * arranged in shared memory by every block that needs them; more, by a kernel of their own.
  *
- * Bytes: the weights once for up to MOST_ROWS rows, of more and bf16 see many.cu; arranged rows once for each tile or two of outputs, which
- * the second cache has. Bound: the memory's read rate. */
+ * Bytes: the weights once for up to MOST_ROWS rows, of more and bf16 see many.cu; arranged rows once for
+ * each tile or two of outputs, which the second cache has. Bound: the memory's read rate. */
+#ifndef MOSHI_CUDA_TENSOR_H
+#define MOSHI_CUDA_TENSOR_H
+
 #include "blocks.h"
 #include "product.h"
 
@@ -305,9 +308,9 @@ template <> struct tensor_format<WEIGHT_FP8> {
     }
 
     __device__ static void arrange(const float *x, int at, int padded, unsigned char *to,
-                                   int inside)
+                                   int inside, int groups)
     {
-        tensor_format<WEIGHT_BF16>::arrange(x, at, padded, to, inside);
+        tensor_format<WEIGHT_BF16>::arrange(x, at, padded, to, inside, groups);
     }
 
     template <class E>
@@ -411,6 +414,41 @@ __global__ static void __launch_bounds__(THREADS)
                    p.to + row * tensor_format<F>::row_bytes(p.columns), p.groups);
 }
 
+/* What a tile's warps have, added in their order; by the whole block. work: a float for each sum. */
+template <enum weight_format F, int N, int TILES, class E>
+__device__ static __forceinline__ void store_sums(const struct product<E> &p, float *work,
+                                                  int first, int last, int start,
+                                                  const float (&sums)[N][TILES][4])
+{
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                work[(((warp * N + n) * TILES + m) * 4 + i) * WARP + lane] = sums[n][m][i];
+    __syncthreads();
+    for (int at = (int)threadIdx.x; at < N * TILES * 2 * WARP; at += THREADS) {
+        int tile = at / (2 * WARP), i = at / WARP % 2, from = at % WARP;
+        int row = first + tile / TILES * COLUMNS_OF_TILE + from % 4 * 2 + i;
+        int pair = start + tile % TILES * OCTET + from / 4;
+        float a = 0, b = 0;
+
+        if (row > last || pair >= p.pairs) continue;
+        for (int w = 0; w < WARPS; w++) {
+            const float *part = work + ((w * N * TILES + tile) * 4 + i) * WARP + from;
+
+            a += part[0];
+            b += part[2 * WARP];
+        }
+        p.end.store(row, pair, p.outputs, a * tensor_format<F>::scale(p, p.first_of(pair)),
+                    b * tensor_format<F>::scale(p, p.second_of(pair)));
+    }
+    __syncthreads(); /* the next sums go to the same place */
+}
+
 /* Grid: tiles of outputs, N columns of rows, matrices. N: columns of a tile / 8; TILES: of outputs. */
 template <enum weight_format F, int N, int TILES, class E>
 __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
@@ -451,31 +489,7 @@ __global__ static void __launch_bounds__(THREADS, N < 4 ? 2 : 1)
 #pragma unroll(N < 4 ? 2 : 1)
             for (int half = 0; half < 2; half++) format::multiply(w, x, chunk, half, sums);
         }
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int m = 0; m < TILES; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    work[(((warp * N + n) * TILES + m) * 4 + i) * WARP + lane] = sums[n][m][i];
-        __syncthreads();
-        for (int at = (int)threadIdx.x; at < N * TILES * 2 * WARP; at += THREADS) {
-            int tile = at / (2 * WARP), i = at / WARP % 2, from = at % WARP;
-            int row = first + tile / TILES * COLUMNS_OF_TILE + from % 4 * 2 + i;
-            int pair = start + tile % TILES * OCTET + from / 4;
-            float a = 0, b = 0;
-
-            if (row > last || pair >= p.pairs) continue;
-            for (int w = 0; w < WARPS; w++) {
-                const float *part = work + ((w * N * TILES + tile) * 4 + i) * WARP + from;
-
-                a += part[0];
-                b += part[2 * WARP];
-            }
-            p.end.store(row, pair, p.outputs, a * format::scale(p, p.first_of(pair)),
-                        b * format::scale(p, p.second_of(pair)));
-        }
-        __syncthreads(); /* the next sums go to the same place */
+        store_sums<F, N, TILES>(p, work, first, last, start, sums);
     }
 }
 
@@ -577,26 +591,4 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
     }
 }
 
-void tensor_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
-                    struct product<struct row_end> &p, size_t kept)
-{
-    choose_format(cuda, name, weight, p, kept);
-}
-
-void tensor_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
-                    struct product<struct gate_end> &p, size_t kept)
-{
-    choose_format(cuda, name, weight, p, kept);
-}
-
-void tensor_product(struct cuda_backend *cuda, const char *name, const struct matrix *weight,
-                    struct product<struct qkv_end> &p, size_t kept)
-{
-    choose_format(cuda, name, weight, p, kept);
-}
-
-size_t tensor_scratch(const struct matrix *weight, int rows)
-{
-    return (size_t)round_up(rows, ARRANGED_TOGETHER) *
-           tensor_format<WEIGHT_FP8>::row_bytes(weight->cols);
-}
+#endif
