@@ -53,9 +53,10 @@ static void add_part(struct moshi_conversion *conversion, const struct tensor *t
                           (const int64_t[]){change->sets, panels, panel});
         return;
     }
-    if (change->format ==
-        WEIGHT_FP8) { /* with scales in front of it, named as published ones are */
+    if (change->format == WEIGHT_FP8) {
+        /* With scales in front of it, named as published ones are. */
         char name[256 + sizeof "_scale"];
+
         snprintf(name, sizeof name, "%s_scale", tensor->name);
         tensor_header_add(&conversion->header, name, TENSOR_F32, 2,
                           (const int64_t[]){(int64_t)change->sets * change->rows, 1});

@@ -2,7 +2,6 @@
 #include "engine.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -86,9 +85,8 @@ static void engine_loop(void *arg)
     for (int slot = 0; slot < engine->max_sessions; ++slot) {
         struct moshi_session *session = engine->slots[slot];
         if (session && session->phase == SESSION_SUBMITTED) {
-            session->status = moshi_fail(MOSHI_ERROR_SESSION,
-                                         "the engine was closed during a step");
-            snprintf(session->sentence, sizeof session->sentence, "%s", moshi_error_detail());
+            session_fail(session,
+                         moshi_fail(MOSHI_ERROR_SESSION, "the engine was closed during a step"));
             finish_frame(session);
         }
     }
@@ -139,7 +137,6 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     engine->sound = calloc(samples + 1, sizeof *engine->sound);
     engine->results = calloc(result_bytes(engine) + 1, 1);
     engine->renewing = calloc(n, sizeof *engine->renewing);
-    engine->renewed = calloc(n, sizeof *engine->renewed);
     engine->row_lane = backend->ops->allocate(backend, n * 4);
     engine->row_active = backend->ops->allocate(backend, n);
     engine->row_heard = backend->ops->allocate(backend, n);
@@ -152,9 +149,9 @@ static int create_state(struct moshi_engine *engine, const struct moshi_engine_o
     if (!engine->slots || !engine->batch || !engine->stepping || !engine->subset ||
         !engine->row_slots || !engine->guided || !engine->user || !engine->codes ||
         !engine->params || !engine->heard || !engine->spoken || !engine->sound ||
-        !engine->results || !engine->renewing || !engine->renewed || !engine->row_lane ||
-        !engine->row_active || !engine->row_heard || !engine->row_spoken || !engine->lock ||
-        !engine->submitted || !engine->done)
+        !engine->results || !engine->renewing || !engine->row_lane || !engine->row_active ||
+        !engine->row_heard || !engine->row_spoken || !engine->lock || !engine->submitted ||
+        !engine->done)
         return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for an engine of %d sessions", slots);
     backend->ops->clear(backend, engine->row_active, 1, n);
     return os_thread_start(&engine->thread, engine_loop, engine);
@@ -235,7 +232,6 @@ void moshi_engine_destroy(struct moshi_engine *engine)
     free(engine->sound);
     free(engine->results);
     free(engine->renewing);
-    free(engine->renewed);
     os_mutex_destroy(engine->lock);
     os_condition_destroy(engine->submitted);
     os_condition_destroy(engine->done);
@@ -686,29 +682,29 @@ static int is_spoken(const struct moshi_engine *engine, const struct moshi_frame
     return energy > engine->frame_size * pow(10, SPOKEN_DB / 10);
 }
 
-/* Takes the contexts into use whose time has come. */
-static int end_refreshes(struct moshi_engine *engine, struct moshi_session **batch, int n)
+/* Before a session's frame: reads what is left of a new context, if the frame is the first to use it. */
+static int end_refresh(struct moshi_engine *engine, struct moshi_session *session)
 {
-    int status = MOSHI_OK;
-    for (int i = 0; i < n && !status; ++i) {
-        struct refresh *refresh = batch[i]->refresh;
-        engine->renewed[i] = refresh && refresh->state.left == 1;
-        if (!refresh || !refresh->state.left) continue;
-        if (--refresh->state.left == 0) status = refresh_end(refresh, &engine->lm, batch[i]->slot);
-    }
+    struct refresh *refresh = session->refresh;
+    if (!refresh || refresh->state.left != 1) return MOSHI_OK;
+    int status = refresh_end(refresh, &engine->lm, session->slot);
+    refresh->renewed = !status;
+    /* With guidance the old context was given up for it. */
+    if (status && refresh->halves > 1) session_end(session, status);
     return status;
 }
 
 /* After a frame: what is to be told of the context, and whether a new one is to be read. */
-static void watch_context(struct moshi_engine *engine, struct moshi_session *session, int renewed)
+static void watch_context(struct moshi_engine *engine, struct moshi_session *session)
 {
     struct refresh *refresh = session->refresh;
     struct moshi_frame *frame = session->frame;
     const int64_t positions = engine->lm.positions[session->slot];
     const int64_t range = refresh ? refresh->state.range : session->options.context_range;
     if (positions == (range * 4 + 4) / 5) frame->event = MOSHI_EVENT_CONTEXT_80;
-    if (renewed) frame->event = MOSHI_EVENT_REFRESH_END;
     if (!refresh) return;
+    if (refresh->renewed) frame->event = MOSHI_EVENT_REFRESH_END;
+    refresh->renewed = 0;
     const int begins = refresh_watch(refresh, positions, is_spoken(engine, frame));
     if (begins && frame->event == MOSHI_EVENT_NONE) {
         frame->event = MOSHI_EVENT_REFRESH_BEGIN;
@@ -747,9 +743,7 @@ static void step_all(struct moshi_engine *engine, struct moshi_session **batch, 
     struct tick_times times = {0};
     struct lm_shape shape = {0};
     double start = os_clock();
-    int status = end_refreshes(engine, batch, n);
-    if (!status)
-        status = at_once ? step_at_once(engine, batch, n, &shape)
+    int status = at_once ? step_at_once(engine, batch, n, &shape)
                          : step_in_parts(engine, batch, n, &shape, &times);
     const uint8_t *failed = result(engine, engine->lm.failed);
     for (int i = 0; i < n && !status; ++i) {
@@ -778,7 +772,7 @@ static void step_all(struct moshi_engine *engine, struct moshi_session **batch, 
         if (session->next_text[0] == TOKEN_FREE && session->forced_first < session->forced_end)
             __atomic_store_n(&session->forced_first, session->forced_first + 1, __ATOMIC_RELAXED);
         next_step(session);
-        watch_context(engine, session, engine->renewed[i]);
+        watch_context(engine, session);
         session->frame->step_s = end - session->submitted_s;
     }
     os_mutex_lock(engine->lock);
@@ -811,11 +805,15 @@ void engine_tick(struct moshi_engine *engine, struct moshi_session **sessions, i
     int n = 0;
     /* Who finds no memory does not step, and nobody else is touched. */
     for (int i = 0; i < count; ++i) {
-        int status = make_room(engine, sessions[i]);
-        if (status)
+        struct refresh *refresh = sessions[i]->refresh;
+        int status = end_refresh(engine, sessions[i]);
+        if (!status) status = make_room(engine, sessions[i]);
+        if (status) {
             session_fail(sessions[i], status);
-        else
-            batch[n++] = sessions[i];
+            continue;
+        }
+        if (refresh && refresh->state.left) --refresh->state.left;
+        batch[n++] = sessions[i];
     }
     if (n) step_all(engine, batch, n);
 }

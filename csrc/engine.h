@@ -67,7 +67,7 @@ struct moshi_engine {
     int32_t *row_slots, *user, *codes;
     struct slot_params *params; /* [max_sessions] by slot */
     char *results; /* what the step gave: lm.results and what lies behind them */
-    uint8_t *guided, *renewed; /* rows of sessions with a null half, with a new context */
+    uint8_t *guided; /* rows of sessions with a null half */
     uint8_t *heard, *spoken; /* rows whose samples are encoded, whose codes are decoded */
     uint8_t *renewing; /* [max_sessions] slots with a pass of a refresh to make after the tick */
     int next_renewed; /* slot */

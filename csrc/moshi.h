@@ -313,7 +313,7 @@ struct moshi_frame {
 /* pcm: frame_size floats. Samples that are not finite, or beyond MOSHI_MAX_SAMPLE, give
  * MOSHI_ERROR_AUDIO and change nothing. MOSHI_ERROR_MEMORY: the device has none for a longer context,
  * or for this session's own copy of one that a fork shares. Then nothing has changed either, and the
- * frame can be given again. */
+ * frame can be given again; only a session with guidance that would have renewed its context ends. */
 MOSHI_API int moshi_session_step(struct moshi_session *session, const float *pcm,
                                  struct moshi_frame *frame);
 /* codes: user_q of them, 0..card (card itself is the initial or end token), skipping the encoder. */

@@ -77,13 +77,14 @@ void refresh_reset(struct refresh *refresh)
 {
     refresh->state = (struct refresh_state){.range = refresh->state.range,
                                             .keep = refresh->state.keep};
-    refresh->read = 0;
+    refresh->read = refresh->renewed = 0;
 }
 
 void refresh_copy(struct refresh *to, const struct refresh *from)
 {
     to->state = from->state;
     to->read = from->read;
+    to->renewed = from->renewed;
     memcpy(to->history, from->history,
            (size_t)from->state.rows * row_tokens(from) * sizeof *to->history);
 }

@@ -24,6 +24,7 @@ struct refresh {
         int32_t quiet; /* frames in a row in which nobody spoke */
     } state;
     int read; /* positions of it that are read; under the backend's lock */
+    int renewed; /* the new context is in use, and no frame has told of it yet */
     int halves, most_rows;
     const struct lm_config *config;
     int32_t *history; /* [most_rows][halves][streams] what the last steps have read */

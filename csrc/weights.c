@@ -284,7 +284,8 @@ static struct tensor *find_scales(struct weight_loader *loader, const struct ten
     if (!scales) scales = weights_find(loader, "%s_scale_inv", tensor->name);
     if (!scales) return NULL;
     if (scales->elements == 1) rows = 1;
-    return weights_check(loader, scales, scales->n_dims > 0, &rows) ? NULL : scales;
+    if (weights_check(loader, scales, scales->n_dims > 0, &rows)) return NULL;
+    return check_finite(loader, scales) ? NULL : scales;
 }
 
 /* The scales themselves, from malloc; NULL without. _scb has 127 times as much. */

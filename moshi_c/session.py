@@ -435,6 +435,9 @@ class Session:
         Raises:
             AudioError: another length or type, NaN, infinity or values far beyond -1..1; nothing
                 has changed.
+            DeviceError: there is no memory for a longer context. Nothing has changed and the frame
+                can be given again, unless samples are resampled or wait from a `push`: then it is
+                left out.
             SessionError: closed, in use by another thread, or in a forked process; or the model's
                 weights give no numbers, which ends this session.
         """
@@ -458,6 +461,7 @@ class Session:
 
         Raises:
             AudioError: another length or type, NaN or infinity; nothing has changed.
+            DeviceError: as for `step`.
             SessionError: closed, or in use by another task or thread.
         """
         with self._held():
@@ -512,6 +516,7 @@ class Session:
 
         Raises:
             AudioError: another number of codes, or one out of range; nothing has changed.
+            DeviceError: there is no memory for a longer context; nothing has changed.
             SessionError: closed, or in use by another thread.
         """
         with self._busy():
@@ -537,6 +542,7 @@ class Session:
             AudioError: another shape, or a code out of range; nothing has changed.
             CheckpointError: silence is asked for, and the model was loaded without a codec.
             ValueError: nothing is given, or a token out of the vocabulary; nothing has changed.
+            DeviceError: there is no memory for a longer context, which ends this session.
             SessionError: closed, or in use by another thread.
         """
         given = [

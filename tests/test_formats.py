@@ -352,6 +352,10 @@ def test_a_published_fp8_file_is_the_model_that_it_stands_for(
             "text_linear.weight_scale is stored as I8",
         ),
         (
+            lambda s: s["text_linear.weight_scale"].__setitem__((3, 0), torch.inf),
+            r"text_linear\.weight_scale has inf at element 3 and 1 such values, expected finite",
+        ),
+        (
             lambda s: s.update({"out_norm.alpha_scale": torch.ones(1)}),
             "out_norm.alpha_scale is not part of the model",
         ),

@@ -12,7 +12,8 @@
 /* Queries of one head that read the cache together. */
 #define ATTEND_STEPS 6
 
-/* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in caches. */
+/* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in
+ * caches. */
 #define TILE_STRIDE (TILE_OUTPUTS + 16)
 
 /* Sums of a block of outputs, and of its second half's, of a thread that uses tiles. */

@@ -73,7 +73,8 @@ struct cpu_kernels {
     void (*widen[WEIGHT_FORMATS])(const void *w, size_t n, float *y);
 
     /* Fills a tile of a block format, or of fp8, [PANEL][TILE]. int8 and fp8: scales[PANEL] as the
-     * rows have them, not written here. Returns 0 when a weight or its scale is not finite. The same tile on all instruction sets. */
+     * rows have them, not written here. Returns 0 when a weight or its scale is not finite. The same
+     * tile on all instruction sets. */
     int (*quantise[WEIGHT_FORMATS])(const float (*w)[TILE], const float *scales, void *tile);
     /* The largest |x[i]|; NaN if one is. */
     float (*magnitude)(const float *x, size_t n);

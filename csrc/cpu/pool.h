@@ -21,9 +21,10 @@ void pool_destroy(struct pool *pool); /* NULL is fine */
 /* Runs all tasks and returns when they are done. One caller at a time; not from inside a task. */
 void parallel_for(struct pool *pool, pool_function *function, void *arg, int tasks);
 
-/* The same, but each thread comes back for more until none are left, each time for a
- * multiple of `least` tasks, but for the last ones: one that the system or the memory holds up does less, and the others hardly wait for it. So
- * `function` may see a part several times, with tasks that differ from run to run. */
+/* The same, but each thread comes back for more until none are left, each time for a multiple of
+ * `least` tasks (the last ones may be fewer): one that the system or the memory holds up does less,
+ * and the others hardly wait for it. So `function` may see a part several times, with tasks that
+ * differ from run to run. */
 void parallel_share(struct pool *pool, pool_function *function, void *arg, int tasks, int least);
 
 /* Makes this thread round to nearest, trap nothing and treat numbers below the normal range as zero,

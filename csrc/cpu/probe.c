@@ -39,9 +39,8 @@ static double run_at_once(int threads, struct probe *probes, void (*body)(void *
 
 typedef uint64_t vector __attribute__((vector_size(32)));
 
-/* Which of the two is faster depends on the processor, and on how busy its neighbours are. */
-
-/* Eight streams side by side. */
+/* Eight streams side by side. Whether they or one stream are faster depends on the processor, and on
+ * how busy its neighbours are. */
 static inline __attribute__((always_inline)) void read_streams(struct probe *probe)
 {
     size_t vectors = probe->bytes / sizeof(vector) / 8;

@@ -1,5 +1,6 @@
-/* quantise.h: how weights become tiles of the block formats of quant.h, and rows of fp8. Plain C that compilers turn
- * into vectors, included by the files of the instruction sets; all of them make the same tiles. */
+/* quantise.h: how weights become tiles of the block formats of quant.h, and rows of fp8. Plain C that
+ * compilers turn into vectors, included by the files of the instruction sets; all of them make the same
+ * tiles. */
 #ifndef MOSHI_CPU_QUANTISE_H
 #define MOSHI_CPU_QUANTISE_H
 

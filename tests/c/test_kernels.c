@@ -2211,11 +2211,12 @@ static int is_near_as_fp8(const float *weights, const uint8_t *codes, double sca
     float most = 0;
 
     for (int k = 0; k < n; k++) most = fmaxf(most, fabsf(weights[k]));
-    if (scale != 0 && fabs(scale / (most / 448.0) - 1) > 1e-6) return 0;
+    if (scale == 0 ? most >= FP8_LEAST_ROW : fabs(scale / (most / 448.0) - 1) > 1e-6) return 0;
     for (int k = 0; k < n; k++) {
         double want = scale == 0 ? 0 : weights[k], found = scale * fp8_to_f32(codes[k]);
-        double step = fmax(ldexp(1, ilogb(want / scale) - 3), 0x1p-9); /* of neighbours */
+        double step = 0x1p-9; /* of neighbours */
 
+        if (want != 0) step = fmax(step, ldexp(1, ilogb(want / scale) - 3));
         if (fabs(want - found) > (fabs(want) == most ? 1e-6 * most : 0.5001 * step * scale))
             return 0;
         if (scale == 0 && codes[k] & 127) return 0;
