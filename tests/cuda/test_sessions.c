@@ -349,49 +349,6 @@ static int test_memory_that_runs_out_in_a_fork_or_at_its_copy_loses_nothing(void
     return 1;
 }
 
-/* A call that will renew its context and its fork, in whose pages the old one lies too, step into the
- * new one beside another call. With `fails` there is no memory for the first one's. */
-static int renew_and_step(int fails, struct talk *talks)
-{
-    struct moshi_session *calls[3];
-    struct moshi_session_options options;
-    const int who[3] = {0, 1, 1}, others[2] = {0, 1};
-    struct talk *const heard[3] = {&talks[0], &talks[1], &talks[2]};
-
-    moshi_session_options_init(card, &options);
-    options.seed = 5;
-    options.cfg_coef = 1.7f;
-    options.context_policy = MOSHI_CONTEXT_REFRESH;
-    options.context_range = 24;
-    options.context_keep = 8;
-    CHECK(open_slots(3));
-    CHECK(open_call(SAMPLED, 4, &calls[0]) == MOSHI_OK);
-    CHECK(moshi_session_create(engine, &options, &calls[1]) == MOSHI_OK);
-    CHECK(give(calls[1], 20) == MOSHI_OK);
-    for (int t = 0; t < 6 && calls[1]->refresh->state.left != 1; ++t)
-        CHECK(step(calls, who, 2, 0, NULL) == MOSHI_OK);
-    CHECK(calls[1]->refresh->state.left == 1);
-    CHECK(moshi_session_fork(calls[1], NULL, &calls[2]) == MOSHI_OK);
-    if (fails) inject(FAULT_MALLOC, 0);
-    CHECK(step(calls, who, 3, 1, heard) == (fails ? MOSHI_ERROR_MEMORY : MOSHI_OK));
-    CHECK(stepped[0] && stepped[1] == !fails && stepped[2]);
-    CHECK(talks[2].frames[1].event == MOSHI_EVENT_REFRESH_END);
-    CHECK(step_one(calls[1], 1, 2, NULL) == (fails ? MOSHI_ERROR_SESSION : MOSHI_OK));
-    CHECK(step((struct moshi_session *const[]){calls[0], calls[2]}, others, 2, 2,
-               (struct talk *const[]){heard[0], heard[2]}) == MOSHI_OK);
-    close_all(calls, 3);
-    return close_slots();
-}
-
-static int test_memory_that_runs_out_for_a_new_context_ends_no_other_call(void)
-{
-    static struct talk expected[3], found[3];
-
-    if (!renew_and_step(0, expected) || !renew_and_step(1, found)) return 0;
-    CHECK(same_talk(&expected[0], &found[0], 1) && same_talk(&expected[2], &found[2], 1));
-    return 1;
-}
-
 /* ---- snapshots -------------------------------------------------------------------------- */
 
 /* Places of the session's history on the card: as many copies as it would take one by one. */
@@ -784,7 +741,6 @@ int main(int argc, char **argv)
     RUN(test_a_fork_copies_little_and_its_first_step_the_page_it_writes);
     RUN(test_memory_goes_back_with_the_last_sharer);
     RUN(test_memory_that_runs_out_in_a_fork_or_at_its_copy_loses_nothing);
-    RUN(test_memory_that_runs_out_for_a_new_context_ends_no_other_call);
     RUN(test_a_snapshot_crosses_in_few_copies_and_goes_on);
     RUN(test_a_snapshot_has_the_bytes_that_the_cpu_makes);
     RUN(test_memory_of_a_session_is_as_computed);
