@@ -1,8 +1,8 @@
 """What the stages of benchmarks/gpu.sh measured, beside the targets: gpu_report.py FOLDER.
 
 Reads FOLDER/results.jsonl, whose lines are there from the moment a thing was measured, prints a
-table, and writes all of it to FOLDER/gpu.json. Of lines of the same
-name the last one counts. The standard library alone is needed.
+table, and writes all of it to FOLDER/gpu.json. Of lines of the same name the last one counts. The
+standard library alone is needed.
 
 gpu_report.py FOLDER begin adds a line with machine, date and commit, which comes first;
 gpu_report.py FOLDER stage NAME SECONDS TROUBLE one about a stage; no TROUBLE: "".
