@@ -35,6 +35,15 @@ def barriers() -> list[tuple[Path, int]]:
     ]
 
 
+def included(source: Path) -> set[str]:
+    """The names of the headers of its folder that a source includes, and those that they do."""
+    found: set[str] = set()
+    for name in re.findall(r'#include "(\w+\.h)"', source.read_text()):
+        if (header := source.parent / name).exists():
+            found |= {name, *included(header)}
+    return found
+
+
 def build(path: Path, number: int) -> Path:
     """The library without that barrier."""
     folder = PLACE / "cuda"
@@ -49,8 +58,7 @@ def build(path: Path, number: int) -> Path:
     objects = []
     for source in sorted([*folder.glob("*.cu"), folder / "host_shim.cpp"]):
         built = BUILT / "cuda" / f"{source.name}.o"
-        changed = source.name == path.name or (path.suffix == ".h" and source.suffix == ".cu")
-        if changed:
+        if path.name in {source.name, *included(source)}:
             built = PLACE / f"{source.name}.o"
             subprocess.run([*COMPILE, source, "-o", built], check=True)
         objects.append(built)
