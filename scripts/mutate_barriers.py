@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,9 @@ def included(source: Path) -> set[str]:
 
 def build(path: Path, number: int) -> Path:
     """The library without that barrier."""
+    shutil.rmtree(PLACE, ignore_errors=True)
     folder = PLACE / "cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    (PLACE / "csrc").unlink(missing_ok=True)
+    folder.mkdir(parents=True)
     (PLACE / "csrc").symlink_to(ROOT / "csrc")
     for source in (ROOT / "cuda").iterdir():
         (folder / source.name).write_text(source.read_text())
