@@ -336,7 +336,7 @@ SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 5
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/gpu run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
