@@ -282,6 +282,11 @@ cuda-host: ## the CUDA backend without a card: operations, conversations and fau
 	@scripts/setup_debian.sh build
 	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%) run-test/gpu $(addprefix run-test/order-,ascending descending 3))
 
+.PHONY: cuda-sessions
+cuda-sessions: ## of cuda-host the conversations and faults
+	@scripts/setup_debian.sh build
+	$(call run,test,$(CUDA_TESTS:%=run-test/cuda/%))
+
 # A file's tests stay in one process, which keeps their models and servers. Many of them wait for
 # sound in real time while others compute. LONG=--long holds the conversation with upstream's server
 # for a minute.
@@ -332,11 +337,12 @@ build/asan-py/bin/espeak-ng: $(VENV)/.test
 # Which tests run under the sanitizers; what is slow has models of published sizes. Shapes as on ARM:
 # make test and make cuda-host take them all.
 ASAN_TESTS ?= not slow
+ASAN_CUDA ?= $(CUDA_TESTS)
 SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 5
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) $(CUDA_TESTS:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(ASAN_CUDA:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib
