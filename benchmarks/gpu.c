@@ -618,6 +618,10 @@ static void many(const char *format_name, int n, double seconds)
                 reference_compare(reference, &company);
             }
             step_in(&company);
+            if (paced) { /* they take their memory page by page, all in the same frame */
+                snprintf(name, sizeof name, "%d sessions %s, beginning", n, format.name);
+                measure_paced(&company, seconds / 4, name);
+            }
             company_fill(&company);
             warm(&company, 20);
             snprintf(name, sizeof name, "memory of %d sessions %s", n, format.name);

@@ -11,7 +11,8 @@
 #   codec      G6    Mimi, 1 and 64 signals
 #   frames     G1-4  one session: frames, temporal and depth passes, of bf16, int8 and q4
 #   prefill    G9    500 given frames at once, and one by one
-#   many       G7    64 sessions in bf16, 128 in int8; G10: the 64 for 60 s at 12.5 Hz
+#   many       G7    64 sessions in bf16, 128 in int8; G10: the 64 for 60 s at 12.5 Hz, and for 15 s
+#              from their beginnings
 #   streams    G8    how many sessions of STT-1B keep up
 #   upstream   G1,4,6,7  beside the moshi package's, in turn
 #   profile    which kernels a frame's time goes to (ncu)
@@ -24,7 +25,7 @@
 # cores; estimated, not measured):
 #   1. gpu.sh build sessions model products codec frames       90 + 20 + 20 + 25 + 20 + 140 = 315
 #   2. gpu.sh prefill streams profile                          30 + 240 + 40 = 310
-#   3. gpu.sh many upstream                                    240 + 220 = 460
+#   3. gpu.sh many upstream                                    260 + 220 = 480
 #   4. gpu.sh ops                                              120
 # The machine has to keep its files between the calls; where it does not, build and model come first in
 # each of them. For another time: sanitize (300), large (30).
@@ -239,7 +240,8 @@ stage() {
         echo | part "$OUT/7b" follow frame 1
         echo | part "$OUT/7b" follow depth 1
         echo | part "$OUT/7b" follow codec 1
-        for name in memory product codec frame temporal depth prefill sessions paced spread streams; do
+        for name in memory product codec frame temporal depth prefill sessions beginning paced spread \
+            streams; do
             grep -q "^{\"name\": \"[^\"]*$name" "$RESULTS" && continue
             echo "nothing was measured of: $name"
             troubles=$((troubles + 1))

@@ -64,6 +64,7 @@ TARGETS = [
     Target("G9", "prefill", "p50_ms", 25, 16),
     Target("G9", "prefill", "ratio", 50, least=True),
     Target("G10", "64 sessions bf16+bf16, paced", "late", 0),
+    Target("G10", "64 sessions bf16+bf16, beginning", "late", 0),
     Target("G10", "64 sessions bf16+bf16, paced", "p99_over_p50", 1.3),
     Target("G10", "64 sessions bf16+bf16, paced", "over_back_to_back", 1.15),
 ]

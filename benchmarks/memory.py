@@ -11,6 +11,7 @@ own: the system may take it back and shares it between processes.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -128,6 +129,14 @@ def fill(path: Path, dtype: str = "q4") -> None:
             file.write(pattern[:left])
         for left in range(path.stat().st_size - file.tell(), 0, -len(halves)):
             file.write(halves[:left])
+
+
+def forget(path: Path) -> None:
+    """Has the system drop a file from its cache, as a start of the machine does: what was read from
+    a disk lies in large pages, what was just written in small ones, which are slower to read."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def codec_peak(folder: Path, codec: Path, minutes: int) -> dict[str, Any]:

@@ -4,8 +4,9 @@ The language model has the published tensors of the 7B, filled with random numbe
 come out, the codec has no part. The read rate is probed around every block of steps.
 `share_of_floor` is the time that reading a frame's bytes (weights, and keys and values of what is
 remembered) takes at that rate, over the time of the step. bf16 needs 15.4 GB on the disk and as
-much memory for its map. `stage_ms` are means. `reads_from_disk` counts what a step had to fetch
-from the file because the system had taken it back: memory's pace is then not all that held it up.
+much memory for its map; the file is read anew, as after a start of the machine. `stage_ms` are
+means. `reads_from_disk` counts what a step had to fetch from the file because the system had taken
+it back: memory's pace is then not all that held it up.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def main() -> None:
     result: dict[str, Any] = {"context": memory.CONTEXT}
     for dtype in options.formats:
         with tempfile.TemporaryDirectory() as name:
-            memory.fill(Path(name) / "model.safetensors", dtype)
+            file = Path(name) / "model.safetensors"
+            memory.fill(file, dtype)
+            memory.forget(file)
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", name, dtype, str(options.blocks)],
                 capture_output=True, text=True, check=False,

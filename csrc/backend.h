@@ -434,8 +434,8 @@ struct backend_ops {
     void *(*allocate_pages)(struct backend *backend, size_t bytes, size_t page_bytes);
     /* Of such memory: makes pages usable, which read as zeros; a status. Not twice. */
     int (*commit)(struct backend *backend, void *device, size_t bytes);
-    /* Gives committed pages back to the system. */
-    void (*decommit)(struct backend *backend, void *device, size_t bytes);
+    /* Gives committed pages of page_bytes each back to the system, all of them at once. */
+    void (*decommit)(struct backend *backend, void *const *pages, int count, size_t page_bytes);
     int64_t (*memory_free)(struct backend *backend); /* bytes of the device; 0 if unknown */
     /* May repack w (then it is packed, f32, and its rows no longer needed) or move its rows to the
      * device, where w.data then points. pack == 0 leaves a mapped matrix in place where the backend

@@ -6,7 +6,7 @@
 #include "backend.h"
 
 /* Raised with every change of this header, backend.h, quant.h, or what they include. */
-#define CUDA_ABI 5
+#define CUDA_ABI 6
 #define CUDA_ENTRY "moshi_cuda_backend_v1"
 #define CUDA_LIBRARY "libmoshi_cuda.so"
 

@@ -456,8 +456,9 @@ void mimi_encoder_reset(struct mimi_state *state, int lane)
 
 void mimi_state_reset(struct mimi_state *state, int lane)
 {
-    mimi_encoder_reset(state, lane);
+    state_reset_lane(&state->encoder, lane);
     kv_pages_release(&state->encoder_kv, lane);
+    state->encoder_offset[lane] = 0;
     state_reset_lane(&state->decoder, lane);
     kv_pages_release(&state->decoder_kv, lane);
     state->decoder_offset[lane] = 0;

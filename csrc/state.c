@@ -127,10 +127,11 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
     kv->references = calloc(entries, sizeof *kv->references);
     kv->free_pages = malloc(entries * sizeof *kv->free_pages);
     kv->committed = calloc(entries, 1);
+    kv->given = malloc(entries * sizeof *kv->given);
     kv->device_table = backend->ops->allocate(backend, entries * sizeof *kv->device_table);
     cache->pages = backend->ops->allocate_pages(backend, kv->bytes, cache->page_bytes);
     if (!kv->host_table || !kv->references || !kv->free_pages || !kv->committed ||
-        !kv->device_table || !cache->pages) {
+        !kv->given || !kv->device_table || !cache->pages) {
         size_t bytes = kv->bytes;
         kv_pages_destroy(kv);
         return moshi_fail(MOSHI_ERROR_MEMORY,
@@ -159,6 +160,7 @@ void kv_pages_destroy(struct kv_pages *kv)
     free(kv->references);
     free(kv->free_pages);
     free(kv->committed);
+    free(kv->given);
     memset(kv, 0, sizeof *kv);
 }
 
@@ -211,7 +213,7 @@ int kv_pages_grow(struct kv_pages *kv, int lane, int64_t first, int steps)
     return MOSHI_OK;
 }
 
-static void forget(struct kv_pages *kv, int lane)
+void kv_pages_reset(struct kv_pages *kv, int lane)
 {
     for (int block = 0; block < kv->cache.pages_per_lane; ++block) {
         size_t entry = (size_t)lane * (size_t)kv->cache.pages_per_lane + (size_t)block;
@@ -224,25 +226,22 @@ static void forget(struct kv_pages *kv, int lane)
     }
 }
 
-void kv_pages_reset(struct kv_pages *kv, int lane)
-{
-    forget(kv, lane);
-}
-
 void kv_pages_release(struct kv_pages *kv, int lane)
 {
-    forget(kv, lane);
+    int count = 0;
+    kv_pages_reset(kv, lane);
     for (int i = 0; i < kv->n_free; ++i) {
         int32_t page = kv->free_pages[i];
         if (!kv->committed[page]) continue;
-        kv->backend->ops->decommit(kv->backend, page_address(kv, page), kv->cache.page_bytes);
+        kv->given[count++] = page_address(kv, page);
         kv->committed[page] = 0;
     }
+    kv->backend->ops->decommit(kv->backend, kv->given, count, kv->cache.page_bytes);
 }
 
 void kv_pages_share(struct kv_pages *kv, int from, int to)
 {
-    forget(kv, to);
+    kv_pages_reset(kv, to);
     const size_t per_lane = (size_t)kv->cache.pages_per_lane;
     for (size_t block = 0; block < per_lane; ++block) {
         int32_t page = kv->host_table[(size_t)from * per_lane + block];

@@ -51,6 +51,7 @@ struct kv_pages {
     int32_t *references; /* [n_pages] */
     int32_t *free_pages; /* stack */
     uint8_t *committed;  /* [n_pages] there is memory behind it */
+    void **given;        /* [n_pages] scratch of kv_pages_release */
     size_t bytes;
     int32_t *device_table;
 };

@@ -354,9 +354,10 @@ static int trace_commit(struct backend *backend, void *device, size_t bytes)
     return inner_of(backend)->ops->commit(inner_of(backend), device, bytes);
 }
 
-static void trace_decommit(struct backend *backend, void *device, size_t bytes)
+static void trace_decommit(struct backend *backend, void *const *pages, int count,
+                           size_t page_bytes)
 {
-    inner_of(backend)->ops->decommit(inner_of(backend), device, bytes);
+    inner_of(backend)->ops->decommit(inner_of(backend), pages, count, page_bytes);
 }
 
 static int trace_prepare_matrix(struct backend *backend, struct matrix *w, int pack)

@@ -216,7 +216,7 @@ __host__ __device__ static inline int round_up(int a, int b)
 
 void *cuda_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes);
 int cuda_commit(struct backend *backend, void *memory, size_t bytes);
-void cuda_decommit(struct backend *backend, void *memory, size_t bytes);
+void cuda_decommit(struct backend *backend, void *const *pages, int count, size_t page_bytes);
 int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
                double *copy_rate);
 int cuda_cublaslt(struct backend *backend, const struct cuda_peer_product *product,

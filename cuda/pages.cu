@@ -92,19 +92,21 @@ int cuda_commit(struct backend *backend, void *memory, size_t bytes)
     return own.report();
 }
 
-void cuda_decommit(struct backend *backend, void *memory, size_t bytes)
+void cuda_decommit(struct backend *backend, void *const *pages, int count, size_t page_bytes)
 {
     struct cuda_backend *cuda = cuda_of(backend);
     cuda_turn turn(cuda);
-    struct cuda_range *range = find(cuda, memory);
+    struct cuda_range *range = count && page_bytes ? find(cuda, pages[0]) : NULL;
 
-    if (!range || bytes == 0) return;
-    size_t at = (size_t)((char *)memory - range->base);
-
+    if (!range) return;
     cuda_flush(cuda);
-    cudaStreamSynchronize(cuda->stream); /* a run may still be using it */
-    for (size_t i = at / range->unit; i <= (at + bytes - 1) / range->unit; i++)
-        put_unit(cuda, range, i);
+    cudaStreamSynchronize(cuda->stream); /* a run may still be using them */
+    for (int page = 0; page < count; page++) {
+        size_t at = (size_t)((char *)pages[page] - range->base);
+
+        for (size_t i = at / range->unit; i <= (at + page_bytes - 1) / range->unit; i++)
+            put_unit(cuda, range, i);
+    }
     cudaGetLastError();
 }
 

@@ -26,8 +26,8 @@ Dtype = Literal["auto", "f32", "f16", "bf16", "fp8", "int8", "q8", "q4"]
 #: scale for each head and frame.
 KvDtype = Literal["auto", "f32", "bf16", "int8"]
 
-#: Of a signal that is not held whole, frames at a time: enough for long passes, 2 MB of sound.
-_PIECE_FRAMES = 240
+#: Of a signal that is not held whole, frames at a time: enough for long passes, 1 MB of sound.
+_PIECE_FRAMES = 120
 
 
 class _Closable(Protocol):

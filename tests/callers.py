@@ -269,8 +269,8 @@ def chatting(
 
 
 @dataclass
-class EventCaller(Listening):
-    """One call in events, JSON with a "type". What has come is in `events`."""
+class JsonCaller(Listening):
+    """One call whose messages are all JSON. What has come is in `events`."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -278,6 +278,11 @@ class EventCaller(Listening):
         """Every one is an event."""
         assert message.type == aiohttp.WSMsgType.TEXT
         self.events.append(json.loads(message.data))
+
+
+@dataclass
+class EventCaller(JsonCaller):
+    """Its events have a "type"."""
 
     async def send(self, kind: str, **facts: Any) -> None:
         """An event."""

@@ -113,7 +113,8 @@ def made() -> set[str]:
             names |= {f"frame {kinds[rest[0]]}", f"depth {kinds[rest[0]]}"}
         elif stage == "many":
             name = f"{rest[1]} sessions {kinds[rest[0]]}"
-            names |= {name, *[f"{name}, paced"] * (len(rest) > 2)}
+            paced = {f"{name}, beginning", f"{name}, paced"}
+            names |= {name} | (paced if len(rest) > 2 else set())
         elif stage == "streams":
             names.add(f"streams {kinds[rest[0]]}")
         else:

@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,7 +19,7 @@ import sound
 from callers import (
     PATIENT,
     Event,
-    Listening,
+    JsonCaller,
     all_over,
     connected,
     cut,
@@ -63,14 +63,8 @@ def model() -> Iterator[Model]:
 
 
 @dataclass
-class Telephone(Listening):
-    """Twilio's side of a call. What has come is in `events`."""
-
-    events: list[Event] = field(default_factory=list)
-
-    def take(self, message: aiohttp.WSMessage) -> None:
-        assert message.type == aiohttp.WSMsgType.TEXT
-        self.events.append(json.loads(message.data))
+class Telephone(JsonCaller):
+    """Twilio's side of a call."""
 
     @property
     def notes(self) -> list[str]:

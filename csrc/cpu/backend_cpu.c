@@ -73,10 +73,10 @@ static void cpu_clear(struct backend *backend, void *device, int byte, size_t by
     if (bytes) memset(device, byte, bytes);
 }
 
-static void cpu_decommit(struct backend *backend, void *device, size_t bytes)
+static void cpu_decommit(struct backend *backend, void *const *pages, int count, size_t page_bytes)
 {
     (void)backend;
-    os_decommit(device, bytes);
+    for (int i = 0; i < count; i++) os_decommit(pages[i], page_bytes);
 }
 
 static int64_t cpu_memory_free(struct backend *backend)
@@ -290,7 +290,7 @@ static int cpu_reserve(struct backend *backend, int rows, int columns, int keys)
                       sizeof(float));
     cpu->fresh = fresh;
     if (status == MOSHI_OK) {
-        size_t queries = ATTEND_STEPS * threads, capacity = cpu->keys * queries;
+        size_t queries = ATTEND_QUERIES * threads, capacity = cpu->keys * queries;
 
         status = grow(&scores, &capacity, (padded(keys + ATTEND_STEPS) + padded(columns)) * queries,
                       sizeof(float));
@@ -340,7 +340,7 @@ static void cpu_destroy(struct backend *backend)
     if (cpu->gathered) os_release(cpu->gathered, cpu->gathered_floats * sizeof(float));
     if (cpu->tile_scratch) os_release(cpu->tile_scratch, threads * sizeof *cpu->tile_scratch);
     if (cpu->fresh) os_release(cpu->fresh, cpu->fresh_floats * sizeof(float));
-    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_STEPS * sizeof(float));
+    if (cpu->scores) os_release(cpu->scores, cpu->keys * threads * ATTEND_QUERIES * sizeof(float));
     if (cpu->nearest) os_release(cpu->nearest, cpu->rows * threads * sizeof(struct nearest));
     free(cpu);
 }

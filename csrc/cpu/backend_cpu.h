@@ -9,7 +9,8 @@
 /* Jobs of fewer multiply-adds than this are not worth waking a thread for. */
 #define PARALLEL_WORK 16384
 
-/* Queries of one head that read the cache together. */
+/* Queries that read the cache together, and how many of them may be of one head. */
+#define ATTEND_QUERIES 8
 #define ATTEND_STEPS 6
 
 /* Between rows of sums of `tiles`; an odd number of lines, so that they don't share a place in
@@ -33,7 +34,7 @@ struct cpu_backend {
     struct tile_scratch *tile_scratch; /* [threads], if the kernels have tiles */
     float *fresh; /* [rows][keys, values] of MOSHI_INT8, before they become codes */
     size_t fresh_floats;
-    float *scores; /* [threads][ATTEND_STEPS][keys]: a query, then its scores */
+    float *scores; /* [threads][ATTEND_QUERIES][keys]: a query, then its scores */
     size_t keys;   /* a multiple of ROW_PAD */
     struct nearest {
         float distance;

@@ -217,62 +217,80 @@ static void scale_some(float *x, const float *scales, int n)
     for (int i = 0; i < n; i++) x[i] *= scales[i];
 }
 
-/* Queries t..t+n-1 of one head: scores of all keys that one of them sees, each one's softmax, weighted
- * sums of the values. Run by run, so that what is read of the cache serves all of them. */
+/* Queries t..t+n-1 of `heads` heads, n * heads <= ATTEND_QUERIES: scores of all keys that one of them
+ * sees, each one's softmax, weighted sums of the values. Page by page: the heads' runs in a page lie
+ * one behind the other, and what is read of a head serves all of its queries. */
 static void attend_some(const struct cpu_backend *cpu, const struct op_attend *op, int i, int t,
-                        int n, int head, float *scratch)
+                        int n, int head, int heads, float *scratch)
 {
     const struct cpu_kernels *kernels = cpu->kernels;
     const struct kv_cache *cache = op->cache;
     enum weight_format format = cache->dtype == MOSHI_BF16   ? WEIGHT_BF16
                                 : cache->dtype == MOSHI_INT8 ? WEIGHT_INT8
                                                              : WEIGHT_F32;
-    int dim = cache->head_dim, lane = op->rows.lane[i], coded = format == WEIGHT_INT8;
-    int kv_head = head / (op->heads / cache->kv_heads);
+    int dim = cache->head_dim, lane = op->rows.lane[i], share = op->heads / cache->kv_heads;
+    int last = (head + heads - 1) / share;
     size_t step = (size_t)op->heads * (size_t)dim;
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * step + (size_t)head * (size_t)dim;
-    float *y = op->y + row, *scores = scratch + padded(dim);
-    const float *queries[ATTEND_STEPS];
-    int64_t begin[ATTEND_STEPS] = {0}, end[ATTEND_STEPS] = {0};
+    const float *queries[ATTEND_QUERIES];
+    float *scores[ATTEND_QUERIES], *y[ATTEND_QUERIES]; /* [heads][n] */
+    int64_t begin[ATTEND_STEPS] = {0}, end[ATTEND_STEPS] = {0}, oldest, newest;
     struct run run;
 
-    for (int q = 0; q < n; q++) {
-        queries[q] = scratch + (size_t)q * cpu->keys;
-        kernels->arrange[coded ? WEIGHT_F32 : format](op->q + row + (size_t)q * step, dim,
-                                                      scratch + (size_t)q * cpu->keys);
-        memset(y + (size_t)q * step, 0, (size_t)dim * sizeof *y);
-        visible(op, i, t + q, &begin[q], &end[q]);
-    }
-    /* The first one sees the oldest key, the last one the newest. */
-    for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
-        run = next_run(op, lane, 0, kv_head, j, end[n - 1]);
-        if (j + run.count < end[n - 1])
-            fetch_run(op, lane, 0, kv_head, j + run.count, end[n - 1]);
-        else
-            fetch_run(op, lane, 1, kv_head, begin[0], end[n - 1]);
-        kernels->dot[format](run.at, dim, run.count, queries, n, scores + (j - begin[0]),
-                             cpu->keys);
-        for (int q = 0; run.scales && q < n; q++)
-            scale_some(scores + (size_t)q * cpu->keys + (j - begin[0]), run.scales, run.count);
-    }
-    for (int q = 0; q < n; q++)
-        if (begin[q] < end[q])
-            kernels->softmax(scores + (size_t)q * cpu->keys + (begin[q] - begin[0]),
-                             (int)(end[q] - begin[q]), 1.0f / sqrtf((float)dim));
-    for (int64_t j = begin[0]; j < end[n - 1]; j += run.count) {
-        run = next_run(op, lane, 1, kv_head, j, end[n - 1]);
-        fetch_run(op, lane, 1, kv_head, j + run.count, end[n - 1]);
-        for (int q = 0; q < n; q++) {
-            int64_t from = begin[q] > j ? begin[q] : j;
-            int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+    for (int k = 0; k < heads * n; k++) {
+        float *query = scratch + (size_t)k * cpu->keys;
+        size_t place = row + (size_t)(k / n) * (size_t)dim + (size_t)(k % n) * step;
 
-            float *weights = scores + (size_t)q * cpu->keys + (from - begin[0]);
-            size_t first = (size_t)(from - j);
+        kernels->arrange[format == WEIGHT_INT8 ? WEIGHT_F32 : format](op->q + place, dim, query);
+        queries[k] = query;
+        scores[k] = query + padded(dim);
+        y[k] = op->y + place;
+        memset(y[k], 0, (size_t)dim * sizeof **y);
+    }
+    for (int q = 0; q < n; q++) visible(op, i, t + q, &begin[q], &end[q]);
+    oldest = begin[0]; /* of the first one; the last one sees the newest */
+    newest = end[n - 1];
+    for (int64_t j = oldest; j < newest; j += run.count) {
+        for (int h = 0; h < heads; h++) {
+            int kv_head = (head + h) / share;
 
-            if (from >= to) continue;
-            if (run.scales) scale_some(weights, run.scales + first, (int)(to - from));
-            kernels->mix[format](weights, run.at + first * kv_row_bytes(cache), (int)(to - from),
-                                 dim, y + (size_t)q * step);
+            run = next_run(op, lane, 0, kv_head, j, newest);
+            if (kv_head < last)
+                fetch_run(op, lane, 0, kv_head + 1, j, newest);
+            else if (j + run.count < newest)
+                fetch_run(op, lane, 0, head / share, j + run.count, newest);
+            else
+                fetch_run(op, lane, 1, head / share, oldest, newest);
+            kernels->dot[format](run.at, dim, run.count, queries + h * n, n,
+                                 scores[h * n] + (j - oldest), cpu->keys);
+            for (int q = 0; run.scales && q < n; q++)
+                scale_some(scores[h * n + q] + (j - oldest), run.scales, run.count);
+        }
+    }
+    for (int k = 0; k < heads * n; k++)
+        if (begin[k % n] < end[k % n])
+            kernels->softmax(scores[k] + (begin[k % n] - oldest), (int)(end[k % n] - begin[k % n]),
+                             1.0f / sqrtf((float)dim));
+    for (int64_t j = oldest; j < newest; j += run.count) {
+        for (int h = 0; h < heads; h++) {
+            int kv_head = (head + h) / share;
+
+            run = next_run(op, lane, 1, kv_head, j, newest);
+            if (kv_head < last)
+                fetch_run(op, lane, 1, kv_head + 1, j, newest);
+            else
+                fetch_run(op, lane, 1, head / share, j + run.count, newest);
+            for (int q = 0; q < n; q++) {
+                int64_t from = begin[q] > j ? begin[q] : j;
+                int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+                float *weights = scores[h * n + q] + (from - oldest);
+                size_t first = (size_t)(from - j);
+
+                if (from >= to) continue;
+                if (run.scales) scale_some(weights, run.scales + first, (int)(to - from));
+                kernels->mix[format](weights, run.at + first * kv_row_bytes(cache),
+                                     (int)(to - from), dim, y[h * n + q]);
+            }
         }
     }
 }
@@ -286,15 +304,18 @@ static void attend_task(void *arg, int part, int first, int last)
 {
     const struct row_job *job = arg;
     const struct op_attend *op = job->op;
-    float *scratch = job->cpu->scores + (size_t)part * ATTEND_STEPS * job->cpu->keys;
+    float *scratch = job->cpu->scores + (size_t)part * ATTEND_QUERIES * job->cpu->keys;
     int tiles = attend_tiles(op);
 
-    for (int task = first; task < last; task++) {
+    for (int task = first, heads; task < last; task += heads) {
         int head = task % op->heads, t = task / op->heads % tiles * ATTEND_STEPS;
         int i = task / op->heads / tiles;
         int n = op->steps - t < ATTEND_STEPS ? op->steps - t : ATTEND_STEPS;
 
-        if (op->rows.active[i]) attend_some(job->cpu, op, i, t, n, head, scratch);
+        heads = ATTEND_QUERIES / n;
+        if (heads > op->heads - head) heads = op->heads - head;
+        if (heads > last - task) heads = last - task;
+        if (op->rows.active[i]) attend_some(job->cpu, op, i, t, n, head, heads, scratch);
     }
 }
 
