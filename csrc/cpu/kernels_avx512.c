@@ -202,6 +202,43 @@ INLINE void dot_tile(enum weight_format format, int R, int O, const char *w, int
     }
 }
 
+#define STREAM_AHEAD 512  /* bytes */
+#define STREAM_LEAST 8192 /* streams that are shorter are better read from end to end */
+#define STREAM_ROW 16384  /* rows that are longer are long streams by themselves */
+
+/* 8 * `each` outputs of one row of activations, eight at a time: one of each eighth, so that the
+ * weights are read as eight long streams. */
+INLINE void dot_streams(enum weight_format format, const char *w, int columns, int each,
+                        const float *x, float *y)
+{
+    size_t bytes = weight_bytes(format), row_bytes = (size_t)columns * bytes;
+    size_t apart = (size_t)each * row_bytes;
+
+    for (int i = 0; i < each; i++, w += row_bytes) {
+        float sums[8];
+        __m512 s[1][8];
+        int k = 0;
+
+        UNROLL
+        for (int o = 0; o < 8; o++) s[0][o] = _mm512_setzero_ps();
+        for (; k + BLOCK <= columns; k += BLOCK) {
+            const char *at = w + (size_t)k * bytes;
+
+            UNROLL
+            for (int o = 0; o < 8; o++) {
+                _mm_prefetch(at + STREAM_AHEAD + (size_t)o * apart, _MM_HINT_T0);
+                if (format == WEIGHT_F32)
+                    _mm_prefetch(at + STREAM_AHEAD + (size_t)o * apart + 64, _MM_HINT_T0);
+            }
+            dot_block(format, 1, 8, at, apart, &x, k, BLOCK, s);
+        }
+        if (k < columns)
+            dot_block(format, 1, 8, w + (size_t)k * bytes, apart, &x, k, columns - k, s);
+        _mm256_storeu_ps(sums, fold8(s[0]));
+        for (int o = 0; o < 8; o++) y[o * each + i] = sums[o];
+    }
+}
+
 INLINE void dot_four(enum weight_format format, const char *w, int columns, const float *const *x,
                      int rows, int fetch, float *y, size_t stride)
 {
@@ -233,6 +270,10 @@ INLINE void dot(enum weight_format format, const char *w, int columns, int outpu
     size_t row_bytes = (size_t)columns * weight_bytes(format);
     int tiles = (rows + 5) / 6, o = 0;
 
+    if (rows == 1 && row_bytes < STREAM_ROW && (size_t)(outputs / 8) * row_bytes >= STREAM_LEAST) {
+        dot_streams(format, w, columns, outputs / 8, x[0], y);
+        o = outputs / 8 * 8;
+    }
     for (; rows == 1 && o + 8 <= outputs; o += 8)
         dot_tile(format, 1, 8, w + (size_t)o * row_bytes, columns, x, 1, y + o, stride);
     for (; o + 4 <= outputs; o += 4) {

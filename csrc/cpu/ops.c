@@ -330,6 +330,7 @@ void cpu_attend(struct backend *backend, const struct op_attend *op)
 {
     struct row_job job = {cpu_backend(backend), op};
     double keys = 0;
+    int tasks, together;
 
     assert(op->heads % op->cache->kv_heads == 0);
     for (int i = 0; i < op->rows.n; i++) {
@@ -348,7 +349,10 @@ void cpu_attend(struct backend *backend, const struct op_attend *op)
             keys += (double)(end - begin);
         }
     }
-    cpu_share(job.cpu, attend_task, &job, op->rows.n * attend_tiles(op) * op->heads, 1,
+    tasks = op->rows.n * attend_tiles(op) * op->heads;
+    together = tasks / backend->threads < ATTEND_QUERIES ? tasks / backend->threads
+                                                         : ATTEND_QUERIES;
+    cpu_share(job.cpu, attend_task, &job, tasks, together > 1 ? together : 1,
               keys * op->heads * op->cache->head_dim * 2);
 }
 
