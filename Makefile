@@ -257,7 +257,7 @@ aarch64-kernels: ## some shapes of every kernel for ARM, and which kernels a pro
 	@$(MAKE) --no-print-directory -j$(JOBS) build/aarch64/test_kernels
 	@set -e; for pair in $(KERNELS_aarch64); do \
 	    echo "$$pair"; $(QEMU) $${pair%=*} build/aarch64/test_kernels best $${pair#*=}; done
-	$(RUN_aarch64) build/aarch64/test_kernels every 11
+	$(RUN_aarch64) build/aarch64/test_kernels every 19
 
 aarch64-session: $(VENV)/.core libmoshi aarch64-kernels
 	@scripts/setup_debian.sh aarch64 sound
@@ -339,7 +339,7 @@ build/asan-py/bin/espeak-ng: $(VENV)/.test
 ASAN_TESTS ?= not slow
 ASAN_CUDA ?= $(CUDA_TESTS)
 SHAPES_asan_kernels := every 3
-SHAPES_asan_cuda := every 5
+SHAPES_asan_cuda := every 9
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
 	$(call run,asan,$(C_TESTS) $(ASAN_CUDA:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
