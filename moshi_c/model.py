@@ -122,8 +122,8 @@ def load(
             "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
             benchmarks/quality.py measures.
         context: frames remembered; None for the checkpoint's.
-        max_sessions: how many sessions may be open at once.
-        threads: of the CPU; None for MOSHI_C_THREADS, else one per core.
+        max_sessions: how many sessions may be open at once, 1 to 4096.
+        threads: of the CPU, 1 to 1024; None for MOSHI_C_THREADS, else one per core.
         mimi, tokenizer, config: files to use instead of what the source has, as a path or
             "hf://org/repo/file". A file of weights alone needs them.
         revision: branch, tag or commit on the hub.
