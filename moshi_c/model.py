@@ -54,8 +54,13 @@ class Device(Fields):
 
 @dataclass(frozen=True, slots=True)
 class Memory(Fields):
-    """Bytes. weights: of the language model and the codec, mapped or private. session: one session
-    with its context full. used: by all open sessions now. free: available on the device."""
+    """Bytes.
+
+    weights: of the language model and the codec, mapped or private.
+    session: one session with its context full.
+    used: by all open sessions now.
+    free: available on the device.
+    """
 
     weights: int
     session: int
@@ -67,8 +72,10 @@ class Memory(Fields):
 class ModelStats(Fields):
     """Where the time of all frames so far went: milliseconds a frame, on average.
 
-    frames: frames stepped by all sessions. ticks: steps of the engine, fewer than frames when
-    sessions share them.
+    frames: stepped by all sessions.
+    ticks: steps of the engine, fewer than frames when sessions share them.
+    encode_ms, temporal_ms, depth_ms, decode_ms: of the stages; encode and decode are the codec's.
+    other_ms: of all else.
     """
 
     frames: int
