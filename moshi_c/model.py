@@ -54,8 +54,13 @@ class Device(Fields):
 
 @dataclass(frozen=True, slots=True)
 class Memory(Fields):
-    """Bytes. weights: of the language model and the codec, mapped or private. session: one session
-    with its context full. used: by all open sessions now. free: available on the device."""
+    """Bytes.
+
+    weights: of the language model and the codec, mapped or private.
+    session: one session with its context full.
+    used: by all open sessions now.
+    free: available on the device.
+    """
 
     weights: int
     session: int
@@ -67,8 +72,10 @@ class Memory(Fields):
 class ModelStats(Fields):
     """Where the time of all frames so far went: milliseconds a frame, on average.
 
-    frames: frames stepped by all sessions. ticks: steps of the engine, fewer than frames when
-    sessions share them.
+    frames: stepped by all sessions.
+    ticks: steps of the engine, fewer than frames when sessions share them.
+    encode_ms, temporal_ms, depth_ms, decode_ms: of the stages; encode and decode are the codec's.
+    other_ms: of all else.
     """
 
     frames: int
@@ -122,8 +129,8 @@ def load(
             "f32", "bf16", or "int8", half the memory of bf16, at a small loss that
             benchmarks/quality.py measures.
         context: frames remembered; None for the checkpoint's.
-        max_sessions: how many sessions may be open at once.
-        threads: of the CPU; None for MOSHI_C_THREADS, else one per core.
+        max_sessions: how many sessions may be open at once, 1 to 4096.
+        threads: of the CPU, 1 to 1024; None for MOSHI_C_THREADS, else one per core.
         mimi, tokenizer, config: files to use instead of what the source has, as a path or
             "hf://org/repo/file". A file of weights alone needs them.
         revision: branch, tag or commit on the hub.

@@ -29,8 +29,10 @@ _REPR_LETTERS = 60
 class Word:
     """One word of the model, with its times in seconds of the output.
 
-    start: of the frame of its first piece. end: of the frame where the next word, or the silence
-    before it (EPAD), begins; for a last word, the end of its last piece.
+    text: without the space in front of it.
+    start: of the frame of its first piece.
+    end: of the frame where the next word, or the silence before it (EPAD), begins; for a last word,
+        the end of its last piece.
     """
 
     text: str

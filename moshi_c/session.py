@@ -264,7 +264,8 @@ class Session:
             seed: 0 to 2**64 - 1; the same seed, model and input give the same conversation. None
                 for a random one.
             text_temperature, text_top_k, audio_temperature, audio_top_k: sampling; a temperature of
-                0 is greedy, a top_k of 0 the whole vocabulary. None for the checkpoint's.
+                0 is greedy, a top_k of 0 the whole vocabulary. None for the checkpoint's
+                `lm_gen_config`, else upstream's: text 0.7 of 25, audio 0.8 of 250.
             cfg_coef: guidance, null + (conditioned - null) * cfg_coef; 1 is off.
             conditions: values of the model's conditions by name; what is not named gets the learnt
                 padding. None for the family's usual ones.
