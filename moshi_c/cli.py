@@ -677,7 +677,9 @@ def _parser() -> argparse.ArgumentParser:
         "--queue", type=int, default=8, metavar="N", help="callers who may wait (default: 8)"
     )
     serve.add_argument(
-        "--token", metavar="T", help="what callers must know: Authorization: Bearer T, or ?token=T"
+        "--token",
+        metavar="T",
+        help="what callers must know, 8 characters or more: Authorization: Bearer T, or ?token=T",
     )
     serve.add_argument(
         "--tls", nargs=2, metavar=("CERT", "KEY"), help="two PEM files; for https and wss"
@@ -743,7 +745,7 @@ def _parser() -> argparse.ArgumentParser:
         "moshi-c bench --dtype q8 --json bench.json",
     )
     measure.add_argument(
-        "--frames", type=_count, default=100, metavar="N", help="steps of a measurement (100)"
+        "--frames", type=_count, default=100, metavar="N", help="steps measured (default: 100)"
     )
     measure.add_argument("--json", metavar="FILE", help="write the figures too")
     for sub in (info, measure):

@@ -35,10 +35,10 @@ PAGES = {
 }
 #: Where other links into the repository lead.
 ELSEWHERE = {
-    "docs/ARCHITECTURE.md": "ARCHITECTURE.md",
     "benchmarks/results": "performance.md",
     "examples": "recipes.md",
     "examples/first_conversation.ipynb": "notebooks.md",
+    "examples/live_call.ipynb": "notebooks.md",
 }
 #: Sections of README.md that have a page of their own here.
 LEFT_OUT = ("Speed", "More")
@@ -75,6 +75,8 @@ def _page(source: str, assets: set[str]) -> Iterator[str]:
             raise PluginError(f"{source} links to {target}, which is not there")
         if path in PAGES or path in ELSEWHERE:
             return f"{picture}[{words}]({PAGES.get(path) or ELSEWHERE[path]})"
+        if path.startswith("docs/") and path.endswith(".md"):
+            return f"{picture}[{words}]({path.removeprefix('docs/')})"
         if Path(path).suffix in SHOWN:
             assets.add(path)
             return f"{picture}[{words}](repository/{path})"

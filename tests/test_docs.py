@@ -79,6 +79,25 @@ def test_every_command_is_in_the_reference() -> None:
     assert sorted(re.findall(r"\{\{ help: (\w+) \}\}", reference)) == sorted(commands)
 
 
+def test_every_mark_is_one_that_the_site_fills_in() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        for mark in re.findall(r"\{\{.*?\}\}", page.read_text("utf-8")):
+            assert re.fullmatch(r"\{\{ \w+: [^}]+? \}\}", mark), f"{page.name} has {mark}"
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    read = {ROOT / "setup.py"}
+    for folder, kind in (("csrc", "*.c"), ("cuda", "*.cu"), ("moshi_c", "*.py")):
+        read.update((ROOT / folder).rglob(kind))
+    names = {
+        name for path in read for name in re.findall(r'"(MOSHI_C_\w+)"', path.read_text("utf-8"))
+    }
+    assert "MOSHI_C_THREADS" in names
+    for name in names:
+        assert f"`{name}" in reference, f"docs/cli.md does not name {name}"
+
+
 def test_links_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
