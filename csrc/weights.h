@@ -96,7 +96,7 @@ void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, i
 /* Rows of a table that are only ever looked up: never packed, never a block format. */
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                    struct matrix *matrix);
-/* `count` elements of any shape as f32. */
+/* `count` elements of any shape as f32; for the scales of fp8 they are one row. */
 const float *weights_vector(struct weight_loader *loader, struct tensor *tensor, int64_t count);
 /* A matrix of f32 values that the caller computed; takes over `values`, from malloc. `format`: f32,
  * or what `lean` may be. */
