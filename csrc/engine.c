@@ -686,8 +686,7 @@ static int is_spoken(const struct moshi_engine *engine, const struct moshi_frame
 static int end_refresh(struct moshi_engine *engine, struct moshi_session *session)
 {
     struct refresh *refresh = session->refresh;
-    /* A frame that was refused afterwards comes again. */
-    if (!refresh || refresh->state.left != 1 || refresh->renewed) return MOSHI_OK;
+    if (!refresh || refresh->state.left != 1) return MOSHI_OK;
     int status = refresh_end(refresh, &engine->lm, session->slot);
     refresh->renewed = !status;
     /* With guidance the old context was given up for it. */
