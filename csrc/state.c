@@ -130,8 +130,8 @@ int kv_pages_create(struct kv_pages *kv, struct backend *backend, int lanes, int
     kv->given = malloc(entries * sizeof *kv->given);
     kv->device_table = backend->ops->allocate(backend, entries * sizeof *kv->device_table);
     cache->pages = backend->ops->allocate_pages(backend, kv->bytes, cache->page_bytes);
-    if (!kv->host_table || !kv->references || !kv->free_pages || !kv->committed ||
-        !kv->given || !kv->device_table || !cache->pages) {
+    if (!kv->host_table || !kv->references || !kv->free_pages || !kv->committed || !kv->given ||
+        !kv->device_table || !cache->pages) {
         size_t bytes = kv->bytes;
         kv_pages_destroy(kv);
         return moshi_fail(MOSHI_ERROR_MEMORY,
