@@ -364,7 +364,8 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 0, encode_stage, &(struct codec_pass){engine, rows}, 0);
+    status = ops->run(engine->backend, STAGE_ENCODE, encode_stage,
+                      &(struct codec_pass){engine, rows}, 0);
     if (status) return status;
     const size_t codes = (size_t)engine->user_q;
     ops->download(engine->backend, engine->codes, engine->device_codes,
@@ -534,7 +535,8 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows}, 0);
+    status = ops->run(engine->backend, STAGE_DECODE, decode_stage,
+                      &(struct codec_pass){engine, rows}, 0);
     for (int i = 0; i < rows && !status; ++i) {
         struct moshi_session *session = engine->subset[i];
         ops->download(engine->backend, session->frame->pcm,

@@ -750,14 +750,14 @@ static void depth_stage(struct backend *backend, void *arg)
 
 int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 1, temporal_stage,
+    return state->backend->ops->run(state->backend, STAGE_TEMPORAL, temporal_stage,
                                     &(struct stage){state, shape}, 0);
 }
 
 int lm_step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, shape},
-                                    0);
+    return state->backend->ops->run(state->backend, STAGE_DEPTH, depth_stage,
+                                    &(struct stage){state, shape}, 0);
 }
 
 /* ---- frames that are given -------------------------------------------------------------- */
