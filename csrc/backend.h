@@ -376,7 +376,7 @@ struct op_sample {
     const struct slot_params *params;
     const int32_t *offset;
     uint8_t *failed; /* [slots] or NULL */
-    int32_t *token;  /* token[i * token_stride] */
+    int32_t *token; /* token[i * token_stride] */
     int token_stride;
 };
 
