@@ -7,6 +7,9 @@
 
 #include "status.h"
 
+/* Steps the sessions together, which were submitted; without the engine's lock. */
+static void run_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count);
+
 /* Under the engine's lock. */
 static void finish_frame(struct moshi_session *session)
 {
@@ -69,7 +72,7 @@ static void engine_loop(void *arg)
         }
         os_mutex_unlock(engine->lock);
         os_mutex_lock(engine->model->backend_lock);
-        engine_tick(engine, engine->batch, n);
+        run_tick(engine, engine->batch, n);
         os_mutex_unlock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         for (int i = 0; i < n; ++i) finish_frame(engine->batch[i]);
@@ -801,7 +804,7 @@ static int make_room(struct moshi_engine *engine, const struct moshi_session *se
     return status;
 }
 
-void engine_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count)
+static void run_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count)
 {
     struct moshi_session **batch = engine->stepping;
     int n = 0;
