@@ -186,14 +186,20 @@ struct run {
     int count;
 };
 
+static int run_count(const struct kv_cache *cache, int64_t first, int64_t end)
+{
+    int count = cache->page_positions - (int)(first % cache->page_positions);
+
+    return end - first < count ? (int)(end - first) : count;
+}
+
 static struct run next_run(const struct op_attend *op, int lane, int value, int head, int64_t first,
                            int64_t end)
 {
-    int page = op->cache->page_positions, count = page - (int)(first % page);
     char *at = kv_address(op->cache, lane, op->layer, value, head, first);
 
     return (struct run){at, op->cache->dtype == MOSHI_INT8 ? kv_scale(op->cache, at, first) : NULL,
-                        end - first < count ? (int)(end - first) : count};
+                        run_count(op->cache, first, end)};
 }
 
 #define FETCH_BYTES 2048
@@ -234,8 +240,7 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
     size_t row = ((size_t)i * (size_t)op->steps + (size_t)t) * step + (size_t)head * (size_t)dim;
     const float *queries[ATTEND_QUERIES];
     float *scores[ATTEND_QUERIES], *y[ATTEND_QUERIES]; /* [heads][n] */
-    int64_t begin[ATTEND_STEPS] = {0}, end[ATTEND_STEPS] = {0}, oldest, newest;
-    struct run run;
+    int64_t begin[ATTEND_STEPS] = {0}, end[ATTEND_STEPS] = {0}, oldest, newest, next;
 
     for (int k = 0; k < heads * n; k++) {
         float *query = scratch + (size_t)k * cpu->keys;
@@ -250,15 +255,16 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
     for (int q = 0; q < n; q++) visible(op, i, t + q, &begin[q], &end[q]);
     oldest = begin[0]; /* of the first one; the last one sees the newest */
     newest = end[n - 1];
-    for (int64_t j = oldest; j < newest; j += run.count) {
+    for (int64_t j = oldest; j < newest; j = next) {
+        next = j + run_count(cache, j, newest);
         for (int h = 0; h < heads; h++) {
             int kv_head = (head + h) / share;
+            struct run run = next_run(op, lane, 0, kv_head, j, newest);
 
-            run = next_run(op, lane, 0, kv_head, j, newest);
             if (kv_head < last)
                 fetch_run(op, lane, 0, kv_head + 1, j, newest);
-            else if (j + run.count < newest)
-                fetch_run(op, lane, 0, head / share, j + run.count, newest);
+            else if (next < newest)
+                fetch_run(op, lane, 0, head / share, next, newest);
             else
                 fetch_run(op, lane, 1, head / share, oldest, newest);
             kernels->dot[format](run.at, dim, run.count, queries + h * n, n,
@@ -271,18 +277,19 @@ static void attend_some(const struct cpu_backend *cpu, const struct op_attend *o
         if (begin[k % n] < end[k % n])
             kernels->softmax(scores[k] + (begin[k % n] - oldest), (int)(end[k % n] - begin[k % n]),
                              1.0f / sqrtf((float)dim));
-    for (int64_t j = oldest; j < newest; j += run.count) {
+    for (int64_t j = oldest; j < newest; j = next) {
+        next = j + run_count(cache, j, newest);
         for (int h = 0; h < heads; h++) {
             int kv_head = (head + h) / share;
+            struct run run = next_run(op, lane, 1, kv_head, j, newest);
 
-            run = next_run(op, lane, 1, kv_head, j, newest);
             if (kv_head < last)
                 fetch_run(op, lane, 1, kv_head + 1, j, newest);
             else
-                fetch_run(op, lane, 1, head / share, j + run.count, newest);
+                fetch_run(op, lane, 1, head / share, next, newest);
             for (int q = 0; q < n; q++) {
                 int64_t from = begin[q] > j ? begin[q] : j;
-                int64_t to = end[q] < j + run.count ? end[q] : j + run.count;
+                int64_t to = end[q] < next ? end[q] : next;
                 float *weights = scores[h * n + q] + (from - oldest);
                 size_t first = (size_t)(from - j);
 
