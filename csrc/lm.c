@@ -10,18 +10,6 @@
 
 /* ---- binding ---------------------------------------------------------------------------- */
 
-static float *host_copy(struct weight_loader *loader, struct tensor *tensor, int64_t elements)
-{
-    if (loader->status || !tensor) return NULL;
-    float *values = malloc((size_t)elements * sizeof *values);
-    if (!values) {
-        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
-        return NULL;
-    }
-    for (int64_t i = 0; i < elements; ++i) values[i] = tensor_element(tensor, i);
-    return values;
-}
-
 static void load_condition(struct lm *lm, struct weight_loader *loader, int i)
 {
     const struct condition_config *config = &lm->config.conditions[i];
@@ -40,14 +28,14 @@ static void load_condition(struct lm *lm, struct weight_loader *loader, int i)
     int64_t table[2] = {config->bins + 1, config->dim}, projection[2] = {width, config->dim};
     struct tensor *tensor = weights_need(loader, "%s.%s.embed.weight", base, config->name);
     if (!weights_check(loader, tensor, 2, table))
-        condition->embedding = host_copy(loader, tensor, table[0] * table[1]);
+        condition->embedding = weights_host(loader, tensor, table[0]);
     tensor = weights_need(loader, "%s.%s.output_proj.weight", base, config->name);
     if (!weights_check(loader, tensor, 2, projection))
-        condition->projection = host_copy(loader, tensor, projection[0] * projection[1]);
+        condition->projection = weights_host(loader, tensor, projection[0]);
     tensor = weights_need(loader, "%s.%s.learnt_padding", base, config->name);
     int64_t padding[3] = {1, 1, width};
     if (!weights_check(loader, tensor, 3, padding))
-        condition->padding = host_copy(loader, tensor, width);
+        condition->padding = weights_host(loader, tensor, 1);
 }
 
 int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader *loader)

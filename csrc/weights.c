@@ -644,6 +644,20 @@ const float *weights_vector(struct weight_loader *loader, struct tensor *tensor,
     return loader->status ? NULL : vector.data;
 }
 
+float *weights_host(struct weight_loader *loader, const struct tensor *tensor, int64_t rows)
+{
+    if (loader->status || !tensor) return NULL;
+    float *scales = row_scales(loader, tensor, rows);
+    if (loader->status) return NULL;
+    float *values = malloc((size_t)tensor->elements * sizeof *values);
+    if (!values) loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
+    for (int64_t i = 0; values && i < tensor->elements; ++i)
+        values[i] = tensor_element(tensor, i) *
+                    (scales ? scales[i / (tensor->elements / rows)] : 1);
+    free(scales);
+    return values;
+}
+
 void weights_finish(struct weight_loader *loader)
 {
     if (loader->status) return;

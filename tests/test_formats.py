@@ -296,11 +296,11 @@ def as_fp8(state: Tensors, layout: str) -> tuple[Tensors, Tensors]:
     return stored, meant
 
 
-def with_fp8_vectors(state: Tensors) -> tuple[Tensors, Tensors]:
-    """Every norm as fp8 with one scale, and the floats that they stand for."""
+def with_fp8(state: Tensors, word: str) -> tuple[Tensors, Tensors]:
+    """What has the word in its name as fp8 with one scale, and the floats that it stands for."""
     stored, meant = dict(state), dict(state)
     for name, value in state.items():
-        if "norm" in name:
+        if word in name:
             scale = value.float().abs().max() / 448
             stored[name], stored[f"{name}_scale"] = (
                 (value.float() / scale).to(FP8),
@@ -355,13 +355,30 @@ def test_fp8_vectors_are_read_with_their_scale(
     made: Checkpoints, tmp_path: Path, dtype: str
 ) -> None:
     source = made.lm("moshi", packed=False)
-    states = with_fp8_vectors(load_file(source / LM_NAME))
+    states = with_fp8(load_file(source / LM_NAME), "norm")
     ours, theirs = (
         logits(forced(folder_of(source, tmp_path / str(i), state), 5, dtype=dtype))
         for i, state in enumerate(states)
     )
     for our, their in zip(ours, theirs, strict=True):
         assert np.array_equal(our, their)
+
+
+@pytest.mark.parametrize("value", [None, "good"])
+def test_fp8_conditions_are_read_with_their_scale(
+    made: Checkpoints, tmp_path: Path, value: str | None
+) -> None:
+    source, shape = made.lm("hibiki"), SHAPES["hibiki"]
+    states = with_fp8(load_file(source / LM_NAME), "conditioner")
+    assert len(states[0]) == len(states[1]) + 3
+    user = upstream.user_codes(5, shape.user_q, shape.card, 2)
+    conditions = {"description": value} if value else {}
+    ours, theirs = (
+        play(folder_of(source, tmp_path / str(i), state), user, shape.dep_q, conditions=conditions)
+        for i, state in enumerate(states)
+    )
+    assert np.array_equal(ours.text_logits, theirs.text_logits)
+    assert np.array_equal(ours.audio_logits, theirs.audio_logits)
 
 
 @pytest.mark.parametrize(
