@@ -1,6 +1,6 @@
-/* test_refresh.c: contexts that are read anew when there is no memory for it, on the packaged tiny
- * model. Pages of keys and values come from a commit that fails when a test says so.
- * usage: test_refresh [model folder] */
+/* test_memory.c: memory that runs out while an engine is made, and while a context is read anew, on the
+ * packaged tiny model. The backend's blocks, and pages of keys and values, are as many as a test says.
+ * usage: test_memory [model folder] */
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +20,30 @@ static struct moshi_engine *engine;
 #define ENOUGH (1 << 20)
 
 static struct backend_ops ops, scarce_ops;
+static int blocks_left = ENOUGH, blocks_held;
 static int pages_left = ENOUGH; /* atomic: the engine's thread takes them */
+
+static void *count_block(void *memory)
+{
+    blocks_held += memory != NULL;
+    return memory;
+}
+
+static void *scarce_allocate(struct backend *backend, size_t bytes)
+{
+    return blocks_left-- > 0 ? count_block(ops.allocate(backend, bytes)) : NULL;
+}
+
+static void *scarce_allocate_pages(struct backend *backend, size_t bytes, size_t page_bytes)
+{
+    return blocks_left-- > 0 ? count_block(ops.allocate_pages(backend, bytes, page_bytes)) : NULL;
+}
+
+static void scarce_release(struct backend *backend, void *memory, size_t bytes)
+{
+    --blocks_held;
+    ops.release(backend, memory, bytes);
+}
 
 static void set_pages(int pages)
 {
@@ -38,6 +61,9 @@ static int scarce_commit(struct backend *backend, void *device, size_t bytes)
 static void make_scarce(void)
 {
     ops = scarce_ops = *model->backend->ops;
+    scarce_ops.allocate = scarce_allocate;
+    scarce_ops.allocate_pages = scarce_allocate_pages;
+    scarce_ops.release = scarce_release;
     scarce_ops.commit = scarce_commit;
     model->backend->ops = &scarce_ops;
 }
@@ -120,6 +146,29 @@ static void wait_for_passes(const struct moshi_session *session)
 }
 
 /* ---- tests ------------------------------------------------------------------------------ */
+
+/* Whichever block it is that cannot be had. */
+static int test_an_engine_or_stream_without_memory_is_refused_and_keeps_none(void)
+{
+    const struct moshi_engine_options capacity = {.max_sessions = SLOTS};
+    struct moshi_engine *other = NULL;
+    struct mimi_stream *stream = NULL;
+    const int held = blocks_held;
+    int blocks = 0, status;
+    for (blocks_left = 0; (status = moshi_engine_create(model, &capacity, &other));
+         blocks_left = ++blocks)
+        CHECK(status == MOSHI_ERROR_MEMORY && !other && blocks_held == held && blocks < ENOUGH);
+    CHECK(blocks > 50 && blocks_held == held + blocks);
+    blocks = 0;
+    for (blocks_left = 0; (status = mimi_stream_create(other, 1, &stream)); blocks_left = ++blocks)
+        CHECK(status == MOSHI_ERROR_MEMORY && !stream && blocks < ENOUGH);
+    CHECK(blocks > 20);
+    blocks_left = ENOUGH;
+    mimi_stream_destroy(stream);
+    moshi_engine_destroy(other);
+    CHECK(blocks_held == held);
+    return 1;
+}
 
 static struct moshi_frame expected[FRAMES], neighbour[FRAMES];
 
@@ -224,6 +273,7 @@ int main(int argc, char **argv)
         return 1;
     }
 #define RUN(test) set_pages(ENOUGH), run(&#test[5], test)
+    RUN(test_an_engine_or_stream_without_memory_is_refused_and_keeps_none);
     RUN(test_a_refresh_without_memory_refuses_its_frame_and_no_other);
     RUN(test_a_frame_that_finds_no_memory_after_its_refresh_comes_again);
     RUN(test_a_guided_refresh_without_memory_ends_its_session_alone);
