@@ -115,10 +115,16 @@ struct rvq {
     const float *half_norms; /* [levels][bins]: |e|^2 / 2 */
 };
 
-/* A stage of `run` whose sizes change from call to call: for a backend that captures stages, one to
- * execute as it comes. The others are 0 to 3, the parts of a tick. */
-#define STAGE_GIVEN 4
-#define STAGE_TICK 5 /* a tick as a whole */
+/* Which stage `run` executes. */
+enum {
+    STAGE_ENCODE, /* with the next three the parts of a tick */
+    STAGE_TEMPORAL,
+    STAGE_DEPTH,
+    STAGE_DECODE,
+    STAGE_GIVEN, /* its sizes change from call to call: who captures stages executes it as it comes */
+    STAGE_TICK, /* a tick as a whole */
+    STAGES
+};
 
 #define TOKEN_FREE INT32_MIN /* "not forced", in slot_params */
 #define TOKEN_ZERO (-1) /* embeds as zeros */
@@ -370,7 +376,7 @@ struct op_sample {
     const struct slot_params *params;
     const int32_t *offset;
     uint8_t *failed; /* [slots] or NULL */
-    int32_t *token;  /* token[i * token_stride] */
+    int32_t *token; /* token[i * token_stride] */
     int token_stride;
 };
 

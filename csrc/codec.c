@@ -248,7 +248,7 @@ int mimi_stream_encode(struct mimi_stream *stream, const float *pcm, int32_t *co
             status = mimi_encode_grow(&codec->state, lane, 1);
         ops->upload(engine->backend, codec->pcm, pcm, samples * sizeof *pcm);
         if (!status)
-            status = ops->run(engine->backend, 0, encode_stage,
+            status = ops->run(engine->backend, STAGE_ENCODE, encode_stage,
                               &(struct codec_call){codec, 1, levels}, sizeof(struct codec_call));
         ops->download(engine->backend, codes, codec->codes,
                       (size_t)codec->batch * (size_t)levels * sizeof *codes);
@@ -274,7 +274,7 @@ int mimi_stream_decode(struct mimi_stream *stream, const int32_t *codes, int n_c
             status = mimi_decode_grow(&codec->state, lane, 1);
         ops->upload(engine->backend, codec->codes, codes, count * sizeof *codes);
         if (!status)
-            status = ops->run(engine->backend, 3, decode_stage,
+            status = ops->run(engine->backend, STAGE_DECODE, decode_stage,
                               &(struct codec_call){codec, 1, n_codes}, sizeof(struct codec_call));
         ops->download(engine->backend, pcm, codec->pcm,
                       (size_t)codec->batch * (size_t)engine->frame_size * sizeof *pcm);
@@ -438,7 +438,7 @@ static int encode_passes(struct codec *codec, int32_t *room, const float *pcm, i
             status = mimi_encode_grow(&codec->state, b, (int)count);
         }
         if (!status)
-            status = ops->run(engine->backend, 0, encode_stage,
+            status = ops->run(engine->backend, STAGE_ENCODE, encode_stage,
                               &(struct codec_call){codec, (int)count, levels},
                               sizeof(struct codec_call));
         ops->download(engine->backend, room, codec->codes,
@@ -510,7 +510,7 @@ static int decode_passes(struct codec *codec, int32_t *room, const int32_t *code
         for (int b = 0; b < batch && !status; ++b)
             status = mimi_decode_grow(&codec->state, b, (int)count);
         if (!status)
-            status = ops->run(engine->backend, 3, decode_stage,
+            status = ops->run(engine->backend, STAGE_DECODE, decode_stage,
                               &(struct codec_call){codec, (int)count, n_codes},
                               sizeof(struct codec_call));
         for (int b = 0; b < batch; ++b)

@@ -158,6 +158,97 @@ void depth_work_destroy(struct depth_work *work)
     memset(work, 0, sizeof *work);
 }
 
+/* All steps as one operation; 0 where the backend makes them of others. */
+static int forward_at_once(const struct depth *depth, struct depth_work *work,
+                           const struct depth_run *run, const float *const *inputs)
+{
+    const struct backend_ops *ops = work->backend->ops;
+    const struct lm_config *config = depth->config;
+    if (!ops->depth) return 0;
+    return ops->depth(work->backend, &(struct op_depth){.name = "depth",
+                                                        .rows = run->rows,
+                                                        .slots = run->slots,
+                                                        .steps = config->dep_q,
+                                                        .layers = config->depth.layers,
+                                                        .width = config->depth.dim,
+                                                        .heads = config->depth.heads,
+                                                        .hidden = config->depth.feedforward,
+                                                        .gated = config->depth.gated,
+                                                        .card = config->card,
+                                                        .schedule = config->depth_schedule,
+                                                        .inputs = inputs,
+                                                        .text_embedding = &depth->text_embedding,
+                                                        .embeddings = depth->embedding,
+                                                        .layer = depth->stack.layers,
+                                                        .norms = depth->norm,
+                                                        .head = depth->head,
+                                                        .head_bias = depth->head_bias,
+                                                        .text = run->text,
+                                                        .null_row = run->null_row,
+                                                        .params = run->params,
+                                                        .offset = run->offset,
+                                                        .failed = run->failed,
+                                                        .logits = run->logits,
+                                                        .audio = run->audio,
+                                                        .cache = &work->cache,
+                                                        .positions = work->positions,
+                                                        .position_stride = work->lanes,
+                                                        .x = work->x,
+                                                        .query = work->query,
+                                                        .hidden_rows = work->hidden});
+}
+
+/* The step that writes codebook k. */
+static void forward_one(const struct depth *depth, struct depth_work *work,
+                        const struct depth_run *run, int k, const float *input)
+{
+    struct backend *backend = work->backend;
+    const struct backend_ops *ops = backend->ops;
+    const struct lm_config *config = depth->config;
+    const int n = run->rows.n;
+    float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
+    ops->embed(backend, &(struct op_embed){.name = "depth.embedding",
+                                           .rows = run->rows,
+                                           .n_streams = 1,
+                                           .token_stride = k == 0 ? 1 : config->dep_q,
+                                           .tokens = k == 0 ? run->text : run->audio + (k - 1),
+                                           .tables = k == 0 ? &depth->text_embedding
+                                                            : &depth->embedding[k - 1],
+                                           .from = input,
+                                           .y = work->x});
+    transformer_forward(&depth->stack, backend,
+                        &(struct transformer_run){.rows = run->rows,
+                                                  .steps = 1,
+                                                  .weight_set = config->depth_schedule[k],
+                                                  .context = config->dep_q,
+                                                  .capacity = config->dep_q,
+                                                  .x = work->x,
+                                                  .position = work->positions +
+                                                              (size_t)k * (size_t)work->lanes,
+                                                  .cache = &work->cache,
+                                                  .query = work->query,
+                                                  .attended = work->attended,
+                                                  .hidden = work->hidden});
+    ops->linear(backend, &(struct op_linear){.name = "depth.head",
+                                             .n = n,
+                                             .x = work->x,
+                                             .norm = depth->norm[k],
+                                             .weight = depth->head[k],
+                                             .bias = depth->head_bias[k],
+                                             .y = logits});
+    ops->sample(backend, &(struct op_sample){.name = "depth.sample",
+                                             .rows = run->slots,
+                                             .stream = 1 + k,
+                                             .card = config->card,
+                                             .logits = logits,
+                                             .null_row = run->null_row,
+                                             .params = run->params,
+                                             .offset = run->offset,
+                                             .failed = run->failed,
+                                             .token = run->audio + k,
+                                             .token_stride = config->dep_q});
+}
+
 void depth_forward(const struct depth *depth, struct depth_work *work, const struct depth_run *run)
 {
     struct backend *backend = work->backend;
@@ -174,81 +265,6 @@ void depth_forward(const struct depth *depth, struct depth_work *work, const str
     for (int k = 0; k < config->dep_q; ++k)
         inputs[k] = work->inputs + (size_t)input_of(config, config->depth_schedule[k]) * (size_t)n *
                                        (size_t)config->depth.dim;
-    if (ops->depth &&
-        ops->depth(backend, &(struct op_depth){.name = "depth",
-                                               .rows = run->rows,
-                                               .slots = run->slots,
-                                               .steps = config->dep_q,
-                                               .layers = config->depth.layers,
-                                               .width = config->depth.dim,
-                                               .heads = config->depth.heads,
-                                               .hidden = config->depth.feedforward,
-                                               .gated = config->depth.gated,
-                                               .card = config->card,
-                                               .schedule = config->depth_schedule,
-                                               .inputs = inputs,
-                                               .text_embedding = &depth->text_embedding,
-                                               .embeddings = depth->embedding,
-                                               .layer = depth->stack.layers,
-                                               .norms = depth->norm,
-                                               .head = depth->head,
-                                               .head_bias = depth->head_bias,
-                                               .text = run->text,
-                                               .null_row = run->null_row,
-                                               .params = run->params,
-                                               .offset = run->offset,
-                                               .failed = run->failed,
-                                               .logits = run->logits,
-                                               .audio = run->audio,
-                                               .cache = &work->cache,
-                                               .positions = work->positions,
-                                               .position_stride = work->lanes,
-                                               .x = work->x,
-                                               .query = work->query,
-                                               .hidden_rows = work->hidden}))
-        return;
-    for (int k = 0; k < config->dep_q; ++k) {
-        const int set = config->depth_schedule[k];
-        float *logits = run->logits + (size_t)k * (size_t)n * (size_t)config->card;
-        ops->embed(backend, &(struct op_embed){.name = "depth.embedding",
-                                               .rows = run->rows,
-                                               .n_streams = 1,
-                                               .token_stride = k == 0 ? 1 : config->dep_q,
-                                               .tokens = k == 0 ? run->text : run->audio + (k - 1),
-                                               .tables = k == 0 ? &depth->text_embedding
-                                                                : &depth->embedding[k - 1],
-                                               .from = inputs[k],
-                                               .y = work->x});
-        transformer_forward(&depth->stack, backend,
-                            &(struct transformer_run){.rows = run->rows,
-                                                      .steps = 1,
-                                                      .weight_set = set,
-                                                      .context = config->dep_q,
-                                                      .capacity = config->dep_q,
-                                                      .x = work->x,
-                                                      .position = work->positions +
-                                                                  (size_t)k * (size_t)work->lanes,
-                                                      .cache = &work->cache,
-                                                      .query = work->query,
-                                                      .attended = work->attended,
-                                                      .hidden = work->hidden});
-        ops->linear(backend, &(struct op_linear){.name = "depth.head",
-                                                 .n = n,
-                                                 .x = work->x,
-                                                 .norm = depth->norm[k],
-                                                 .weight = depth->head[k],
-                                                 .bias = depth->head_bias[k],
-                                                 .y = logits});
-        ops->sample(backend, &(struct op_sample){.name = "depth.sample",
-                                                 .rows = run->slots,
-                                                 .stream = 1 + k,
-                                                 .card = config->card,
-                                                 .logits = logits,
-                                                 .null_row = run->null_row,
-                                                 .params = run->params,
-                                                 .offset = run->offset,
-                                                 .failed = run->failed,
-                                                 .token = run->audio + k,
-                                                 .token_stride = config->dep_q});
-    }
+    if (forward_at_once(depth, work, run, inputs)) return;
+    for (int k = 0; k < config->dep_q; ++k) forward_one(depth, work, run, k, inputs[k]);
 }

@@ -7,6 +7,9 @@
 
 #include "status.h"
 
+/* Steps the sessions together, which were submitted; without the engine's lock. */
+static void run_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count);
+
 /* Under the engine's lock. */
 static void finish_frame(struct moshi_session *session)
 {
@@ -69,7 +72,7 @@ static void engine_loop(void *arg)
         }
         os_mutex_unlock(engine->lock);
         os_mutex_lock(engine->model->backend_lock);
-        engine_tick(engine, engine->batch, n);
+        run_tick(engine, engine->batch, n);
         os_mutex_unlock(engine->model->backend_lock);
         os_mutex_lock(engine->lock);
         for (int i = 0; i < n; ++i) finish_frame(engine->batch[i]);
@@ -364,7 +367,8 @@ static int encode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 0, encode_stage, &(struct codec_pass){engine, rows}, 0);
+    status = ops->run(engine->backend, STAGE_ENCODE, encode_stage,
+                      &(struct codec_pass){engine, rows}, 0);
     if (status) return status;
     const size_t codes = (size_t)engine->user_q;
     ops->download(engine->backend, engine->codes, engine->device_codes,
@@ -534,7 +538,8 @@ static int decode(struct moshi_engine *engine, struct moshi_session **batch, int
         engine->subset[rows++] = batch[i];
     }
     if (status || rows == 0) return status;
-    status = ops->run(engine->backend, 3, decode_stage, &(struct codec_pass){engine, rows}, 0);
+    status = ops->run(engine->backend, STAGE_DECODE, decode_stage,
+                      &(struct codec_pass){engine, rows}, 0);
     for (int i = 0; i < rows && !status; ++i) {
         struct moshi_session *session = engine->subset[i];
         ops->download(engine->backend, session->frame->pcm,
@@ -686,8 +691,7 @@ static int is_spoken(const struct moshi_engine *engine, const struct moshi_frame
 static int end_refresh(struct moshi_engine *engine, struct moshi_session *session)
 {
     struct refresh *refresh = session->refresh;
-    /* A frame that was refused afterwards comes again. */
-    if (!refresh || refresh->state.left != 1 || refresh->renewed) return MOSHI_OK;
+    if (!refresh || refresh->state.left != 1) return MOSHI_OK;
     int status = refresh_end(refresh, &engine->lm, session->slot);
     refresh->renewed = !status;
     /* With guidance the old context was given up for it. */
@@ -800,7 +804,7 @@ static int make_room(struct moshi_engine *engine, const struct moshi_session *se
     return status;
 }
 
-void engine_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count)
+static void run_tick(struct moshi_engine *engine, struct moshi_session **sessions, int count)
 {
     struct moshi_session **batch = engine->stepping;
     int n = 0;

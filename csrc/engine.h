@@ -90,16 +90,9 @@ static inline int session_is_guided(const struct moshi_session *session)
     return session->params.cfg_coef != 1.0f;
 }
 
-/* A session with its buffers and without a slot; its conditions are those of the options. */
-int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
-                struct moshi_session **session);
-/* Gives it a free slot, in the state of a conversation that has not begun. */
-int session_take_slot(struct moshi_session *session);
 /* Makes it the only call on the session until session_leave; else MOSHI_ERROR_SESSION. */
 int session_enter(struct moshi_session *session);
 void session_leave(struct moshi_session *session);
-/* Room for `count` forced tokens in all. */
-int session_reserve_forced(struct moshi_session *session, int count);
 /* MOSHI_ERROR_ARGUMENT unless the model can say them: as text, in audio stream k. */
 int session_check_text(const struct moshi_session *session, int32_t token);
 int session_check_code(const struct moshi_session *session, int k, int32_t code);
@@ -120,8 +113,5 @@ void engine_upload_params(struct moshi_engine *engine, struct moshi_session *ses
 void engine_give_way(struct moshi_engine *engine);
 /* Whether another session than this one is open. */
 int engine_is_shared(struct moshi_engine *engine, const struct moshi_session *session);
-
-/* Steps the sessions in `batch` (submitted, not yet running); engine.c. */
-void engine_tick(struct moshi_engine *engine, struct moshi_session **batch, int n);
 
 #endif

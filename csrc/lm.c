@@ -10,18 +10,6 @@
 
 /* ---- binding ---------------------------------------------------------------------------- */
 
-static float *host_copy(struct weight_loader *loader, struct tensor *tensor, int64_t elements)
-{
-    if (loader->status || !tensor) return NULL;
-    float *values = malloc((size_t)elements * sizeof *values);
-    if (!values) {
-        loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
-        return NULL;
-    }
-    for (int64_t i = 0; i < elements; ++i) values[i] = tensor_element(tensor, i);
-    return values;
-}
-
 static void load_condition(struct lm *lm, struct weight_loader *loader, int i)
 {
     const struct condition_config *config = &lm->config.conditions[i];
@@ -40,14 +28,14 @@ static void load_condition(struct lm *lm, struct weight_loader *loader, int i)
     int64_t table[2] = {config->bins + 1, config->dim}, projection[2] = {width, config->dim};
     struct tensor *tensor = weights_need(loader, "%s.%s.embed.weight", base, config->name);
     if (!weights_check(loader, tensor, 2, table))
-        condition->embedding = host_copy(loader, tensor, table[0] * table[1]);
+        condition->embedding = weights_host(loader, tensor, table[0]);
     tensor = weights_need(loader, "%s.%s.output_proj.weight", base, config->name);
     if (!weights_check(loader, tensor, 2, projection))
-        condition->projection = host_copy(loader, tensor, projection[0] * projection[1]);
+        condition->projection = weights_host(loader, tensor, projection[0]);
     tensor = weights_need(loader, "%s.%s.learnt_padding", base, config->name);
     int64_t padding[3] = {1, 1, width};
     if (!weights_check(loader, tensor, 3, padding))
-        condition->padding = host_copy(loader, tensor, width);
+        condition->padding = weights_host(loader, tensor, 1);
 }
 
 int lm_load(struct lm *lm, const struct lm_config *config, struct weight_loader *loader)
@@ -234,106 +222,130 @@ static int create_host_rows(struct lm_state *state)
     host->null_row = calloc(s, sizeof *host->null_row);
     host->active = calloc(n, 1);
     host->zeros = calloc(s, 1);
-    return host->lane && host->slot && host->null_row && host->active && host->zeros
+    state->offset = calloc(s, sizeof *state->offset);
+    state->positions = calloc(s, sizeof *state->positions);
+    return host->lane && host->slot && host->null_row && host->active && host->zeros &&
+                   state->offset && state->positions
                ? MOSHI_OK
                : MOSHI_ERROR_MEMORY;
+}
+
+/* What a slot keeps from step to step. */
+static int create_history(struct lm_state *state, enum moshi_dtype kv_dtype)
+{
+    const struct lm_config *config = &state->lm->config;
+    const int streams = config->n_q + 1, columns = config->max_delay + 2;
+    state_init(&state->slot_table, state->backend, state->slots);
+    state_init(&state->lane_table, state->backend, state->lanes);
+    state->delay = (struct delay_cache){.streams = streams,
+                                        .dep_q = config->dep_q,
+                                        .columns = columns,
+                                        .max_delay = config->max_delay,
+                                        .initial_text = config->text_card,
+                                        .initial_audio = config->card};
+    state->delay.tokens = state_add(&state->slot_table, FIELD_I32,
+                                    (size_t)streams * (size_t)columns, TOKEN_NONE,
+                                    "lm.delay.tokens");
+    state->delay.offset = state_add(&state->slot_table, FIELD_I32, 1, 0, "lm.offset");
+    state->position = state_add(&state->lane_table, FIELD_I32, 1, 0, "lm.position");
+    if (!state->delay.tokens || !state->delay.offset || !state->position) return MOSHI_ERROR_MEMORY;
+    if (config->n_conditions) {
+        state->condition = state_add(&state->lane_table, FIELD_F32, (size_t)config->temporal.dim, 0,
+                                     "lm.condition");
+        if (!state->condition) return MOSHI_ERROR_MEMORY;
+    }
+    return kv_pages_create(&state->kv, state->backend, state->lanes, state->context,
+                           &config->temporal, kv_dtype);
+}
+
+/* What one step needs, and gives. */
+static int create_scratch(struct lm_state *state, size_t beside)
+{
+    const struct lm_config *config = &state->lm->config;
+    const struct transformer_config *stack = &config->temporal;
+    const size_t n = (size_t)state->lanes, s = (size_t)state->slots, r = (size_t)state->rows;
+    const size_t width = (size_t)stack->dim, dep_q = (size_t)config->dep_q;
+    const size_t user_q = (size_t)config->n_q - dep_q;
+    struct {
+        void **pointer;
+        size_t bytes;
+    } const wanted[] = {
+        {(void **)&state->delays, (size_t)state->delay.streams * 4},
+        {(void **)&state->params, s * sizeof *state->params},
+        {(void **)&state->text, r * 4},
+        {(void **)&state->audio, r * dep_q * 4},
+        {(void **)&state->user, r * user_q * 4},
+        {(void **)&state->null_row, s * 4},
+        {(void **)&state->row_lane, r * 4},
+        {(void **)&state->read_lane, 2 * 4},
+        {(void **)&state->row_number, n * 4},
+        {(void **)&state->row_slot, s * 4},
+        {(void **)&state->row_active, r},
+        {(void **)&state->step_active, n},
+        {(void **)&state->x, r * width * 4},
+        {(void **)&state->z, n * width * 4},
+        {(void **)&state->query, r * width * 4},
+        {(void **)&state->attended, r * width * 4},
+        {(void **)&state->hidden, r * (size_t)stack->feedforward * 4},
+        {(void **)&state->cos_sin, r * width * 4},
+        {(void **)&state->text_logits, n * (size_t)config->text_card_out * 4},
+        {(void **)&state->audio_logits, n * dep_q * (size_t)config->card * 4},
+        {(void **)&state->raw_heads, s * (size_t)(config->heads * config->head_dim) * 4},
+    };
+    int failed = create_results(state, beside) || create_host_rows(state);
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
+        *wanted[i].pointer = block(state, wanted[i].bytes);
+        failed |= !*wanted[i].pointer;
+    }
+    return failed ? moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the step of %d sessions",
+                               state->slots)
+                  : MOSHI_OK;
+}
+
+/* What no step changes. */
+static void upload_constants(struct lm_state *state)
+{
+    const struct lm_config *config = &state->lm->config;
+    const struct backend_ops *ops = state->backend->ops;
+    const int streams = state->delay.streams;
+    int32_t delays[MOSHI_MAX_CODEBOOKS + 1], *numbers = state->host.lane; /* not in use yet */
+    for (int i = 0; i < state->lanes; ++i) numbers[i] = i;
+    for (int i = 0; i < streams; ++i) delays[i] = config->delays[i];
+    ops->upload(state->backend, state->row_number, numbers, (size_t)state->lanes * sizeof *numbers);
+    ops->upload(state->backend, state->delays, delays, (size_t)streams * sizeof *delays);
+    ops->clear(state->backend, state->row_active, 1, (size_t)state->rows);
+    state->delay.delays = state->delays;
+}
+
+/* The backend's own scratch for the largest operations. */
+static int reserve(struct lm_state *state)
+{
+    const struct lm_config *config = &state->lm->config;
+    const int temporal = larger(config->temporal.dim, config->temporal.feedforward);
+    const int depth = larger(config->depth.dim, config->depth.feedforward);
+    const int cards = larger(config->card, config->text_card_out);
+    return state->backend->ops->reserve(state->backend, state->rows, larger(temporal, depth),
+                                        larger(larger(state->context, config->dep_q), cards));
 }
 
 int lm_state_create(struct lm_state *state, const struct lm *lm, struct backend *backend, int slots,
                     int context, enum moshi_dtype kv_dtype, size_t beside)
 {
     memset(state, 0, sizeof *state);
-    const struct lm_config *config = &lm->config;
-    const struct transformer_config *stack = &config->temporal;
-    const struct backend_ops *ops = backend->ops;
-    const int lanes = 2 * slots, streams = config->n_q + 1, dep_q = config->dep_q;
-    const int user_q = config->n_q - dep_q;
     state->lm = lm;
     state->backend = backend;
     state->slots = slots;
-    state->lanes = lanes;
+    state->lanes = 2 * slots;
     state->given_rows = larger(backend->given_rows, LM_GIVEN_ROWS);
-    state->rows = larger(lanes, state->given_rows);
+    state->rows = larger(state->lanes, state->given_rows);
     state->context = context;
-    state_init(&state->slot_table, backend, slots);
-    state_init(&state->lane_table, backend, lanes);
-    state->delay = (struct delay_cache){.streams = streams,
-                                        .dep_q = dep_q,
-                                        .columns = config->max_delay + 2,
-                                        .max_delay = config->max_delay,
-                                        .initial_text = config->text_card,
-                                        .initial_audio = config->card};
-    state->delay.tokens = state_add(&state->slot_table, FIELD_I32,
-                                    (size_t)streams * (size_t)state->delay.columns, TOKEN_NONE,
-                                    "lm.delay.tokens");
-    state->delay.offset = state_add(&state->slot_table, FIELD_I32, 1, 0, "lm.offset");
-    state->position = state_add(&state->lane_table, FIELD_I32, 1, 0, "lm.position");
-    int status = state->delay.tokens && state->delay.offset && state->position ? MOSHI_OK
-                                                                               : MOSHI_ERROR_MEMORY;
-    if (!status && config->n_conditions) {
-        state->condition = state_add(&state->lane_table, FIELD_F32, (size_t)stack->dim, 0,
-                                     "lm.condition");
-        if (!state->condition) status = MOSHI_ERROR_MEMORY;
-    }
-    if (!status) status = kv_pages_create(&state->kv, backend, lanes, context, stack, kv_dtype);
-    if (!status && dep_q > 0)
-        status = depth_work_create(&state->depth_work, &lm->depth, backend, lanes);
+    int status = create_history(state, kv_dtype);
+    if (!status && lm->config.dep_q > 0)
+        status = depth_work_create(&state->depth_work, &lm->depth, backend, state->lanes);
+    if (!status) status = create_scratch(state, beside);
     if (!status) {
-        const size_t n = (size_t)lanes, s = (size_t)slots, width = (size_t)stack->dim;
-        const size_t r = (size_t)state->rows;
-        struct {
-            void **pointer;
-            size_t bytes;
-        } const wanted[] = {
-            {(void **)&state->delays, (size_t)streams * 4},
-            {(void **)&state->params, s * sizeof *state->params},
-            {(void **)&state->text, r * 4},
-            {(void **)&state->audio, r * (size_t)dep_q * 4},
-            {(void **)&state->user, r * (size_t)user_q * 4},
-            {(void **)&state->null_row, s * 4},
-            {(void **)&state->row_lane, r * 4},
-            {(void **)&state->read_lane, 2 * 4},
-            {(void **)&state->row_number, n * 4},
-            {(void **)&state->row_slot, s * 4},
-            {(void **)&state->row_active, r},
-            {(void **)&state->step_active, n},
-            {(void **)&state->x, r * width * 4},
-            {(void **)&state->z, n * width * 4},
-            {(void **)&state->query, r * width * 4},
-            {(void **)&state->attended, r * width * 4},
-            {(void **)&state->hidden, r * (size_t)stack->feedforward * 4},
-            {(void **)&state->cos_sin, r * width * 4},
-            {(void **)&state->text_logits, n * (size_t)config->text_card_out * 4},
-            {(void **)&state->audio_logits, n * (size_t)dep_q * (size_t)config->card * 4},
-            {(void **)&state->raw_heads, s * (size_t)(config->heads * config->head_dim) * 4},
-        };
-        int failed = create_results(state, beside) != MOSHI_OK ||
-                     create_host_rows(state) != MOSHI_OK;
-        for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
-            *wanted[i].pointer = block(state, wanted[i].bytes);
-            failed |= !*wanted[i].pointer;
-        }
-        state->offset = calloc(s, sizeof *state->offset);
-        state->positions = calloc(s, sizeof *state->positions);
-        int32_t *numbers = malloc(n * sizeof *numbers);
-        if (failed || !state->offset || !state->positions || !numbers) {
-            status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the step of %d sessions", slots);
-        } else {
-            for (int i = 0; i < lanes; ++i) numbers[i] = i;
-            ops->upload(backend, state->row_number, numbers, n * 4);
-            ops->clear(backend, state->row_active, 1, r);
-            int32_t delays[MOSHI_MAX_CODEBOOKS + 1];
-            for (int i = 0; i < streams; ++i) delays[i] = config->delays[i];
-            ops->upload(backend, state->delays, delays, (size_t)streams * 4);
-            state->delay.delays = state->delays;
-        }
-        free(numbers);
-    }
-    if (!status) {
-        int columns = larger(stack->dim, stack->feedforward);
-        columns = larger(columns, larger(config->depth.dim, config->depth.feedforward));
-        int keys = larger(larger(context, dep_q), larger(config->card, config->text_card_out));
-        status = ops->reserve(backend, state->rows, columns, keys);
+        upload_constants(state);
+        status = reserve(state);
     }
     if (status) lm_state_destroy(state);
     return status;
@@ -726,14 +738,14 @@ static void depth_stage(struct backend *backend, void *arg)
 
 int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 1, temporal_stage,
+    return state->backend->ops->run(state->backend, STAGE_TEMPORAL, temporal_stage,
                                     &(struct stage){state, shape}, 0);
 }
 
 int lm_step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
-    return state->backend->ops->run(state->backend, 2, depth_stage, &(struct stage){state, shape},
-                                    0);
+    return state->backend->ops->run(state->backend, STAGE_DEPTH, depth_stage,
+                                    &(struct stage){state, shape}, 0);
 }
 
 /* ---- frames that are given -------------------------------------------------------------- */

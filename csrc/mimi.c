@@ -340,6 +340,88 @@ static int create_side(struct mimi_state *state, int decoder)
     return MOSHI_OK;
 }
 
+static void raise_to(size_t *most, size_t size)
+{
+    if (size > *most) *most = size;
+}
+
+/* In elements of one signal: the widest activation, rows x channels of any layer with a convolution's
+ * history, and what is gathered of a frame between slices and all frames at once. */
+static void measure_side(const struct mimi_state *state, int decoder, size_t *widest,
+                         size_t *gathered)
+{
+    const struct mimi_config *config = &state->mimi->config;
+    const struct conv *convs[MAX_CONVS];
+    const int count = list_convs(state->mimi, decoder, convs);
+    const int cut = decoder ? 3 * decoder_cut(config) - 1 : 3 * encoder_cut(config);
+    const size_t steps = (size_t)config->stride;
+    size_t slice = (size_t)slice_of(state, state->frames);
+    if (slice < steps) slice = steps; /* a lone frame is not cut */
+    size_t rows = decoder ? steps : (size_t)config->frame_size; /* of a frame */
+    for (int i = 0; i < count; ++i) {
+        const struct conv *conv = convs[i];
+        const size_t in = (size_t)conv->in, stride = (size_t)conv->stride;
+        const int sliced = (i < cut) != decoder && i < count - 1;
+        if (i == count - 1) rows = steps; /* down- and upsampling */
+        if (i == cut) raise_to(gathered, rows * in);
+        const size_t at_once = sliced ? rows / steps * slice : rows * (size_t)state->frames;
+        const int transposed = is_transposed(state->mimi, conv);
+        const size_t given = transposed ? at_once * stride : at_once / stride;
+        raise_to(widest, (at_once + (size_t)conv->kernel) * in);
+        raise_to(widest, given * (size_t)conv->out);
+        rows = transposed ? rows * stride : rows / stride;
+    }
+}
+
+static void measure(struct mimi_state *state)
+{
+    const struct mimi_config *config = &state->mimi->config;
+    const size_t lanes = (size_t)state->lanes, frames = (size_t)state->frames;
+    const size_t steps = frames * (size_t)config->stride;
+    size_t widest = 2 * (size_t)config->quantizer_dim * steps, gathered = 0;
+    for (int decoder = 0; decoder < 2; ++decoder) measure_side(state, decoder, &widest, &gathered);
+    state->buffer_bytes = widest * lanes * sizeof(float);
+    state->gathered_bytes = gathered * lanes * frames * sizeof(float);
+    state->small_bytes = lanes * steps * (size_t)config->transformer.dim * sizeof(float);
+    state->hidden_bytes = lanes * steps * (size_t)config->transformer.feedforward * sizeof(float);
+}
+
+static int create_scratch(struct mimi_state *state)
+{
+    struct backend *backend = state->backend;
+    const struct backend_ops *ops = backend->ops;
+    const size_t lanes = (size_t)state->lanes;
+    measure(state);
+    for (int i = 0; i < 3; ++i) state->buffer[i] = ops->allocate(backend, state->buffer_bytes);
+    state->work = ops->allocate(backend, state->buffer_bytes);
+    state->gathered = ops->allocate(backend, state->gathered_bytes);
+    state->query = ops->allocate(backend, state->small_bytes);
+    state->attended = ops->allocate(backend, state->small_bytes);
+    state->cos_sin = ops->allocate(backend, state->small_bytes);
+    state->hidden = ops->allocate(backend, state->hidden_bytes);
+    state->encoder_offset = calloc(lanes, sizeof *state->encoder_offset);
+    state->decoder_offset = calloc(lanes, sizeof *state->decoder_offset);
+    if (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
+        !state->gathered || !state->query || !state->attended || !state->cos_sin ||
+        !state->hidden || !state->encoder_offset || !state->decoder_offset)
+        return moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals",
+                          state->lanes);
+    return MOSHI_OK;
+}
+
+/* The longest row of a product's matrix. */
+static int most_columns(const struct mimi *mimi)
+{
+    const struct conv *convs[MAX_CONVS];
+    int columns = mimi->config.transformer.feedforward;
+    for (int decoder = 0; decoder < 2; ++decoder) {
+        const int count = list_convs(mimi, decoder, convs);
+        for (int i = 0; i < count; ++i)
+            if (convs[i]->weight.cols > columns) columns = convs[i]->weight.cols;
+    }
+    return columns;
+}
+
 int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct backend *backend,
                       int lanes, int frames, int exact_window)
 {
@@ -351,77 +433,20 @@ int mimi_state_create(struct mimi_state *state, const struct mimi *mimi, struct 
     state->exact_window = exact_window;
     const struct mimi_config *config = &mimi->config;
     const struct transformer_config *stack = &config->transformer;
-    const int steps = frames * config->stride;
+    const int steps = frames * config->stride, ring = stack->context + steps - 1;
     if ((int64_t)lanes * frames * config->frame_size > INT_MAX / 64)
         return moshi_fail(MOSHI_ERROR_MEMORY,
                           "%d signals with frames of %d samples at once are too many", lanes,
                           config->frame_size);
     int status = create_side(state, 0);
     if (!status) status = create_side(state, 1);
-    int ring = stack->context + steps - 1;
     if (!status)
         status = kv_pages_create(&state->encoder_kv, backend, lanes, ring, stack, MOSHI_F32);
     if (!status)
         status = kv_pages_create(&state->decoder_kv, backend, lanes, ring, stack, MOSHI_F32);
-
-    /* The widest activation: rows x channels of any layer, with a convolution's history. */
-    const struct conv *convs[MAX_CONVS];
-    size_t widest = 0, gathered = 0, slice = (size_t)slice_of(state, frames);
-    if (slice < (size_t)config->stride)
-        slice = (size_t)config->stride; /* a lone frame is not cut */
-    for (int decoder = 0; decoder < 2; ++decoder) {
-        int count = list_convs(mimi, decoder, convs);
-        int cut = decoder ? 3 * decoder_cut(config) - 1 : 3 * encoder_cut(config);
-        size_t rows = (size_t)(decoder ? config->stride : config->frame_size); /* of a frame */
-        for (int i = 0; i < count; ++i) {
-            const struct conv *conv = convs[i];
-            int sliced = (i < cut) != decoder && i < count - 1;
-            if (i == count - 1) rows = (size_t)config->stride; /* down- and upsampling */
-            if (i == cut && rows * (size_t)conv->in > gathered) gathered = rows * (size_t)conv->in;
-            size_t at_once = sliced ? rows / (size_t)config->stride * slice : rows * (size_t)frames;
-            size_t in = (at_once + (size_t)conv->kernel) * (size_t)conv->in;
-            if (in > widest) widest = in;
-            if (is_transposed(mimi, conv)) {
-                rows *= (size_t)conv->stride;
-                at_once *= (size_t)conv->stride;
-            } else {
-                rows /= (size_t)conv->stride;
-                at_once /= (size_t)conv->stride;
-            }
-            if (at_once * (size_t)conv->out > widest) widest = at_once * (size_t)conv->out;
-        }
-    }
-    size_t n = (size_t)lanes * (size_t)steps;
-    if (widest < 2 * (size_t)config->quantizer_dim * (size_t)steps)
-        widest = 2 * (size_t)config->quantizer_dim * (size_t)steps;
-    state->buffer_bytes = widest * (size_t)lanes * sizeof(float);
-    state->gathered_bytes = gathered * (size_t)lanes * (size_t)frames * sizeof(float);
-    state->small_bytes = n * (size_t)stack->dim * sizeof(float);
-    state->hidden_bytes = n * (size_t)stack->feedforward * sizeof(float);
-    const struct backend_ops *ops = backend->ops;
-    for (int i = 0; i < 3; ++i) state->buffer[i] = ops->allocate(backend, state->buffer_bytes);
-    state->work = ops->allocate(backend, state->buffer_bytes);
-    state->gathered = ops->allocate(backend, state->gathered_bytes);
-    state->query = ops->allocate(backend, state->small_bytes);
-    state->attended = ops->allocate(backend, state->small_bytes);
-    state->cos_sin = ops->allocate(backend, state->small_bytes);
-    state->hidden = ops->allocate(backend, state->hidden_bytes);
-    state->encoder_offset = calloc((size_t)lanes, sizeof *state->encoder_offset);
-    state->decoder_offset = calloc((size_t)lanes, sizeof *state->decoder_offset);
-    if (!status && (!state->buffer[0] || !state->buffer[1] || !state->buffer[2] || !state->work ||
-                    !state->gathered || !state->query || !state->attended || !state->cos_sin ||
-                    !state->hidden || !state->encoder_offset || !state->decoder_offset))
-        status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for the codec state of %d signals",
-                            lanes);
-    if (!status) {
-        int columns = stack->feedforward;
-        for (int decoder = 0; decoder < 2; ++decoder) {
-            int count = list_convs(mimi, decoder, convs);
-            for (int i = 0; i < count; ++i)
-                if (convs[i]->weight.cols > columns) columns = convs[i]->weight.cols;
-        }
-        status = ops->reserve(backend, lanes * steps, columns, ring + steps);
-    }
+    if (!status) status = create_scratch(state);
+    if (!status)
+        status = backend->ops->reserve(backend, lanes * steps, most_columns(mimi), ring + steps);
     if (status) mimi_state_destroy(state);
     return status;
 }

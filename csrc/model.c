@@ -99,34 +99,35 @@ static int open_lm(struct moshi_model *model, const struct moshi_model_options *
     return lm_load(&model->lm, config, &loader);
 }
 
-static int open_mimi(struct moshi_model *model, const struct moshi_model_options *options,
+static int find_mimi(struct moshi_model *model, const struct moshi_model_options *options,
                      const struct lm_config *lm_config)
 {
-    char config_path[4096] = "";
-    int status = MOSHI_OK;
     const char *name = lm_config ? lm_config->mimi_name
                                  : "tokenizer-e351c8d8-checkpoint125.safetensors";
-    if (options->mimi_path) {
-        status = copy_path(options->mimi_path, model->mimi_path, sizeof model->mimi_path);
-    } else {
-        status = named_file(options->folder, name, "mimi_name", model->mimi_path,
-                            sizeof model->mimi_path);
-        /* A folder of a fine-tuned LM has no codec; sessions then step by codes. */
-        if (!status && lm_config && !os_path_exists(model->mimi_path)) {
-            model->mimi_path[0] = '\0';
-            return MOSHI_OK;
-        }
-    }
-    if (!status && options->mimi_config_path)
-        status = copy_path(options->mimi_config_path, config_path, sizeof config_path);
-    else if (!status && lm_config && lm_config->mimi_config_name[0])
-        status = named_file(options->folder, lm_config->mimi_config_name, "mimi_config_name",
-                            config_path, sizeof config_path);
-    if (status) return status;
+    if (options->mimi_path)
+        return copy_path(options->mimi_path, model->mimi_path, sizeof model->mimi_path);
+    return named_file(options->folder, name, "mimi_name", model->mimi_path,
+                      sizeof model->mimi_path);
+}
 
+static int find_mimi_config(const struct moshi_model_options *options,
+                            const struct lm_config *lm_config, char *path, size_t bytes)
+{
+    path[0] = '\0'; /* the built-in one */
+    if (options->mimi_config_path) return copy_path(options->mimi_config_path, path, bytes);
+    if (lm_config && lm_config->mimi_config_name[0])
+        return named_file(options->folder, lm_config->mimi_config_name, "mimi_config_name", path,
+                          bytes);
+    return MOSHI_OK;
+}
+
+/* Reads config and weights; the fingerprint is of both, and of the format they are read in. */
+static int read_mimi(struct moshi_model *model, const struct moshi_model_options *options,
+                     const char *config_path)
+{
     struct os_file text;
     struct mimi_config config;
-    status = read_config(config_path, &text);
+    int status = read_config(config_path, &text);
     if (!status) {
         status = mimi_config_parse((const char *)text.data, text.bytes, config_path, &config);
         model->mimi_fingerprint = hash_bytes(HASH_START, text.data, text.bytes);
@@ -155,29 +156,56 @@ static int open_mimi(struct moshi_model *model, const struct moshi_model_options
     /* Everything was copied into the backend's layout. */
     tensor_file_close(model->mimi_file);
     model->mimi_file = NULL;
+    return MOSHI_OK;
+}
 
-    int codebooks = options->mimi_codebooks;
+/* How many codebooks are used: as many as wanted, and as the language model needs. */
+static int choose_codebooks(const struct moshi_model *model, int codebooks,
+                            const struct lm_config *lm_config, int *chosen)
+{
+    const struct mimi_config *config = &model->mimi.config;
     if (codebooks == 0 && lm_config) {
         int user_q = lm_config->n_q - lm_config->dep_q;
         codebooks = lm_config->dep_q > user_q ? lm_config->dep_q : user_q;
     }
-    if (codebooks == 0) codebooks = config.n_q < 8 ? config.n_q : 8;
-    if (codebooks < 1 || codebooks > config.n_q)
+    if (codebooks == 0) codebooks = config->n_q < 8 ? config->n_q : 8;
+    if (codebooks < 1 || codebooks > config->n_q)
         return moshi_fail(MOSHI_ERROR_ARGUMENT,
                           "%d codebooks wanted, expected 1 to %d, which %s holds", codebooks,
-                          config.n_q, model->mimi_path);
-    if (lm_config && lm_config->n_q - lm_config->dep_q > config.n_q)
+                          config->n_q, model->mimi_path);
+    if (lm_config && lm_config->n_q - lm_config->dep_q > config->n_q)
         return moshi_fail(MOSHI_ERROR_CHECKPOINT,
                           "%s holds %d codebooks, but the language model reads %d of the user",
-                          model->mimi_path, config.n_q, lm_config->n_q - lm_config->dep_q);
-    if (lm_config && lm_config->card != config.bins)
+                          model->mimi_path, config->n_q, lm_config->n_q - lm_config->dep_q);
+    if (lm_config && lm_config->card != config->bins)
         return moshi_fail(
             MOSHI_ERROR_CHECKPOINT,
             "%s has codebooks of %d entries, but the language model expects card = %d",
-            model->mimi_path, config.bins, lm_config->card);
+            model->mimi_path, config->bins, lm_config->card);
+    *chosen = codebooks;
+    return MOSHI_OK;
+}
+
+static int open_mimi(struct moshi_model *model, const struct moshi_model_options *options,
+                     const struct lm_config *lm_config)
+{
+    char config_path[4096];
+    int status = find_mimi(model, options, lm_config);
+    if (status) return status;
+    /* A folder of a fine-tuned LM has no codec; sessions then step by codes. */
+    if (lm_config && !options->mimi_path && !os_path_exists(model->mimi_path)) {
+        model->mimi_path[0] = '\0';
+        return MOSHI_OK;
+    }
+    status = find_mimi_config(options, lm_config, config_path, sizeof config_path);
+    if (status) return status;
+    status = read_mimi(model, options, config_path);
+    if (!status)
+        status = choose_codebooks(model, options->mimi_codebooks, lm_config,
+                                  &model->info.codebooks);
+    if (status) return status;
     model->info.has_mimi = 1;
-    model->info.codebooks = codebooks;
-    model->info.codebook_size = config.bins;
+    model->info.codebook_size = model->mimi.config.bins;
     return MOSHI_OK;
 }
 

@@ -264,27 +264,6 @@ double os_clock(void)
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-uint64_t os_random(void)
-{
-    uint64_t value;
-    int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd >= 0 ? read(fd, &value, sizeof value) : -1;
-    if (fd >= 0) {
-        close(fd);
-    }
-    if (got != (ssize_t)sizeof value) {
-        /* No device in this sandbox: clock and stack address, mixed as in splitmix64. */
-        struct timespec now;
-        clock_gettime(CLOCK_REALTIME, &now);
-        value = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-        value ^= (uint64_t)(uintptr_t)&now << 20;
-        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
-        value = (value ^ value >> 27) * 0x94D049BB133111EBu;
-        value ^= value >> 31;
-    }
-    return value;
-}
-
 int os_cpu_count(void)
 {
 #ifdef __linux__

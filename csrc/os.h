@@ -33,8 +33,6 @@ void os_forget(const void *data, size_t bytes);
 
 /* Monotonic seconds. */
 double os_clock(void);
-/* 64 bits from the system's random source. */
-uint64_t os_random(void);
 int os_cpu_count(void); /* that this process may run on, at least 1 */
 int64_t os_memory_total(void); /* physical, 0 if unknown */
 int64_t os_memory_free(void); /* available, 0 if unknown */

@@ -16,8 +16,9 @@ static size_t row_tokens(const struct refresh *refresh)
     return (size_t)refresh->halves * (size_t)streams_of(refresh);
 }
 
-/* A pass is made after each of these steps, and while it is read a frame more comes with each. */
-int refresh_steps(int keep)
+/* How many steps the old context is in use while one of `keep` frames is read. A pass is made after
+ * each of them, and a frame more comes with each. */
+static int refresh_steps(int keep)
 {
     return (keep + REFRESH_FRAMES - 2) / (REFRESH_FRAMES - 1) + 1;
 }

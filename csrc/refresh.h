@@ -33,8 +33,6 @@ struct refresh {
 
 #define REFRESH_STATE ((int64_t)(sizeof(struct refresh_state) / sizeof(int32_t)))
 
-/* How many steps the old context is in use while one of `keep` frames is read. */
-int refresh_steps(int keep);
 /* range, keep: 0 for the model's context, and for half of what there is. `context` is the ring's.
  * MOSHI_ERROR_ARGUMENT when they leave no room for a call between two refreshes. */
 int refresh_create(const struct lm_config *config, int context, int range, int keep, int guided,

@@ -182,8 +182,9 @@ static void free_session(struct moshi_session *session)
     free(session);
 }
 
-int session_new(struct moshi_engine *engine, const struct moshi_session_options *options,
-                struct moshi_session **result)
+/* A session with its buffers and without a slot; its conditions are those of the options. */
+static int new_session(struct moshi_engine *engine, const struct moshi_session_options *options,
+                       struct moshi_session **result)
 {
     *result = NULL;
     int status = model_check_process(engine->model);
@@ -216,7 +217,8 @@ int session_new(struct moshi_engine *engine, const struct moshi_session_options 
     return MOSHI_OK;
 }
 
-int session_take_slot(struct moshi_session *session)
+/* Gives it a free slot, in the state of a conversation that has not begun. */
+static int take_slot(struct moshi_session *session)
 {
     struct moshi_engine *engine = session->engine;
     int status = MOSHI_OK;
@@ -258,8 +260,8 @@ int moshi_session_create(struct moshi_engine *engine, const struct moshi_session
         options = &defaults;
     }
     struct moshi_session *session;
-    int status = session_new(engine, options, &session);
-    if (!status) status = session_take_slot(session);
+    int status = new_session(engine, options, &session);
+    if (!status) status = take_slot(session);
     if (status) {
         moshi_session_destroy(session);
         return status;
@@ -546,7 +548,8 @@ int session_check_code(const struct moshi_session *session, int k, int32_t code)
     return MOSHI_OK;
 }
 
-int session_reserve_forced(struct moshi_session *session, int count)
+/* Room for `count` forced tokens in all. */
+static int reserve_forced(struct moshi_session *session, int count)
 {
     int left = session->forced_end - session->forced_first;
     int32_t *room = session->forced;
@@ -575,7 +578,7 @@ int moshi_session_force_text(struct moshi_session *session, const int32_t *token
                             "%d tokens given with %d still to come, expected at most %d in all",
                             count, left, MAX_FORCED);
     for (int i = 0; i < count && !status; ++i) status = session_check_text(session, tokens[i]);
-    if (!status) status = session_reserve_forced(session, left + count);
+    if (!status) status = reserve_forced(session, left + count);
     if (!status && count) {
         memcpy(session->forced + session->forced_end, tokens, (size_t)count * sizeof *tokens);
         session->forced_end += count;
@@ -634,9 +637,9 @@ int moshi_session_fork(struct moshi_session *session, const uint64_t *new_seed,
     struct moshi_engine *engine = session->engine;
     struct moshi_session *fork;
     const int left = session->forced_end - session->forced_first;
-    status = session_new(engine, &session->options, &fork);
-    if (!status) status = session_reserve_forced(fork, left);
-    if (!status) status = session_take_slot(fork);
+    status = new_session(engine, &session->options, &fork);
+    if (!status) status = reserve_forced(fork, left);
+    if (!status) status = take_slot(fork);
     if (!status) {
         const struct moshi_model_info *info = &engine->model->info;
         if (session->condition)
@@ -863,7 +866,7 @@ static int read_session(struct moshi_session *session, struct tensor_file *file)
         status = moshi_fail(MOSHI_ERROR_CHECKPOINT,
                             "snapshot: %lld forced tokens, expected at most %d",
                             (long long)forced->elements, MAX_FORCED);
-    if (!status) status = session_reserve_forced(session, (int)forced->elements);
+    if (!status) status = reserve_forced(session, (int)forced->elements);
     if (status) return status;
     session->forced_end = (int)forced->elements;
     if (session->refresh) {
@@ -924,11 +927,11 @@ int moshi_session_restore(struct moshi_engine *engine, const void *data, size_t 
     if (!status) status = snapshot_check_facts(&facts, file);
     if (!status) status = read_options(engine, file, &saved, &options);
     if (!status) {
-        status = session_new(engine, &options, &session);
+        status = new_session(engine, &options, &session);
         if (status == MOSHI_ERROR_ARGUMENT)
             status = moshi_fail_prefix(MOSHI_ERROR_CHECKPOINT, "snapshot");
     }
-    if (!status) status = session_take_slot(session);
+    if (!status) status = take_slot(session);
     if (!status) {
         session->index = saved.frames;
         session->has_logits = saved.settings[6];

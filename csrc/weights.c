@@ -619,23 +619,43 @@ const float *weights_vector(struct weight_loader *loader, struct tensor *tensor,
         return NULL;
     }
     if (weights_check(loader, tensor, tensor->n_dims, tensor->dims)) return NULL;
-    struct matrix rounded = {0}, vector = {0};
     /* A model cast to 16 bits upstream has its norms cast too. */
     enum weight_format format = plain_format(loader, tensor);
     if (loader->plan) {
-        if (format != WEIGHT_F32) plan(loader, tensor, format, 1, 1, (int)count);
+        if (format == WEIGHT_F32) /* a wider copy would hold the same numbers */
+            find_scales(loader, tensor, 1);
+        else
+            plan(loader, tensor, format, 1, 1, (int)count);
         return NULL;
     }
+    float *scales = row_scales(loader, tensor, 1);
+    if (loader->status) return NULL;
+    struct matrix rounded = {.cols = (int)count}, vector = {.cols = (int)count};
     if (format != WEIGHT_F32 && format != format_of(tensor)) {
-        convert(loader, tensor, NULL, format, &rounded);
+        convert(loader, tensor, scales, format, &rounded);
         struct tensor cast = *tensor;
         cast.dtype = format == WEIGHT_F16 ? TENSOR_F16 : TENSOR_BF16;
         cast.data = rounded.data;
         if (!loader->status) convert(loader, &cast, NULL, WEIGHT_F32, &vector);
     } else {
-        convert(loader, tensor, NULL, WEIGHT_F32, &vector);
+        convert(loader, tensor, scales, WEIGHT_F32, &vector);
     }
+    free(scales);
     return loader->status ? NULL : vector.data;
+}
+
+float *weights_host(struct weight_loader *loader, const struct tensor *tensor, int64_t rows)
+{
+    if (loader->status || !tensor) return NULL;
+    float *scales = row_scales(loader, tensor, rows);
+    if (loader->status) return NULL;
+    float *values = malloc((size_t)tensor->elements * sizeof *values);
+    if (!values) loader->status = moshi_fail(MOSHI_ERROR_MEMORY, "no memory for %s", tensor->name);
+    for (int64_t i = 0; values && i < tensor->elements; ++i)
+        values[i] = tensor_element(tensor, i) *
+                    (scales ? scales[i / (tensor->elements / rows)] : 1);
+    free(scales);
+    return values;
 }
 
 void weights_finish(struct weight_loader *loader)

@@ -96,8 +96,10 @@ void weights_small_matrix(struct weight_loader *loader, struct tensor *tensor, i
 /* Rows of a table that are only ever looked up: never packed, never a block format. */
 void weights_table(struct weight_loader *loader, struct tensor *tensor, int rows, int cols,
                    struct matrix *matrix);
-/* `count` elements of any shape as f32. */
+/* `count` elements of any shape as f32; for the scales of fp8 they are one row. */
 const float *weights_vector(struct weight_loader *loader, struct tensor *tensor, int64_t count);
+/* All elements as f32 on the host, in `rows` rows; from malloc. NULL after a failure. */
+float *weights_host(struct weight_loader *loader, const struct tensor *tensor, int64_t rows);
 /* A matrix of f32 values that the caller computed; takes over `values`, from malloc. `format`: f32,
  * or what `lean` may be. */
 void weights_matrix_from(struct weight_loader *loader, float *values, int rows, int cols,

@@ -34,6 +34,7 @@ from .session import SPEAKING_FRAMES, Frame, Session
 from .soundcard import device_of
 
 Command = Callable[[argparse.Namespace], None]
+NewCommand = Callable[..., argparse.ArgumentParser]  # name, what it runs, summary, example, options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -538,6 +539,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
+    for add in (
+        _add_run,
+        _add_duet,
+        _add_calls,
+        _add_codec,
+        _add_quantize,
+        _add_serve,
+        _add_figures,
+    ):
+        add(command)
+    return parser
+
+
+def _add_run(command: NewCommand) -> None:
     run = command(
         "run",
         _run,
@@ -563,6 +578,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--words", metavar="FILE.json", help="write text and timed words too")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
 
+
+def _add_duet(command: NewCommand) -> None:
     talk = command(
         "duet",
         _duet,
@@ -583,6 +600,8 @@ def _parser() -> argparse.ArgumentParser:
         help="said first in the left one's place; a further file each time both fall silent",
     )
 
+
+def _add_calls(command: NewCommand) -> None:
     chat = command(
         "chat",
         _chat,
@@ -630,6 +649,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--microphone", metavar="D", help="number, or part of the name")
         sub.add_argument("--speaker", metavar="D", help="number, or part of the name")
 
+
+def _add_codec(command: NewCommand) -> None:
     encode = command(
         "encode",
         _encode,
@@ -648,6 +669,8 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("input", metavar="IN.mimi", help="the codes")
     decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")
 
+
+def _add_quantize(command: NewCommand) -> None:
     convert = command(
         "quantize",
         _quantize,
@@ -662,6 +685,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a new folder, in --dtype q4 (default), q8, int8, fp8 or bf16",
     )
 
+
+def _add_serve(command: NewCommand) -> None:
     serve = command(
         "serve",
         _serve,
@@ -732,6 +757,8 @@ def _parser() -> argparse.ArgumentParser:
         "0, as behind a proxy, is no bound (default: 16)",
     )
 
+
+def _add_figures(command: NewCommand) -> None:
     info = command(
         "info",
         _info,
@@ -753,4 +780,3 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help="as --model"
         )
-    return parser

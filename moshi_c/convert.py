@@ -83,42 +83,48 @@ def quantize(
         threads=threads or 0,
     )
     try:
-        sizes = conversion.sizes
-        copied = {
-            "mimi_name": files.mimi,
-            "mimi_config_name": files.mimi_config,
-            "tokenizer_name": files.tokenizer,
-        }
-        total = sum(sizes) + sum(path.stat().st_size for path in copied.values() if path)
-        free = shutil.disk_usage(folder.parent).free
-        if free < total:
-            raise CheckpointError(
-                f"{folder} needs {total} bytes, but {folder.parent} has only {free} free"
-            )
-        names = {"moshi_name": hub.DEFAULT_LM}
-        with _unfinished(folder) as work, Bar(progress, total / 1e9, "GB") as bar:
-            for key, path in copied.items():
-                if path is None:
-                    continue
-                names[key] = name = _free_name(path.name, key, names.values())
-                with (work / name).open("wb") as file:
-                    for block in _blocks(path):
-                        file.write(block)
-                    _keep(file)
-                bar.update(path.stat().st_size / 1e9)
-            with (work / hub.DEFAULT_LM).open("wb") as file:
-                for part, size in enumerate(sizes):
-                    file.write(conversion.read(part))
-                    bar.update(size / 1e9)
-                _keep(file)
-            with (work / "config.json").open("w", encoding="utf-8") as text:
-                json.dump(files.config | names, text, indent=2)
-                _keep(text)
+        _write(folder, files, conversion, progress)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         conversion.close()
     return folder
+
+
+def _write(
+    folder: Path, files: hub.Checkpoint, conversion: _core.Conversion, progress: bool
+) -> None:
+    sizes = conversion.sizes
+    copied = {
+        "mimi_name": files.mimi,
+        "mimi_config_name": files.mimi_config,
+        "tokenizer_name": files.tokenizer,
+    }
+    total = sum(sizes) + sum(path.stat().st_size for path in copied.values() if path)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise CheckpointError(
+            f"{folder} needs {total} bytes, but {folder.parent} has only {free} free"
+        )
+    names = {"moshi_name": hub.DEFAULT_LM}
+    with _unfinished(folder) as work, Bar(progress, total / 1e9, "GB") as bar:
+        for key, path in copied.items():
+            if path is None:
+                continue
+            names[key] = name = _free_name(path.name, key, names.values())
+            with (work / name).open("wb") as file:
+                for block in _blocks(path):
+                    file.write(block)
+                _keep(file)
+            bar.update(path.stat().st_size / 1e9)
+        with (work / hub.DEFAULT_LM).open("wb") as file:
+            for part, size in enumerate(sizes):
+                file.write(conversion.read(part))
+                bar.update(size / 1e9)
+            _keep(file)
+        with (work / "config.json").open("w", encoding="utf-8") as text:
+            json.dump(files.config | names, text, indent=2)
+            _keep(text)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -18,20 +18,25 @@ SETTINGS = {
     "find-links": ("UV_FIND_LINKS", ","),
     "no-index": ("UV_NO_INDEX", " "),
     "cert": ("SSL_CERT_FILE", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
 }
 
 
-def registries() -> dict[str, str]:
-    """The settings of pip, from its files and environment, that uv has too, as uv's environment."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+def uv_settings(listed: str) -> dict[str, str]:
+    """What `pip config list` prints, where uv has it too, as uv's environment."""
     found: dict[str, str] = {}
     for section in ("global", "install", ":env:"):  # a later one counts
-        for line in lines:
+        for line in listed.splitlines():
             name, _, value = line.partition("=")
             if known := SETTINGS.get(name.removeprefix(f"{section}.")):
                 found[known[0]] = known[1].join(str(ast.literal_eval(value)).split())
     return found
+
+
+def registries() -> dict[str, str]:
+    """The settings of pip, from its files and environment, as uv's environment."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    return uv_settings(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:

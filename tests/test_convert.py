@@ -19,7 +19,7 @@ import upstream
 from checkpoints import LM_NAME, SHAPES
 from played import Played, play
 from safetensors.torch import load_file, save_file
-from test_formats import FP8_LAYOUTS, as_fp8, as_published
+from test_formats import FP8_LAYOUTS, as_fp8, as_published, with_fp8
 
 import moshi_c
 from moshi_c import CheckpointError, convert
@@ -77,6 +77,17 @@ def test_published_narrow_files_convert_too(
         with pytest.raises(CheckpointError, match="holds fp8 weights already"):
             converted(source, tmp_path / "converted", dtype)
         return
+    folder = converted(source, tmp_path / "converted", dtype)
+    assert_same_bits(played(folder, "rows"), played(source, "rows", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [*FORMATS, "fp8", "bf16"])
+def test_fp8_vectors_convert_as_they_are_read(
+    made: Checkpoints, tmp_path: Path, dtype: str
+) -> None:
+    source = tmp_path / "published"
+    shutil.copytree(made.lm("rows", packed=False), source)
+    save_file(with_fp8(load_file(source / LM_NAME), "norm")[0], source / LM_NAME)
     folder = converted(source, tmp_path / "converted", dtype)
     assert_same_bits(played(folder, "rows"), played(source, "rows", dtype=dtype))
 

@@ -296,6 +296,20 @@ def as_fp8(state: Tensors, layout: str) -> tuple[Tensors, Tensors]:
     return stored, meant
 
 
+def with_fp8(state: Tensors, word: str) -> tuple[Tensors, Tensors]:
+    """What has the word in its name as fp8 with one scale, and the floats that it stands for."""
+    stored, meant = dict(state), dict(state)
+    for name, value in state.items():
+        if word in name:
+            scale = value.float().abs().max() / 448
+            stored[name], stored[f"{name}_scale"] = (
+                (value.float() / scale).to(FP8),
+                scale.reshape(1),
+            )
+            meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
 def folder_of(source: Path, target: Path, state: Tensors) -> Path:
     if not target.exists():
         shutil.copytree(source, target)
@@ -336,6 +350,37 @@ def test_a_published_fp8_file_is_the_model_that_it_stands_for(
             assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "f32", "bf16", "q4"])
+def test_fp8_vectors_are_read_with_their_scale(
+    made: Checkpoints, tmp_path: Path, dtype: str
+) -> None:
+    source = made.lm("moshi", packed=False)
+    states = with_fp8(load_file(source / LM_NAME), "norm")
+    ours, theirs = (
+        logits(forced(folder_of(source, tmp_path / str(i), state), 5, dtype=dtype))
+        for i, state in enumerate(states)
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        assert np.array_equal(our, their)
+
+
+@pytest.mark.parametrize("value", [None, "good"])
+def test_fp8_conditions_are_read_with_their_scale(
+    made: Checkpoints, tmp_path: Path, value: str | None
+) -> None:
+    source, shape = made.lm("hibiki"), SHAPES["hibiki"]
+    states = with_fp8(load_file(source / LM_NAME), "conditioner")
+    assert len(states[0]) == len(states[1]) + 3
+    user = upstream.user_codes(5, shape.user_q, shape.card, 2)
+    conditions = {"description": value} if value else {}
+    ours, theirs = (
+        play(folder_of(source, tmp_path / str(i), state), user, shape.dep_q, conditions=conditions)
+        for i, state in enumerate(states)
+    )
+    assert np.array_equal(ours.text_logits, theirs.text_logits)
+    assert np.array_equal(ours.audio_logits, theirs.audio_logits)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -358,6 +403,15 @@ def test_a_published_fp8_file_is_the_model_that_it_stands_for(
         (
             lambda s: s.update({"out_norm.alpha_scale": torch.ones(1)}),
             "out_norm.alpha_scale is not part of the model",
+        ),
+        (  # a vector is one row
+            lambda s: s.update(
+                {
+                    "out_norm.alpha": s["out_norm.alpha"].to(FP8),
+                    "out_norm.alpha_scale": torch.ones(2),
+                }
+            ),
+            r"out_norm\.alpha_scale has shape \[2\], expected \[1\]",
         ),
         (
             lambda s: s["linears.3.weight"].view(torch.uint8).__setitem__((5, 7), 0x7F),

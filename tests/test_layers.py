@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,37 @@ def test_the_library_never_prints_or_ends_the_process(path: Path) -> None:
         for match in FORBIDDEN.finditer(line)
     ]
     assert not found
+
+
+@pytest.fixture(scope="module")
+def words() -> dict[Path, Counter[str]]:
+    """How often each file in C or for a card says a word, comments and quotes left out."""
+    folders = ("csrc", "csrc/cpu", "csrc/py", "cuda", "tests/c", "tests/cuda", "tests/fuzz")
+    paths = [
+        path
+        for folder in (*folders, "benchmarks", "examples")
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in (".c", ".h", ".inc", ".cu", ".cpp", ".cuh")
+    ]
+    return {path: Counter(re.findall(r"\w+", code_of(path))) for path in paths}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in C_FILES if path.suffix == ".h" and path.stem != "moshi"], ids=name_of
+)
+def test_a_header_declares_what_other_files_use(
+    path: Path, words: dict[Path, Counter[str]]
+) -> None:
+    """One file has the function, another one calls it; those inline are in the header itself."""
+    declared = re.findall(
+        r"^(?!typedef)(static inline )?[a-z][\w *]*?\b(\w+)\(", code_of(path), re.MULTILINE
+    )
+    for inline, name in declared:
+        where = [other for other in words if other != path and words[other][name]]
+        if inline:
+            assert where or words[path][name] > 1, f"nobody uses {name}"
+        else:
+            assert len(where) > 1, f"{name} is for one file alone"
 
 
 def imports_of(path: Path) -> set[str]:

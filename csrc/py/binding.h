@@ -89,9 +89,8 @@ struct model_object {
 /* Keeps the model open until model_leave. SessionError and -1 when it is closed. */
 int model_enter(struct model_object *self, const struct module_state *state);
 void model_leave(struct model_object *self);
-/* The engine, made now if there is none; between enter and leave only. NULL with an exception. */
-struct moshi_engine *model_engine(struct model_object *self, const struct module_state *state);
-/* As enter and leave, for as long as a session or stream is open. */
+/* As enter and leave, for as long as a session or stream is open. The engine, made now if there is
+ * none; NULL with an exception. */
 struct moshi_engine *model_attach(struct model_object *self, const struct module_state *state);
 void model_detach(struct model_object *self);
 

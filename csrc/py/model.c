@@ -24,7 +24,9 @@ void model_leave(struct model_object *self)
     atomic_fetch_sub(&self->users, 1);
 }
 
-struct moshi_engine *model_engine(struct model_object *self, const struct module_state *state)
+/* The engine, made now if there is none; between enter and leave only. NULL with an exception. */
+static struct moshi_engine *model_engine(struct model_object *self,
+                                         const struct module_state *state)
 {
     int status = MOSHI_OK;
     struct moshi_engine *engine;

@@ -12,7 +12,6 @@
 
 #define SESSIONS 8
 #define FRAMES 12
-#define STAGES 5
 
 static struct moshi_model *model;
 static struct moshi_engine *engine;
@@ -146,14 +145,15 @@ static int test_a_tick_of_eight_sessions_reads_the_weights_of_one(void)
     long alone[STAGES];
     CHECK(step_together(1));
     memcpy(alone, read_bytes, sizeof alone);
-    CHECK(alone[1] == FRAMES * model->info.temporal_bytes);
-    CHECK(alone[2] == FRAMES * model->info.depth_bytes);
-    CHECK(alone[0] > 0 && alone[3] > 0);
+    CHECK(alone[STAGE_TEMPORAL] == FRAMES * model->info.temporal_bytes);
+    CHECK(alone[STAGE_DEPTH] == FRAMES * model->info.depth_bytes);
+    CHECK(alone[STAGE_ENCODE] > 0 && alone[STAGE_DECODE] > 0);
     CHECK(step_together(SESSIONS));
-    CHECK(read_bytes[1] == alone[1]);
-    CHECK(read_bytes[2] == alone[2]);
+    CHECK(read_bytes[STAGE_TEMPORAL] == alone[STAGE_TEMPORAL]);
+    CHECK(read_bytes[STAGE_DEPTH] == alone[STAGE_DEPTH]);
     /* Of the codec's convolutions one session alone has more rows than a product takes at a time. */
-    CHECK(read_bytes[0] < SESSIONS * alone[0] && read_bytes[3] < SESSIONS * alone[3]);
+    CHECK(read_bytes[STAGE_ENCODE] < SESSIONS * alone[STAGE_ENCODE] &&
+          read_bytes[STAGE_DECODE] < SESSIONS * alone[STAGE_DECODE]);
     return 1;
 }
 
@@ -192,8 +192,8 @@ static int test_concurrent_steps_share_the_weights_of_their_tick(void)
     const long ticks = (long)(after.ticks - before.ticks);
     CHECK(after.frames - before.frames == SESSIONS * FRAMES);
     CHECK(ticks < SESSIONS * FRAMES); /* while one steps, the others gather */
-    CHECK(read_bytes[1] == ticks * model->info.temporal_bytes);
-    CHECK(read_bytes[2] == ticks * model->info.depth_bytes);
+    CHECK(read_bytes[STAGE_TEMPORAL] == ticks * model->info.temporal_bytes);
+    CHECK(read_bytes[STAGE_DEPTH] == ticks * model->info.depth_bytes);
     close_sessions(SESSIONS, sessions);
     pthread_barrier_destroy(&together);
     return 1;
@@ -209,7 +209,7 @@ static int test_given_frames_share_the_weights_of_their_pass(void)
     const long layers = (long)transformer_bytes(&model->lm.temporal, 0);
     const int most = kernels.tiles[WEIGHT_BF16] ? TILE_ROWS : ROWS_MAX;
     CHECK(read_bytes[STAGE_GIVEN] == GIVEN / most * layers);
-    CHECK(read_bytes[1] == 0 && read_bytes[2] == 0);
+    CHECK(read_bytes[STAGE_TEMPORAL] == 0 && read_bytes[STAGE_DEPTH] == 0);
     close_sessions(1, session);
     return 1;
 }
