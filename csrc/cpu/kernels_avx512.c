@@ -594,12 +594,41 @@ INLINE void code_panel(enum weight_format format, int R, const char *panel, int 
     }
 }
 
+#define PAIR_COLUMNS 2048 /* panels of fewer are too short */
+
+/* One row of activations and two panels, which are read side by side, as two streams: up to 1.16
+ * times as fast as one. */
+INLINE void code_pair(enum weight_format format, const char *w, int columns, const float *x,
+                      float *y)
+{
+    size_t apart = panel_bytes(format, columns);
+    const char *tile = format == WEIGHT_INT8 ? w + PANEL * sizeof(float) : w;
+    const struct activation_tile *at = (const struct activation_tile *)(const void *)x;
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+
+    for (int k = 0; k < columns; k += TILE, tile += tile_bytes(format), at++) {
+        code_tile(format, 1, tile, 1, &at, &sums[0]);
+        code_tile(format, 1, tile + apart, 1, &at, &sums[1]);
+    }
+    UNROLL
+    for (int p = 0; p < 2; p++) {
+        if (format == WEIGHT_INT8)
+            sums[p] = _mm512_mul_ps(sums[p], _mm512_loadu_ps(w + (size_t)p * apart));
+        _mm512_storeu_ps(y + p * PANEL, sums[p]);
+    }
+}
+
 INLINE void panels_codes(enum weight_format format, const char *w, int columns, int panels,
                          const float *const *x, int rows, float *y, size_t stride)
 {
-    int tiles = (rows + 5) / 6;
+    int tiles = (rows + 5) / 6, p = 0;
 
-    for (int p = 0; p < panels; p++, w += panel_bytes(format, columns), y += PANEL) {
+    for (; rows == 1 && columns >= PAIR_COLUMNS && p + 2 <= panels; p += 2) {
+        code_pair(format, w, columns, x[0], y);
+        w += 2 * panel_bytes(format, columns);
+        y += 2 * PANEL;
+    }
+    for (; p < panels; p++, w += panel_bytes(format, columns), y += PANEL) {
         for (int t = 0; t < tiles; t++) {
             int r = tile_start(rows, tiles, t), fetch = t == 0;
             float *to = y + (size_t)r * stride;
