@@ -217,38 +217,42 @@ static void multiply_one(const char *w, int columns, int outputs, const float *x
 #define STREAMS 8
 #define STREAM_AHEAD 512 /* bytes */
 #define STREAM_ROW 16384 /* rows that are longer are long streams by themselves */
+#define STREAM_ROWS 8 /* of activations; more of them have enough to do with 16 outputs */
 
-/* STREAMS * `each` outputs of one row of activations. A tile has one output of each eighth, so that
- * the weights are read as eight long streams: up to 1.2 times as fast as eight rows that follow each
- * other, whose streams are short. */
-static void multiply_streams(const char *w, int columns, int each, const float *x, float *y)
+/* STREAMS * `each` outputs. A tile has one output of each eighth, so that the weights are read as
+ * eight long streams: up to 1.2 times as fast as eight rows that follow each other, whose streams are
+ * short. */
+INLINE void multiply_streams(const char *w, int columns, int each, const float *x, int rows,
+                             float *y, size_t stride)
 {
     size_t row_bytes = (size_t)columns * 2, apart = (size_t)each * row_bytes;
 
     for (int i = 0; i < each; i++, w += row_bytes) {
         const float *parts = x;
-        float sums[STREAMS];
+        float sums[STREAMS * STREAM_ROWS];
         int k = 0;
 
         _tile_zero(0);
-        for (; k + BLOCK <= columns; k += BLOCK, parts += PARTS * 16) {
+        for (; k + BLOCK <= columns; k += BLOCK, parts += PARTS * 16 * rows) {
             const char *at = w + 2 * (size_t)k;
 
             for (int s = 0; s < STREAMS; s++)
                 _mm_prefetch(at + STREAM_AHEAD + (size_t)s * apart, _MM_HINT_T0);
-            LOAD_PARTS(parts, 1);
+            LOAD_PARTS(parts, rows);
             MULTIPLY(0, at, apart);
         }
         if (k < columns) {
             char tail[OUTPUTS][64];
 
             copy_tail(w + 2 * (size_t)k, apart, STREAMS, row_bytes - 2 * (size_t)k, tail);
-            LOAD_PARTS(parts, 1);
+            LOAD_PARTS(parts, rows);
             MULTIPLY(0, tail, 64);
         }
-        _tile_stored(0, sums, sizeof *sums);
+        _tile_stored(0, sums, 4 * (size_t)rows);
         MEMORY_IS_USED;
-        for (int s = 0; s < STREAMS; s++) y[s * each + i] = sums[s];
+        for (int s = 0; s < STREAMS; s++)
+            for (int r = 0; r < rows; r++)
+                y[(size_t)r * stride + (size_t)(s * each + i)] = sums[s * rows + r];
     }
 }
 
@@ -407,11 +411,15 @@ void tiles_bf16_amx(const void *w, int columns, int outputs, const float *x, int
     if (rows > TOGETHER) {
         multiply_many(w, columns, outputs, x, rows, y, stride);
     } else {
-        configure(height, rows);
-        if (rows == 1 && row_bytes < STREAM_ROW) {
-            multiply_streams(from, columns, outputs / STREAMS, x, y);
+        if (rows <= STREAM_ROWS && row_bytes < STREAM_ROW) {
+            configure(STREAMS, rows);
+            if (rows == 1)
+                multiply_streams(from, columns, outputs / STREAMS, x, 1, y, stride);
+            else
+                multiply_streams(from, columns, outputs / STREAMS, x, rows, y, stride);
             o = outputs / STREAMS * STREAMS;
         }
+        configure(height, rows);
         for (; o + height <= outputs; o += height)
             multiply_one(from + (size_t)o * row_bytes, columns, height, x, rows, y + o, stride);
         if (o < outputs) {
