@@ -353,10 +353,15 @@ static bool is_on(const char *setting)
     return value && strcmp(value, "1") == 0;
 }
 
+/* Drivers that know parameters of more than 4 KB, and kernels in graphs that start early. */
+#define DEPTH_DRIVER 12010
+#define EARLY_DRIVER 12030
+
 static int open_card(struct cuda_backend *cuda, int card)
 {
     struct cudaDeviceProp properties = {};
     void *staging = NULL, *report = NULL;
+    int driver = 0;
     char reason[160];
 
     cuda->card = card;
@@ -380,9 +385,11 @@ static int open_card(struct cuda_backend *cuda, int card)
                   cuda->device, properties.name, properties.major, properties.minor);
         return 0;
     }
-    cuda->early = architecture >= 90 && is_on("MOSHI_C_EARLY_KERNELS");
-    cuda->groups = architecture == 90 && properties.major == 9 && is_on("MOSHI_C_WARPGROUPS");
-    cuda->depth_kernel = is_on("MOSHI_C_DEPTH_KERNEL");
+    cudaDriverGetVersion(&driver);
+    cuda->early = architecture >= 90 && driver >= EARLY_DRIVER && is_on("MOSHI_C_EARLY_KERNELS");
+    cuda->groups = HAS_WARPGROUPS && architecture == 90 && properties.major == 9 &&
+                   is_on("MOSHI_C_WARPGROUPS");
+    cuda->depth_kernel = driver >= DEPTH_DRIVER && is_on("MOSHI_C_DEPTH_KERNEL");
     if (!cuda_good(cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                    "a stream") ||
         !cuda_good(cuda, cudaMallocHost(&staging, STAGING_BYTES), "pinned memory"))

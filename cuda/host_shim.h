@@ -238,6 +238,14 @@ __device__ static __forceinline__ void group_wait(void)
 #endif
 }
 
+/* Whether the code for compute capability 9.0 has them: only that for sm_90a does, which no function
+ * tells apart, so scripts/build_cuda.py says so. */
+#ifdef MOSHI_CUDA_WARPGROUPS
+#define HAS_WARPGROUPS 1
+#else
+#define HAS_WARPGROUPS 0
+#endif
+
 /* What this library's code of the kernel for the current card was written for: 90 is compute capability
  * 9.0, and a later card may run it too. 0: there is none. */
 template <class P> inline int kernel_architecture(void (*kernel)(P))
@@ -343,6 +351,8 @@ inline void virtual_free(struct virtual_memory *memory, void *address, size_t by
 }
 
 #else
+
+#define HAS_WARPGROUPS 1
 
 #include <math.h>
 #include <string.h>

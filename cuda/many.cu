@@ -364,14 +364,9 @@ bool many_product_fits(const struct cuda_backend *cuda)
     return cuda->shared_limit >= 2 * stage<4>::BYTES;
 }
 
-bool many_product_by_groups(const struct cuda_backend *cuda, int rows, int pairs, int matrices)
-{
-    return cuda->groups && !better_small(cuda, rows, pairs, matrices);
-}
-
 template <class E> static void choose_tile(struct cuda_backend *cuda, struct product<E> &p)
 {
-    if (many_product_by_groups(cuda, p.rows, p.pairs, p.matrices))
+    if (cuda->groups)
         launch_groups(cuda, p);
     else if (better_small(cuda, p.rows, p.pairs, p.matrices))
         launch_many<2>(cuda, p, (int)cuda->shared_limit / stage<2>::BYTES);

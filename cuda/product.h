@@ -181,9 +181,8 @@ size_t tensor_scratch(const struct matrix *weight, int rows);
 
 /* Whether the card has the shared memory for it. */
 bool many_product_fits(const struct cuda_backend *cuda);
-/* Whether the rows have to be arranged for warpgroups. */
-bool many_product_by_groups(const struct cuda_backend *cuda, int rows, int pairs, int matrices);
-/* Arranged rows times bf16 rows, both aligned to 16 bytes: what tensor_product makes of them. */
+/* Arranged rows (for warpgroups, if cuda->groups) times bf16 rows, both aligned to 16 bytes: what
+ * tensor_product makes of them. */
 void many_product(struct cuda_backend *cuda, struct product<struct row_end> &p);
 void many_product(struct cuda_backend *cuda, struct product<struct gate_end> &p);
 void many_product(struct cuda_backend *cuda, struct product<struct qkv_end> &p);

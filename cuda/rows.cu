@@ -44,7 +44,9 @@ __device__ static float embed_value(const struct embed &p, const struct embed_st
     norm_row(norm, row, p.columns, row, shared, in_order());
     __syncthreads();
     if (d < p.width && !stream.low_rank) value = row[d];
+    /* Unrolled, registers would spill on compute capability 10.0. */
     if (d < p.width && stream.low_rank)
+#pragma unroll 1
         for (int k = 0; k < p.columns; k++)
             value = fmaf(element(stream.low_rank, stream.low_rank_format, (long)d * p.columns + k),
                          row[k], value);

@@ -582,8 +582,7 @@ static void choose_format(struct cuda_backend *cuda, const char *name, const str
     else {
         p.aligned = (uintptr_t)p.weight % 16 == 0 && p.columns % 8 == 0;
         if (p.rows > MOST_ROWS && p.aligned && many_product_fits(cuda)) {
-            arrange_all<WEIGHT_BF16>(cuda, name, p, kept,
-                                     many_product_by_groups(cuda, p.rows, p.pairs, p.matrices));
+            arrange_all<WEIGHT_BF16>(cuda, name, p, kept, cuda->groups);
             many_product(cuda, p);
         } else {
             choose_tiles<WEIGHT_BF16>(cuda, name, p, kept);

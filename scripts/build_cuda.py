@@ -1,9 +1,10 @@
-"""Compiles libmoshi_cuda.so with nvcc, and fails where registers of kernels spill: the library is
-there then too, for a compiler that is not ours.
+"""Compiles libmoshi_cuda.so with nvcc, and fails where registers of kernels spill, or products of
+warpgroups wait for each other: the library is there then too, for a compiler that is not ours.
 
 Usage: build_cuda.py OUT [--architectures "80 90a"] [--work FOLDER]. For the last architecture
 named, PTX is kept too, which later cards compile for themselves. "native" is the cards of this
-machine. A table of registers and spills of every kernel stays in FOLDER/registers.txt.
+machine; for compute capability 9.0 that is 90a, whose code has warpgroups. A table of registers and
+spills of every kernel stays in FOLDER/registers.txt.
 """
 
 from __future__ import annotations
@@ -29,11 +30,25 @@ SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) by
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 
+def native() -> str:
+    """The architectures of this machine's cards, as the driver's tool tells them, or ""."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    found = {"90a" if line == "9.0" else line.replace(".", "") for line in told.split()}
+    return " ".join(sorted(found))
+
+
 def targets(architectures: str) -> list[str]:
     if architectures == "native":
+        architectures = native()
+    if not architectures:
         return ["-arch=native"]
     names = architectures.split()
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    flags = ["-DMOSHI_CUDA_WARPGROUPS"] if "90a" in names else []
+    flags += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
@@ -79,6 +94,9 @@ def main() -> int:
     (arguments.work / "registers.txt").write_text(table)
     link = ["nvcc", "-shared", "-cudart", "static", *flags]
     subprocess.run([*link, *map(str, objects), "-o", str(arguments.out)], check=True)
+    if slow := [line for log in logs for line in log.splitlines() if "C7510" in line]:
+        print("\n".join(slow))  # warpgroups whose products wait for each other
+        return 1
     if spills := [row for row in rows if row[3]]:
         print("".join(f"{k} for {a} spills {s} bytes\n" for k, a, _, s in spills), end="")
         return 1

@@ -2963,13 +2963,14 @@ static void check_depth_passes(struct backend *backend)
     for (int i = 0; i < COUNT(cases); i++) check_depth(backend, &cases[i]);
 }
 
-/* The same backend for a card with few processors, so that small matrices are enough: with warpgroups
- * and without. Where the card has none, both are the same. */
-static void test_warpgroups_give_the_bits_of_warps(void)
+/* Two backends, with warpgroups and without, and the row alone; where a card has no warpgroups, both
+ * are the same. The first shape has enough outputs for the larger tiles of any card; the shim's has few
+ * processors here, so that it takes them for all. */
+static void test_many_rows_have_the_bits_of_one(void)
 {
-    enum { ROWS = 140, IN = 1096, OUT = 150 };
-    static const int columns[] = {72, 600, IN};
-    static const int rows[] = {66, 128, ROWS};
+    static const struct {
+        int rows, columns, outputs, gated;
+    } shapes[] = {{140, 72, 4400, 0}, {66, 72, 150, 0}, {128, 600, 150, 1}, {140, 1096, 150, 0}};
     struct backend *pair[2];
     int good = 1, nan_seen = 0;
 
@@ -2980,36 +2981,44 @@ static void test_warpgroups_give_the_bits_of_warps(void)
     }
     unsetenv("MOSHI_C_WARPGROUPS");
     unsetenv("SHIM_PROCESSORS");
-    for (int c = 0; c < 3; c++) {
+    for (int c = 0; c < COUNT(shapes); c++) {
         start_case((uint64_t)c);
-        const int in = columns[c], n = rows[c];
-        struct matrix weight = take_matrix(WEIGHT_BF16, OUT, in);
-        float *x = take_random((size_t)(n * in), 2), *y[2];
+        const int in = shapes[c].columns, n = shapes[c].rows, out = shapes[c].outputs;
+        const int width = shapes[c].gated ? out / 2 : out;
+        struct matrix weight = take_matrix(WEIGHT_BF16, out, in);
+        float *x = take_random((size_t)(n * in), 2), *y[3];
         const struct norm norm = take_norm(NORM_RMS, in);
 
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < 3; i++) { /* the third one: the last row alone */
             struct matrix w = weight;
+            const int rows = i < 2 ? n : 1;
+            const float *from = i < 2 ? x : x + (size_t)(n - 1) * (size_t)in;
 
-            y[i] = take((size_t)(n * OUT) * sizeof **y);
-            poison(y[i], (size_t)(n * OUT) * sizeof **y);
-            prepare(pair[i], &w, 0);
-            if (c == 1) /* half as many outputs; the rest stays as it is */
-                run_linear_gated(
-                    pair[i],
-                    &(struct op_linear_gated){
-                        .name = "gated", .n = n, .x = x, .norm = norm, .weight = w, .y = y[i]});
+            y[i] = take((size_t)(rows * width) * sizeof **y);
+            poison(y[i], (size_t)(rows * width) * sizeof **y);
+            prepare(pair[i % 2], &w, 0);
+            if (shapes[c].gated)
+                run_linear_gated(pair[i % 2], &(struct op_linear_gated){.name = "gated",
+                                                                        .n = rows,
+                                                                        .x = from,
+                                                                        .norm = norm,
+                                                                        .weight = w,
+                                                                        .y = y[i]});
             else
-                run_linear(
-                    pair[i],
-                    &(struct op_linear){
-                        .name = "linear", .n = n, .x = x, .norm = norm, .weight = w, .y = y[i]});
+                run_linear(pair[i % 2], &(struct op_linear){.name = "linear",
+                                                            .n = rows,
+                                                            .x = from,
+                                                            .norm = norm,
+                                                            .weight = w,
+                                                            .y = y[i]});
         }
-        good &= memcmp(y[0], y[1], (size_t)(n * OUT) * sizeof **y) == 0;
-        for (int i = 0; i < n * (c == 1 ? OUT / 2 : OUT); i++) nan_seen |= isnan(y[1][i]);
+        good &= memcmp(y[0], y[1], (size_t)(n * width) * sizeof **y) == 0;
+        good &= memcmp(y[0] + (size_t)((n - 1) * width), y[2], (size_t)width * sizeof **y) == 0;
+        for (int i = 0; i < n * width; i++) nan_seen |= isnan(y[1][i]);
         end_case();
     }
     for (int i = 0; i < 2; i++) pair[i]->ops->destroy(pair[i]);
-    verdict(good && !nan_seen, "warpgroups give the bits of warps");
+    verdict(good && !nan_seen, "many rows have the bits of one, by warps and by warpgroups");
 }
 
 struct given_frames {
@@ -3141,7 +3150,7 @@ static int test_cuda(void)
     test_steps_are_attended_together_as_one_by_one(backends[1], MOSHI_INT8);
     check_block_products();
     check_many_rows();
-    test_warpgroups_give_the_bits_of_warps();
+    test_many_rows_have_the_bits_of_one();
     check_large_products();
     test_every_fp8_code_is_multiplied_as_what_it_is(backends[1]);
     test_company_changes_no_bit(backends[1]);
