@@ -32,18 +32,66 @@ struct attend {
     float scale;
 };
 
-/* What an element of the cache stands for: of codes, its row's scale times as much. */
-template <class T>
-__device__ static __forceinline__ float scale_of(const struct kv_cache &, const T *, int)
-{
-    return 1;
-}
+/* Keys or values of one head, position after position. Their page is looked up where it begins, since
+ * divisions and the table take longer than a row. */
+template <class T> struct kv_walk {
+    const struct kv_cache &cache;
+    const int32_t *pages; /* of the lane */
+    long plane, plane_bytes; /* in a page */
+    int block, within; /* the place of the position in its page */
+    const T *rows; /* of the page */
 
-__device__ static __forceinline__ float scale_of(const struct kv_cache &cache, const int8_t *row,
-                                                 int position)
-{
-    return *kv_scale(cache, row, position);
-}
+    __device__ kv_walk(const struct kv_cache &from, int lane, int layer, int value, int kv_head,
+                       int position)
+        : cache(from), pages(from.table + (long)lane * from.pages_per_lane)
+    {
+        int at = position % (from.pages_per_lane * from.page_positions);
+        long row_bytes = from.head_dim * (long)sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0);
+
+        plane_bytes = from.page_positions * row_bytes;
+        plane = ((long)(layer * 2 + value) * from.kv_heads + kv_head) * plane_bytes;
+        block = at / from.page_positions;
+        within = at % from.page_positions;
+        look_up();
+    }
+
+    __device__ void look_up()
+    {
+        rows = (const T *)(const void *)((const char *)cache.pages +
+                                         (size_t)pages[block] * cache.page_bytes + plane);
+    }
+
+    __device__ const T *row() const
+    {
+        return rows + within * cache.head_dim;
+    }
+
+    /* What an element stands for: of codes, its row's scale times as much. */
+    __device__ float scale() const
+    {
+        const T *end = rows + (long)cache.page_positions * cache.head_dim;
+
+        return sizeof(T) == 1 ? ((const float *)(const void *)end)[within] : 1;
+    }
+
+    /* Where the page ends for a walk that is at position j and goes no further than `to`. */
+    __device__ int stop(int j, int to) const
+    {
+        int last = j + cache.page_positions - within;
+
+        return last < to ? last : to;
+    }
+
+    /* To the page that `within` has come to. */
+    __device__ void turn()
+    {
+        while (within >= cache.page_positions) {
+            within -= cache.page_positions;
+            block = block + 1 < cache.pages_per_lane ? block + 1 : 0;
+        }
+        look_up();
+    }
+};
 
 /* scores[] of the span's keys become exp(score - largest); gives back the largest and the sum. */
 template <class T, int D>
@@ -53,17 +101,19 @@ __device__ static void score(const struct attend &p, int lane, int kv_head, cons
     int warp = (int)threadIdx.x / WARP;
     float largest = -INFINITY, total = 0;
 
+    struct kv_walk<T> keys(p.cache, lane, p.layer, 0, kv_head, from + warp);
+
+    for (int j = from + warp; j < to; keys.turn()) {
 #pragma unroll 4
-    for (int j = from + warp; j < to; j += WARPS) {
-        float key[D], dot = 0;
+        for (int stop = keys.stop(j, to); j < stop; j += WARPS, keys.within += WARPS) {
+            float key[D], dot = 0;
 
-        const T *row = kv_address<T>(p.cache, lane, p.layer, 0, kv_head, j);
-
-        load_row(row, p.cache.head_dim, key);
+            load_row(keys.row(), p.cache.head_dim, key);
 #pragma unroll
-        for (int d = 0; d < D; d++) dot = fmaf(query[d], key[d], dot);
-        dot = warp_sum(dot) * scale_of(p.cache, row, j) * p.scale;
-        if (threadIdx.x % WARP == 0) scores[j - from] = dot;
+            for (int d = 0; d < D; d++) dot = fmaf(query[d], key[d], dot);
+            dot = warp_sum(dot) * keys.scale() * p.scale;
+            if (threadIdx.x % WARP == 0) scores[j - from] = dot;
+        }
     }
     __syncthreads();
     for (int j = (int)threadIdx.x; j < to - from; j += THREADS) largest = fmaxf(largest, scores[j]);
@@ -84,17 +134,19 @@ __device__ static void mix(const struct attend &p, int lane, int kv_head, int fr
     int warp = (int)threadIdx.x / WARP, first = (int)(threadIdx.x % WARP) * D;
     float sums[D] = {};
 
+    struct kv_walk<T> values(p.cache, lane, p.layer, 1, kv_head, from + warp);
+
+    for (int j = from + warp; j < to; values.turn()) {
 #pragma unroll 4
-    for (int j = from + warp; j < to; j += WARPS) {
-        float value[D];
+        for (int stop = values.stop(j, to); j < stop; j += WARPS, values.within += WARPS) {
+            float value[D];
 
-        const T *row = kv_address<T>(p.cache, lane, p.layer, 1, kv_head, j);
-
-        load_row(row, p.cache.head_dim, value);
-        float weight = scores[j - from] * scale_of(p.cache, row, j);
+            load_row(values.row(), p.cache.head_dim, value);
+            float weight = scores[j - from] * values.scale();
 
 #pragma unroll
-        for (int d = 0; d < D; d++) sums[d] = fmaf(weight, value[d], sums[d]);
+            for (int d = 0; d < D; d++) sums[d] = fmaf(weight, value[d], sums[d]);
+        }
     }
 #pragma unroll
     for (int d = 0; d < D; d++) mixed[warp * D * WARP + first + d] = sums[d];
@@ -224,18 +276,22 @@ __device__ static void score_together(const struct attend &p, const struct group
 {
     int warp = (int)threadIdx.x / WARP, place = (int)threadIdx.x % WARP;
 
-#pragma unroll 2
-    for (int j = from + warp; j < to; j += WARPS) {
-        const T *row = kv_address<T>(p.cache, g.lane, p.layer, 0, g.kv_head, j);
-        float key[D], dots[TOGETHER] = {}, dot;
+    struct kv_walk<T> keys(p.cache, g.lane, p.layer, 0, g.kv_head, from + warp);
 
-        load_row(row, p.cache.head_dim, key);
+    for (int j = from + warp; j < to; keys.turn()) {
+#pragma unroll 2
+        for (int stop = keys.stop(j, to); j < stop; j += WARPS, keys.within += WARPS) {
+            float key[D], dots[TOGETHER] = {}, dot;
+
+            load_row(keys.row(), p.cache.head_dim, key);
 #pragma unroll
-        for (int q = 0; q < TOGETHER; q++)
+            for (int q = 0; q < TOGETHER; q++)
 #pragma unroll
-            for (int d = 0; d < D; d++) dots[q] = fmaf(queries[q][d], key[d], dots[q]);
-        dot = warp_sums(dots) * scale_of(p.cache, row, j) * p.scale;
-        if (place % (WARP / TOGETHER) == 0) s->scores[j - from][place / (WARP / TOGETHER)] = dot;
+                for (int d = 0; d < D; d++) dots[q] = fmaf(queries[q][d], key[d], dots[q]);
+            dot = warp_sums(dots) * keys.scale() * p.scale;
+            if (place % (WARP / TOGETHER) == 0)
+                s->scores[j - from][place / (WARP / TOGETHER)] = dot;
+        }
     }
     __syncthreads();
     for (int q = warp; q < g.count; q += WARPS) {
@@ -266,19 +322,22 @@ __device__ static void mix_together(const struct attend &p, const struct group &
     int warp = (int)threadIdx.x / WARP, first = (int)(threadIdx.x % WARP) * D;
     float sums[TOGETHER][D] = {};
 
+    struct kv_walk<T> values(p.cache, g.lane, p.layer, 1, g.kv_head, from + warp);
+
+    for (int j = from + warp; j < to; values.turn()) {
 #pragma unroll 2
-    for (int j = from + warp; j < to; j += WARPS) {
-        const T *row = kv_address<T>(p.cache, g.lane, p.layer, 1, g.kv_head, j);
-        float value[D], scale = scale_of(p.cache, row, j);
+        for (int stop = values.stop(j, to); j < stop; j += WARPS, values.within += WARPS) {
+            float value[D], scale = values.scale();
 
-        load_row(row, p.cache.head_dim, value);
+            load_row(values.row(), p.cache.head_dim, value);
 #pragma unroll
-        for (int q = 0; q < TOGETHER; q++) {
-            float weight = s->scores[j - from][q] * scale;
+            for (int q = 0; q < TOGETHER; q++) {
+                float weight = s->scores[j - from][q] * scale;
 
-            if (j >= g.end + q * g.later) continue;
+                if (j >= g.end + q * g.later) continue;
 #pragma unroll
-            for (int d = 0; d < D; d++) sums[q][d] = fmaf(weight, value[d], sums[q][d]);
+                for (int d = 0; d < D; d++) sums[q][d] = fmaf(weight, value[d], sums[q][d]);
+            }
         }
     }
 #pragma unroll
