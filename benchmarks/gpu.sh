@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # gpu.sh STAGE...: on a machine with a card and its toolkit, without a network:
 #   build      the library for this machine's card, the C tests and the timing program
-#   ops        every operation on the card against the generic kernels of the CPU
-#   sessions   conversations of the tiny model on the card against the CPU, and in company
+#   ops        every operation on the card against the generic kernels of the CPU; again with
+#              MOSHI_C_EARLY_KERNELS=1
+#   sessions   conversations of the tiny model on the card against the CPU, and in company; again with
+#              each of the switches
 #   sanitize   the operations, one shape of five, under compute-sanitizer: memory, then races in shared
 #              memory
 #   model      folders of the 7B's and of STT-1B's shapes, random numbers in them (NumPy, 18 GB)
@@ -23,10 +25,10 @@
 #
 # All of it in half an hour, by calls of ten minutes at most (seconds of each stage on an H200 with 16
 # cores; estimated, not measured):
-#   1. gpu.sh build sessions model products codec frames       90 + 20 + 20 + 25 + 20 + 140 = 315
-#   2. gpu.sh prefill streams profile                          30 + 240 + 40 = 310
-#   3. gpu.sh many upstream                                    260 + 220 = 480
-#   4. gpu.sh ops                                              120
+#   1. gpu.sh build sessions model products codec frames       90 + 80 + 20 + 35 + 20 + 140 = 385
+#   2. gpu.sh prefill streams profile                          35 + 240 + 40 = 315
+#   3. gpu.sh many upstream                                    135 + 220 = 355
+#   4. gpu.sh ops                                              240
 # The machine has to keep its files between the calls; where it does not, build and model come first in
 # each of them. For another time: sanitize (300), large (30).
 #
@@ -148,8 +150,14 @@ part() {
     "$GPU" "$@" || troubles=$((troubles + 1))
 }
 
+# part_with SWITCH COMMAND...: of a stage, with NAME=VALUE or "" in the environment.
+part_with() {
+    echo "---- ${1:-no switch}: ${*:2}"
+    env ${1:+"$1"} "${@:2}" || troubles=$((troubles + 1))
+}
+
 stage() {
-    local troubles=0 tool name
+    local troubles=0 tool name switch
     case $1 in
     build)
         needs make "it builds the programs"
@@ -167,8 +175,16 @@ stage() {
         wait $! || troubles=$((troubles + 1))
         [ -e "$MOSHI_C_CUDA_LIBRARY" ] || fail "the kernels were not compiled"
         ;;
-    ops) build/gpu/test_kernels cuda ;;
-    sessions) build/gpu/cuda/test_cuda ;;
+    ops)
+        part_with "" build/gpu/test_kernels cuda
+        part_with MOSHI_C_EARLY_KERNELS=1 build/gpu/test_kernels cuda
+        ;;
+    sessions)
+        part_with "" build/gpu/cuda/test_cuda
+        for switch in MOSHI_C_EARLY_KERNELS=1 MOSHI_C_WARPGROUPS=1 MOSHI_C_DEPTH_KERNEL=1; do
+            part_with "$switch" build/gpu/cuda/test_cuda
+        done
+        ;;
     sanitize)
         needs compute-sanitizer "it comes with the CUDA toolkit"
         for tool in memcheck racecheck; do
@@ -203,9 +219,9 @@ stage() {
         known_variants "${MANY[@]}"
         part "$MODEL" "$RESULTS" prefill
         ;;
-    many)
+    many) # without variants: warpgroups multiply bf16 of more than 64 rows, and neither has those
         need_models
-        known_variants "${MANY[@]}"
+        export VARIANTS=""
         part "$MODEL" "$RESULTS" many bf16 64 60
         part "$MODEL" "$RESULTS" many int8 128
         ;;

@@ -570,9 +570,10 @@ int lm_step_prepare(struct lm_state *state, const struct lm_step *step,
     return MOSHI_OK;
 }
 
+/* Without padding: its bytes name the graph. */
 struct stage {
     struct lm_state *state;
-    const struct lm_shape *shape;
+    struct lm_shape shape;
 };
 
 /* Embeds the tokens of `steps` frames of each row, and runs the layers over them; `frames` are n*steps
@@ -726,26 +727,26 @@ static void temporal_stage(struct backend *backend, void *arg)
 {
     const struct stage *stage = arg;
     (void)backend;
-    step_temporal(stage->state, stage->shape);
+    step_temporal(stage->state, &stage->shape);
 }
 
 static void depth_stage(struct backend *backend, void *arg)
 {
     const struct stage *stage = arg;
     (void)backend;
-    step_depth(stage->state, stage->shape);
+    step_depth(stage->state, &stage->shape);
 }
 
 int lm_step_temporal(struct lm_state *state, const struct lm_shape *shape)
 {
     return state->backend->ops->run(state->backend, STAGE_TEMPORAL, temporal_stage,
-                                    &(struct stage){state, shape}, 0);
+                                    &(struct stage){state, *shape}, sizeof(struct stage));
 }
 
 int lm_step_depth(struct lm_state *state, const struct lm_shape *shape)
 {
     return state->backend->ops->run(state->backend, STAGE_DEPTH, depth_stage,
-                                    &(struct stage){state, shape}, 0);
+                                    &(struct stage){state, *shape}, sizeof(struct stage));
 }
 
 /* ---- frames that are given -------------------------------------------------------------- */

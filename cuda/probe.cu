@@ -2,6 +2,7 @@
 #include "device.h"
 
 #define THREADS 512
+#define BLOCKS 4 /* of a processor */
 #define ROUNDS 10
 
 struct read_all {
@@ -10,26 +11,34 @@ struct read_all {
     unsigned *sum;
 };
 
-/* Reads, and stores a word that depends on all. Four loads are under way at once in each thread. */
-__global__ static void __launch_bounds__(THREADS) k_read(const __grid_constant__ struct read_all p)
+/* Reads, and stores a word that depends on all. Four loads are under way at once in each thread; so
+ * many registers that as many blocks are, too. */
+__global__ static void __launch_bounds__(THREADS, BLOCKS)
+    k_read(const __grid_constant__ struct read_all p)
 {
     after_earlier_kernels();
     size_t step = (size_t)gridDim.x * THREADS;
     size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x;
     unsigned sum = 0;
 
-#pragma unroll 4
-    for (size_t i = at; i < p.count; i += step) {
-        uint4 v = p.from[i];
+    for (; at + 3 * step < p.count; at += 4 * step) {
+        uint4 a = p.from[at], b = p.from[at + step];
+        uint4 c = p.from[at + 2 * step], d = p.from[at + 3 * step];
 
-        sum ^= v.x ^ v.y ^ v.z ^ v.w;
+        sum ^= a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w;
+        sum ^= c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+    }
+    for (; at < p.count; at += step) {
+        uint4 a = p.from[at];
+
+        sum ^= a.x ^ a.y ^ a.z ^ a.w;
     }
     if (sum == 1) atomicAdd(p.sum, sum);
 }
 
 static void read_once(struct cuda_backend *cuda, const struct read_all &p)
 {
-    launch(cuda, k_read, dim3((unsigned)(4 * cuda->processors)), THREADS, 0, p);
+    launch(cuda, k_read, dim3((unsigned)(BLOCKS * cuda->processors)), THREADS, 0, p);
 }
 
 int cuda_probe(struct backend *backend, size_t bytes, double (*clock)(void), double *read_rate,
