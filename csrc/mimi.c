@@ -128,8 +128,6 @@ static void load_rvq(struct weight_loader *loader, struct rvq *rvq, int levels,
                              level_values, (size_t)bins * (size_t)dim * 4);
         backend->ops->upload(backend, half_norms + (size_t)level * (size_t)bins, half,
                              (size_t)bins * 4);
-        if (loader->copies)
-            tensor_file_forget(loader->file, sum); /* it was not the last one found */
     }
     free(level_values);
     rvq->codebooks = codebooks;

@@ -63,8 +63,9 @@ static struct tensor *find(struct weight_loader *loader, const char *name)
         loader->store->parameters += tensor->elements;
     }
     if (loader->copies && tensor) {
-        if (loader->last) tensor_file_forget(loader->file, loader->last);
-        loader->last = tensor;
+        for (int i = 0; i < LOADER_RECENT; ++i)
+            if (loader->recent[i]) tensor_file_forget(loader->file, loader->recent[i]);
+        loader->recent[loader->found++ % LOADER_RECENT] = tensor;
     }
     return tensor;
 }

@@ -55,6 +55,9 @@ struct weight_plan {
     int count, capacity;
 };
 
+/* Tensors that may have been found and are read only now. */
+#define LOADER_RECENT 8
+
 struct weight_loader {
     struct weight_store *store;
     struct tensor_file *file;
@@ -64,8 +67,9 @@ struct weight_loader {
     /* Format of the matrices that are read once for a few rows, when it is narrower than f32: bf16,
      * or int8 with f32 activations; the codec's. */
     enum weight_format lean;
-    int copies; /* nothing stays in the map: a tensor's pages go when the next one comes */
-    const struct tensor *last;
+    int copies; /* nothing stays in the map: a tensor's pages go when the next ones come */
+    const struct tensor *recent[LOADER_RECENT];
+    int found;
     struct weight_plan *plan; /* not NULL: it is filled, and no matrix or vector is made */
     int status; /* the first failure */
 };
