@@ -338,11 +338,12 @@ build/asan-py/bin/espeak-ng: $(VENV)/.test
 # make test and make cuda-host take them all.
 ASAN_TESTS ?= not slow
 ASAN_CUDA ?= $(CUDA_TESTS)
+ASAN_ORDERS ?= descending 3
 SHAPES_asan_kernels := every 3
 SHAPES_asan_cuda := every 9
 .PHONY: asan
 asan: $(VENV)/.test build/asan-py/bin/espeak-ng fuzz-corpus ## C tests and pytest under the sanitizers of addresses and undefined behaviour
-	$(call run,asan,$(C_TESTS) $(ASAN_CUDA:%=run-asan/cuda/%) run-asan/order-descending run-asan/order-3)
+	$(call run,asan,$(C_TESTS) $(ASAN_CUDA:%=run-asan/cuda/%) $(ASAN_ORDERS:%=run-asan/order-%))
 	MOSHI_C_SANITIZE=address,undefined MOSHI_C_CORE=build/asan/libmoshi.a \
 	    $(BIN)/python setup.py --quiet build \
 	    --build-temp build/asan-py/temp --build-lib build/asan-py/lib

@@ -477,8 +477,8 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _common(*names: str) -> argparse.ArgumentParser:
-    """The options of every command, or these of them."""
+def _common(*names: str, dtypes: str | None = None) -> argparse.ArgumentParser:
+    """The options of every command, or these of them; `dtypes` says which formats will do."""
     options: dict[str, dict[str, Any]] = {
         "model": {
             "metavar": "M",
@@ -492,7 +492,7 @@ def _common(*names: str) -> argparse.ArgumentParser:
         "dtype": {
             "default": "auto",
             "metavar": "T",
-            "help": "auto (as stored), f32, f16, bf16, fp8, int8, q8 or q4",
+            "help": dtypes or "auto (as stored), f32, f16, bf16, fp8, int8, q8 or q4",
         },
         "seed": {
             "type": _seed,
@@ -651,11 +651,13 @@ def _add_calls(command: NewCommand) -> None:
 
 
 def _add_codec(command: NewCommand) -> None:
+    codec = _common(dtypes="auto (f32), f32, bf16 or int8")
     encode = command(
         "encode",
         _encode,
         "sound to the codes of the codec",
         "moshi-c encode speech.wav speech.mimi",
+        codec,
     )
     encode.add_argument("input", metavar="IN", help="WAV, FLAC, OGG, MP3 or AIFF")
     encode.add_argument("output", metavar="OUT.mimi", help="the codes")
@@ -664,7 +666,11 @@ def _add_codec(command: NewCommand) -> None:
     )
 
     decode = command(
-        "decode", _decode, "codes of the codec to sound", "moshi-c decode speech.mimi again.wav"
+        "decode",
+        _decode,
+        "codes of the codec to sound",
+        "moshi-c decode speech.mimi again.wav",
+        codec,
     )
     decode.add_argument("input", metavar="IN.mimi", help="the codes")
     decode.add_argument("output", metavar="OUT", help=".wav, .flac, .ogg, .opus, .mp3 or .aiff")
@@ -676,13 +682,13 @@ def _add_quantize(command: NewCommand) -> None:
         _quantize,
         "a checkpoint in another weight format, as a folder that opens at once",
         "moshi-c quantize kyutai/moshiko-pytorch-bf16 moshiko-q4 --dtype q4",
-        _common("dtype", "threads"),  # the others would change nothing
+        _common("dtype", "threads", dtypes="q4 (default), q8, int8, fp8 or bf16"),
     )
     convert.add_argument("source", metavar="SOURCE", help="folder, weight file or hub id")
     convert.add_argument(
         "target",
         metavar="TARGET",
-        help="a new folder, in --dtype q4 (default), q8, int8, fp8 or bf16",
+        help="a new folder",
     )
 
 
